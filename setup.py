@@ -1,0 +1,39 @@
+"""Packaging. `kernels/ops` is imported as `minipeft.kernels`: PyPI has a package named `kernels`."""
+
+from setuptools import find_packages, setup
+
+DEMO = ["gguf>=0.17", "accelerate>=1.10", "matplotlib>=3.8"]
+TEST = [
+    *DEMO,
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "peft==0.21.2",
+    "bitsandbytes==0.50.2",
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "types-PyYAML",
+    "types-tqdm",
+]
+
+setup(
+    name="minipeft",
+    version="0.1.0",
+    description="Parameter-efficient fine-tuning written from scratch: NF4, LoRA, QLoRA",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["minipeft", "minipeft.*"]), "minipeft.kernels"],
+    package_dir={"minipeft.kernels": "kernels/ops"},
+    package_data={"minipeft": ["py.typed"]},
+    install_requires=[
+        "torch>=2.8",
+        'triton>=3.4; sys_platform == "linux"',
+        "transformers>=5.23",
+        "safetensors>=0.6",
+        "numpy>=1.26",
+        "tqdm>=4.66",
+        "PyYAML>=6.0",
+    ],
+    extras_require={"demo": DEMO, "test": TEST},
+    entry_points={"console_scripts": ["minipeft = minipeft.cli:main"]},
+)

@@ -1,0 +1,62 @@
+"""The number tables of 4-bit NormalFloat and of the 8-bit scales.
+
+NF4 (Dettmers et al. 2023, QLoRA, section 3 and appendix E) has sixteen levels, placed at quantiles of the normal
+distribution and stretched to [-1, 1], so that normally distributed weights use each code about equally often.
+The scales of the blocks are stored in 8 bits by a "dynamic" map (Dettmers 2015, "8-Bit Approximations for
+Parallelism in Deep Learning"): seven decades, with more entries the larger the decade.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+# On the CPU explicitly, here and below: this module may be imported while another device is the default.
+NF4_LEVELS = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    dtype=torch.float32,
+    device="cpu",
+)
+"""(16,) float32, ascending. Code 7 is exactly zero."""
+
+NF4_BOUNDARIES = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
+"""(15,) float32 midpoints, rounded to float32: a value equal to boundary i takes code i, the lower neighbour."""
+
+NF4_ZERO_CODE = 7
+
+DYNAMIC_DECADES = 7
+
+
+@functools.cache
+def dynamic_map() -> Tensor:
+    """The signed 8-bit map of the block scales.
+
+    Decade i (from 1e-6 up) holds the 2^i midpoints of an even division of [0.1, 1] and their negatives; 0 and 1
+    make 256. Entry 127 is 0 and entry 255 is 1; there is no -1: the most negative entry is -0.993.
+
+    Returns:
+        (256,) float32, ascending. The tensor is shared by all callers: do not write to it.
+    """
+    points = [0.0, 1.0]
+    for decade in range(DYNAMIC_DECADES):
+        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32, device="cpu")
+        middles = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - DYNAMIC_DECADES + 1)
+        points += middles.tolist() + (-middles).tolist()
+    return torch.tensor(sorted(points), dtype=torch.float32, device="cpu")

@@ -1,0 +1,133 @@
+"""Quantization to NF4: blocks of weights become 4-bit codes and one scale each (Dettmers et al. 2023, section 3).
+
+The arithmetic is bitsandbytes 0.50.2's on CPU, bit by bit, so that either library's files are the other's.
+"""
+
+import torch
+from torch import Tensor
+
+from .codebooks import NF4_BOUNDARIES, dynamic_map
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+# Scales below this are raised to it before their reciprocal is taken, which would overflow float32 otherwise.
+MIN_ABSMAX = 1e-38
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHUNK = 1 << 18
+
+
+def nf4_quantize(w: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
+    """Quantize a weight to NF4 in blocks of consecutive elements of its row-major order.
+
+    A block's scale is its largest magnitude; each weight, divided by it, takes the code of the nearest level, a tie
+    the lower one. The last block may be shorter.
+
+    Args:
+        w: (...), float32, bfloat16 or float16, all finite.
+        blocksize: weights that share a scale; a power of two from 32 to 4096.
+
+    Returns:
+        codes, uint8 ((n+1)//2, 1): two codes a byte, the earlier weight in the high half; an odd end is padded with
+        the code of zero. absmax, float32 (blocks,).
+
+    Raises:
+        TypeError: another dtype. ValueError: another blocksize, or a weight that is not finite (names the first).
+    """
+    check_blocksize(blocksize)
+    if w.dtype not in WEIGHT_DTYPES:
+        raise TypeError(
+            f"NF4 quantizes float32, bfloat16 and float16 weights, got {w.dtype}: convert the weight first, "
+            "for example with .float()"
+        )
+    flat = w.detach().reshape(-1)
+    n = flat.numel()
+    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device=w.device)
+    boundaries = NF4_BOUNDARIES.to(w.device)
+    for start in range(0, n, CHUNK):
+        chunk = flat[start : start + CHUNK].float()
+        scales = absmax[start // blocksize : -(-(start + chunk.numel()) // blocksize)]
+        scaled = _scale_blocks(chunk, scales, blocksize)
+        _pack(torch.bucketize(scaled, boundaries, out_int32=True), codes[start // 2 : (start + CHUNK) // 2])
+    _check_finite(w, flat, absmax, blocksize)
+    return codes.unsqueeze(1), absmax
+
+
+def check_blocksize(blocksize: int) -> None:
+    """Raise ValueError unless `blocksize` is a power of two from 32 to 4096."""
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be a power of two from 32 to 4096, got {blocksize!r}")
+
+
+def _scale_blocks(chunk: Tensor, scales: Tensor, blocksize: int) -> Tensor:
+    """Write each block's absmax into `scales` and return the chunk divided by it: (m,), (blocks,) -> (m,)."""
+    full = chunk.numel() // blocksize * blocksize
+    blocks = chunk[:full].view(-1, blocksize)
+    if full:
+        whole = scales[: full // blocksize]
+        torch.amax(blocks.abs(), dim=1, out=whole)
+        # A product with the rounded reciprocal, not a quotient: the last bit decides near a boundary.
+        scaled = (blocks * whole.clamp(min=MIN_ABSMAX).reciprocal().unsqueeze(1)).view(-1)
+        if full == chunk.numel():
+            return scaled
+    # The short last block divides, and stores the raised scale itself.
+    tail = chunk[full:]
+    scales[-1] = tail.abs().amax().clamp(min=MIN_ABSMAX)
+    tail = tail / scales[-1]
+    return torch.cat([scaled, tail]) if full else tail
+
+
+def _pack(codes: Tensor, out: Tensor) -> None:
+    """Two codes a byte, the first in the high half: int32 (m,) -> uint8 ((m+1)//2,)."""
+    codes = codes.to(torch.uint8)
+    if codes.numel() % 2:
+        codes = torch.cat([codes, codes.new_full((1,), 7)])
+    torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=out)
+
+
+def _check_finite(w: Tensor, flat: Tensor, absmax: Tensor, blocksize: int) -> None:
+    """A block with a NaN or an infinity has such an absmax: look for the weight only then."""
+    bad = ~torch.isfinite(absmax)
+    if not bool(bad.any()):
+        return
+    start = int(bad.nonzero()[0, 0]) * blocksize
+    block = flat[start : start + blocksize]
+    position = start + int((~torch.isfinite(block)).nonzero()[0, 0])
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(position, device="cpu"), w.shape))
+    raise ValueError(f"NF4 needs finite weights: the weight at index {index} is {flat[position].item()}")
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize the scales themselves to 8 bits ("double quantization", QLoRA section 3).
+
+    Their mean is taken off, and the rest goes in blocks of 256 to the nearest entry of the dynamic map, a tie to the
+    lower one.
+
+    Args:
+        absmax: (blocks,) float32.
+
+    Returns:
+        codes uint8 (blocks,), nested absmax float32 (ceil(blocks/256),), offset float32 ().
+
+    Raises:
+        ValueError: the mean passes the range of float32.
+    """
+    if absmax.numel() == 0:
+        return absmax.to(torch.uint8), absmax.clone(), absmax.new_zeros(())
+    offset = absmax.mean()
+    if not bool(torch.isfinite(offset)):
+        raise ValueError(
+            f"the mean of the block scales passes float32 (largest scale {absmax.max().item():g}): "
+            "quantize with double_quant=False"
+        )
+    blocks = -(-absmax.numel() // NESTED_BLOCKSIZE)
+    centred = absmax.new_zeros(blocks * NESTED_BLOCKSIZE)
+    torch.sub(absmax, offset, out=centred[: absmax.numel()])
+    centred = centred.view(blocks, NESTED_BLOCKSIZE)
+    nested = centred.abs().amax(dim=1)
+    scaled = centred / torch.where(nested > 0, nested, 1).unsqueeze(1)
+    # float64 holds the midpoints of two float32 entries exactly, so the nearest entry is exact.
+    entries = dynamic_map().double()
+    midpoints = ((entries[1:] + entries[:-1]) / 2).to(absmax.device)
+    codes = torch.bucketize(scaled.double(), midpoints).to(torch.uint8)
+    return codes.view(-1)[: absmax.numel()].clone(), nested, offset

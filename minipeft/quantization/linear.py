@@ -1,0 +1,264 @@
+"""NF4Linear: nn.Linear with a frozen weight in 4-bit NormalFloat (Dettmers et al. 2023, QLoRA).
+
+Forward and the input gradient decode the packed weight as they go; nothing but the packed weight is kept for backward.
+The scales are buffers that no cast touches, and state_dict speaks bitsandbytes' names.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.kernels.codebooks import NF4_LEVELS, dynamic_map
+from minipeft.kernels.nf4_matmul import nf4_matmul
+from minipeft.kernels.nf4_quantize import NESTED_BLOCKSIZE, check_blocksize
+
+from .nf4 import STATE_NAMES, NF4Weight
+
+SCALES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "offset")
+
+
+class NF4Linear(nn.Module):
+    """y = x W^T + b with W frozen in NF4: (..., in_features) -> (..., out_features), in x's dtype.
+
+    Attributes:
+        weight: Parameter, uint8 ((out_features * in_features + 1)//2, 1), never trained.
+        bias: Parameter (out_features,) or None.
+        absmax, quant_map, nested_absmax, nested_quant_map, offset: buffers, as in `NF4Weight`.
+    """
+
+    absmax: Tensor
+    quant_map: Tensor
+    nested_absmax: Tensor | None
+    nested_quant_map: Tensor | None
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate a packed weight of zeros.
+
+        Args:
+            in_features, out_features, bias: as nn.Linear.
+            compute_dtype: of the product; None for x's. On a CPU without such instructions it is float32.
+            blocksize, double_quant: as `NF4Weight.quantize`.
+            dtype: that the weight stands for, and of the bias; None for torch's default.
+            device: also "meta", to be filled by `load_state_dict(..., assign=True)` or `set_weight`.
+        """
+        super().__init__()
+        check_blocksize(blocksize)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.compute_dtype = compute_dtype
+        dtype = dtype or torch.get_default_dtype()
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.set_weight(_zeros(torch.Size((out_features, in_features)), dtype, blocksize, double_quant, device))
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+    ) -> "NF4Linear":
+        """Quantize a linear layer; its bias is shared. A layer on device meta gives one on device meta."""
+        weight = linear.weight
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=compute_dtype,
+            blocksize=blocksize,
+            double_quant=double_quant,
+            dtype=weight.dtype,
+            device="meta",
+        )
+        new.bias = linear.bias
+        if not weight.is_meta:
+            new.set_weight(NF4Weight.quantize(weight, blocksize, double_quant))
+        return new.train(linear.training)
+
+    def nf4_weight(self) -> NF4Weight:
+        """The packed weight, sharing this module's tensors."""
+        return NF4Weight(
+            codes=self.weight.data,
+            absmax=self.absmax,
+            quant_map=self.quant_map,
+            blocksize=self.blocksize,
+            shape=torch.Size((self.out_features, self.in_features)),
+            dtype=self.weight_dtype,
+            nested_absmax=self.nested_absmax,
+            offset=self.offset,
+            nested_quant_map=self.nested_quant_map,
+            nested_blocksize=self.nested_blocksize,
+        )
+
+    def set_weight(self, w: NF4Weight) -> None:
+        """Take a packed weight's tensors as this module's own, with its block sizes.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        shape = (self.out_features, self.in_features)
+        if tuple(w.shape) != shape:
+            raise ValueError(f"an NF4 weight of shape {tuple(w.shape)} does not fit a layer of shape {shape}")
+        self.weight = nn.Parameter(w.codes, requires_grad=False)
+        for name in SCALES:
+            self.register_buffer(name, getattr(w, name))
+        self.blocksize = w.blocksize
+        self.nested_blocksize = w.nested_blocksize
+        self.weight_dtype = w.dtype
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W as (out_features, in_features), by default in the dtype it was quantized from."""
+        return self.nf4_weight().dequantize(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features) in x's dtype, or under autocast in autocast's."""
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        return nf4_matmul(
+            x,
+            self.weight,
+            self.absmax,
+            self.quant_map,
+            self.nested_absmax,
+            self.nested_quant_map,
+            self.offset,
+            out_features=self.out_features,
+            in_features=self.in_features,
+            blocksize=self.blocksize,
+            nested_blocksize=self.nested_blocksize,
+            bias=self.bias,
+            compute_dtype=self.compute_dtype,
+        )
+
+    def extra_repr(self) -> str:
+        w = self.nf4_weight()
+        bits = 8 * (w.nbytes / max(1, w.shape.numel()))
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"blocksize={self.blocksize}, double_quant={w.double_quant}, {bits:.2f} bits a weight"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
+        # `.half()` and `.to(dtype)` mean the numbers a layer computes with, not the code of its weight: codes and
+        # scales follow to a device, never to a dtype.
+        fixed = {id(t): t for t in (self.weight, *self._buffers.values())}
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            new = fn(t)
+            return t.to(new.device) if id(t) in fixed and new.dtype != t.dtype else new
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Not super()'s: the buffers have other names on disk.
+        for name, tensor in self.nf4_weight().state(prefix).items():
+            destination[name] = tensor
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        args = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(*args)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        try:
+            self._load_weight(state_dict, prefix, assign, missing_keys)
+            self._load_bias(state_dict, prefix + "bias", assign, missing_keys)
+        except ValueError as error:
+            error_msgs.append(str(error))
+        known = {prefix + name for name in (*STATE_NAMES, *(["bias"] if self.bias is not None else []))}
+        if strict:
+            mine = (key for key in state_dict if key.startswith(prefix) and key not in known)
+            unexpected_keys += [key for key in mine if key[len(prefix) :].split(".")[0] not in self._modules]
+
+    def _load_weight(
+        self, state: dict[str, Any], prefix: str, assign: bool, missing_keys: list[str]
+    ) -> None:
+        if not any(key.startswith(prefix + "weight") for key in state):
+            missing_keys += [prefix + name for name in self.nf4_weight().state()]
+            return
+        w = NF4Weight.from_state(state, prefix)
+        if assign:
+            return self.set_weight(w)
+        _needs_data(prefix + "weight", self.weight)
+        w = w.to(self.weight.device)
+        old, new = self.nf4_weight().tensors(), w.tensors()
+        if {k: (t.shape, t.dtype) for k, t in old.items()} != {k: (t.shape, t.dtype) for k, t in new.items()}:
+            # The stored weight is cut into other blocks: its tensors replace ours.
+            return self.set_weight(w.clone())
+        self.set_weight(replace(w, **old))
+        for name, tensor in old.items():
+            tensor.copy_(new[name])
+
+    def _load_bias(self, state: dict[str, Any], key: str, assign: bool, missing_keys: list[str]) -> None:
+        if self.bias is None:
+            return
+        if key not in state:
+            missing_keys.append(key)
+            return
+        if state[key].shape != self.bias.shape:
+            raise ValueError(
+                f"{key} should have shape {tuple(self.bias.shape)}, and has {tuple(state[key].shape)}"
+            )
+        if assign:
+            self.bias = nn.Parameter(state[key], self.bias.requires_grad)
+            return
+        _needs_data(key, self.bias)
+        with torch.no_grad():
+            self.bias.copy_(state[key])
+
+
+def _needs_data(key: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{key} is on device meta, where nothing can be copied to: load with assign=True")
+
+
+def _zeros(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    blocksize: int,
+    double_quant: bool,
+    device: torch.device | str | None,
+) -> NF4Weight:
+    """A packed weight of zeros, without going through a float matrix."""
+    device = device or torch.get_default_device()
+    n = shape.numel()
+    blocks = -(-n // blocksize)
+    nested = -(-blocks // NESTED_BLOCKSIZE)
+    w = NF4Weight(
+        codes=torch.full(((n + 1) // 2, 1), 0x77, dtype=torch.uint8, device=device),
+        absmax=torch.zeros(blocks, device=device, dtype=torch.uint8 if double_quant else torch.float32),
+        quant_map=NF4_LEVELS.to(device, copy=True),
+        blocksize=blocksize,
+        shape=shape,
+        dtype=dtype,
+    )
+    if double_quant:
+        w.nested_absmax = torch.zeros(nested, dtype=torch.float32, device=device)
+        w.nested_quant_map = dynamic_map().to(device, copy=True)
+        w.offset = torch.zeros((), dtype=torch.float32, device=device)
+    return w

@@ -1,0 +1,284 @@
+"""The settings of a training run: one dataclass, filled from a YAML file, then from command-line flags.
+
+Every setting is checked by name and by type before anything is loaded, so that a typo costs a second and
+not a training run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minipeft.training.errors import ConfigError
+
+TOO_LONG_CHOICES = ("error", "drop", "truncate")
+PRECISION_CHOICES = ("none", "bf16")
+DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE_CHOICES = ("nf4",)
+# transformers' schedules, but for reduce_lr_on_plateau and greedy: those step on a metric, not on the step
+# number, so a run could not be told from its settings.
+SCHEDULER_CHOICES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
+
+
+def _setting(help: str, default: Any = dataclasses.MISSING, choices: tuple[str, ...] | None = None) -> Any:
+    metadata = {"help": help, "choices": choices}
+    if default is dataclasses.MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that defines a run. `Trainer` reads it; the CLI also reads the first block.
+
+    Raises:
+        ConfigError: on a wrong type or a value out of range, naming the setting.
+    """
+
+    # What is trained, on what, and where the results go.
+    model: str = _setting("model directory, hub name, or .gguf file")
+    data: str = _setting("JSONL file of training records")
+    output_dir: str = _setting("directory for checkpoints, logs and the adapter")
+    method: str = _setting("fine-tuning method", "lora")
+    method_args: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "arguments of the method's config, such as {r: 8}"}
+    )
+    quantize: str | None = _setting("quantize the base model", None, QUANTIZE_CHOICES)
+    dtype: str = _setting("dtype the base model is loaded in", "auto", DTYPE_CHOICES)
+    device: str = _setting("auto, cpu, cuda or cuda:N", "auto")
+    eval_data: str | None = _setting("JSONL file of evaluation records", None)
+    eval_fraction: float = _setting("share of the training records held out for evaluation", 0.0)
+
+    # How records become batches.
+    max_length: int | None = _setting("longest sequence in tokens (default: 1024 or the model's limit)", None)
+    too_long: str = _setting("what to do with longer records", "error", TOO_LONG_CHOICES)
+    packing: bool = _setting("pack several records into a row, each isolated from the others", False)
+    batch_size: int = _setting("rows in a micro-batch", 8)
+    gradient_accumulation: int = _setting("micro-batches in an optimizer step", 1)
+
+    # Optimization.
+    epochs: float = _setting("passes over the data (ignored when max_steps is given)", 1.0)
+    max_steps: int | None = _setting("optimizer steps", None)
+    lr: float = _setting("peak learning rate", 2e-4)
+    scheduler: str = _setting("learning-rate schedule, by transformers' name", "linear", SCHEDULER_CHOICES)
+    scheduler_args: dict[str, Any] = field(default_factory=dict, metadata={"help": "extra arguments of the schedule"})
+    warmup_steps: int | None = _setting("steps of linear warm-up", None)
+    warmup_ratio: float = _setting("warm-up as a share of all steps (when warmup_steps is not given)", 0.0)
+    weight_decay: float = _setting("AdamW weight decay, on matrices only", 0.0)
+    beta1: float = _setting("AdamW beta1", 0.9)
+    beta2: float = _setting("AdamW beta2", 0.999)
+    eps: float = _setting("AdamW epsilon", 1e-8)
+    max_grad_norm: float | None = _setting("clip the gradient to this norm (null: do not)", 1.0)
+    precision: str = _setting("autocast of the forward pass", "none", PRECISION_CHOICES)
+    gradient_checkpointing: bool = _setting("recompute activations in backward to save memory", False)
+    seed: int = _setting("seed of data order and dropout", 0)
+
+    # Watching and keeping.
+    eval_every: int | None = _setting("evaluate every N steps (default: at the end only)", None)
+    eval_batch_size: int | None = _setting("rows in an evaluation batch (default: batch_size)", None)
+    eval_at_start: bool = _setting("evaluate once before the first step", False)
+    save_every: int | None = _setting("save a checkpoint every N steps (default: at the end only)", None)
+    keep_last: int | None = _setting("keep only the newest N checkpoints (null: all)", 2)
+    log_every: int = _setting("write a log row every N steps", 10)
+    tensorboard: bool = _setting("write TensorBoard events to output_dir/tensorboard", False)
+    plot: bool = _setting("draw output_dir/loss_curve.png at the end", False)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, _checked(f.name, getattr(self, f.name), hints[f.name]))
+            _check_choice(f.name, getattr(self, f.name), f.metadata.get("choices"))
+        _check_ranges(self)
+
+    @classmethod
+    def from_sources(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+        """Build a config from a YAML file and overrides, which win.
+
+        Args:
+            path: YAML file holding a mapping of settings, or None.
+            overrides: settings by name. A value of None means "not given" and is skipped, so that an argparse
+                namespace can be passed as `vars(args)` once it holds only settings.
+
+        Raises:
+            ConfigError: unreadable file, unknown setting (with the nearest names), missing setting,
+                wrong type.
+        """
+        values = {} if path is None else read_yaml(path)
+        given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        _check_names(values, where=str(path))
+        _check_names(given, where="command line")
+        merged = {**values, **given}
+        missing = [name for name in required_settings() if merged.get(name) is None]
+        if missing:
+            raise ConfigError(f"missing setting(s): {', '.join(missing)}")
+        return cls(**merged)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings by name, JSON-serializable."""
+        return dataclasses.asdict(self)
+
+
+def required_settings() -> list[str]:
+    """Names of the settings without a default."""
+    no_default = dataclasses.MISSING
+    return [
+        f.name for f in dataclasses.fields(TrainConfig) if f.default is no_default and f.default_factory is no_default
+    ]
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
+    """Add a `--flag` for every setting, each defaulting to None ("not given").
+
+    Booleans become `--packing / --no-packing`; mappings are written in YAML: `--method-args '{r: 8}'`.
+    Values arrive as strings and are converted by `TrainConfig`, so that its errors name the setting.
+    """
+    hints = typing.get_type_hints(TrainConfig)
+    for f in dataclasses.fields(TrainConfig):
+        if f.name in skip:
+            continue
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if hints[f.name] is bool:
+            parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            choices = f.metadata.get("choices")
+            hint = f"{text} ({'|'.join(choices)})" if choices else text
+            parser.add_argument(flag, dest=f.name, default=None, help=hint.replace("%", "%%"))
+
+
+def config_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings among parsed arguments, for `TrainConfig.from_sources(overrides=...)`."""
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    return {k: v for k, v in vars(args).items() if k in names and v is not None}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: no such file, not UTF-8, not YAML, or not a mapping with string keys.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config file {path} is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"config file {path} must hold a mapping of settings, such as `lr: 0.0002`")
+    return content
+
+
+def _check_names(values: Mapping[str, Any], where: str) -> None:
+    known = [f.name for f in dataclasses.fields(TrainConfig)]
+    for name in values:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(name.replace("-", "_"), known, n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; known settings: {', '.join(known)}"
+        raise ConfigError(f"{where}: unknown setting {name!r}{hint}")
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, or ConfigError. Strings are converted, for flags and for YAML's `1e-4`."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    target = next(option for option in options if option is not type(None))
+    target = typing.get_origin(target) or target
+    optional = " or null" if type(None) in options else ""
+    if isinstance(value, str) and target is not str:
+        if optional and value.lower() in ("none", "null"):
+            return None
+        value = _from_string(value, target)
+    if target is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    wrong_bool = isinstance(value, bool) and target is not bool
+    if wrong_bool or not isinstance(value, target):
+        kind = {int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
+        expected = kind.get(target, "a string") + optional
+        raise ConfigError(f"setting {name!r} must be {expected}, got {value!r}")
+    return value
+
+
+def _from_string(text: str, target: type) -> Any:
+    """`text` as `target` where that is what it says; else `text` itself, for the caller to refuse."""
+    # PyYAML reads YAML 1.1, in which 1e-4 (no dot) is a string; float() takes it.
+    if target in (int, float):
+        try:
+            return target(text)
+        except ValueError:
+            return text
+    try:
+        parsed = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return parsed if isinstance(parsed, target) else text
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...] | None) -> None:
+    if choices and value is not None and value not in choices:
+        raise ConfigError(f"setting {name!r} must be one of {', '.join(choices)}, got {value!r}")
+
+
+_POSITIVE = (
+    *("max_length", "batch_size", "gradient_accumulation", "epochs", "max_steps", "eps", "max_grad_norm"),
+    *("eval_every", "eval_batch_size", "save_every", "keep_last", "log_every"),
+)
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    positive = (
+        "batch_size",
+        "gradient_accumulation",
+        "epochs",
+        "max_steps",
+        "eps",
+        "max_length",
+        "log_every",
+    )
+    positive += ("eval_every", "eval_batch_size", "save_every", "keep_last", "max_grad_norm")
+    for name in positive:
+        _require(config, name, lambda v: v > 0, "greater than 0")
+    for name in ("lr", "weight_decay", "warmup_steps", "seed"):
+        _require(config, name, lambda v: v >= 0, "0 or greater")
+    for name in ("beta1", "beta2", "eval_fraction", "warmup_ratio"):
+        _require(config, name, lambda v: 0 <= v < 1, "in [0, 1)")
+    if config.eval_data is not None and config.eval_fraction > 0:
+        raise ConfigError("settings 'eval_data' and 'eval_fraction' exclude each other: give one of them")
+    if config.scheduler == "constant" and (config.warmup_steps or config.warmup_ratio):
+        raise ConfigError("setting 'scheduler' constant has no warm-up: choose constant_with_warmup")
+    if config.scheduler.startswith("constant") and config.scheduler_args:
+        raise ConfigError(f"setting 'scheduler' {config.scheduler} takes no scheduler_args")
+
+
+def _require(config: TrainConfig, name: str, holds: typing.Callable[[Any], bool], rule: str) -> None:
+    value = getattr(config, name)
+    if value is None:
+        return
+    if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
+        raise ConfigError(f"setting {name!r} must be {rule}, got {value!r}")

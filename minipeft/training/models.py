@@ -1,0 +1,160 @@
+"""Loading a base model and its tokenizer from a directory, a hub name, or a GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minipeft.training.errors import MissingExtraError, ModelLoadError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_base_model(
+    path: str | Path,
+    *,
+    quantize: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    double_quant: bool = True,
+) -> Any:
+    """Load a causal language model, in evaluation mode.
+
+    Args:
+        path: a model directory, a .gguf file (its weights are dequantized first), or a hub name.
+        quantize: "nf4" for 4 bits: weight by weight while loading, but for GGUF after it; None leaves it.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16", "float16", or a torch dtype.
+        device: "auto" is the first CUDA device, else the CPU.
+
+    Raises:
+        ModelLoadError: no model there, or transformers cannot read it.
+        MissingExtraError: a .gguf file without the packages gguf and accelerate.
+    """
+    if quantize not in (None, "nf4"):
+        raise ValueError(f"quantize must be 'nf4' or None, got {quantize!r}")
+    from transformers import AutoModelForCausalLM
+
+    location = locate_model(path)
+    options: dict[str, Any] = {"dtype": _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype}
+    options |= _gguf_options(location)
+    if quantize and "gguf_file" not in options:
+        options["quantization_config"] = _nf4_config(double_quant)
+    source = options.pop("source", str(location))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelLoadError(f"cannot load a model from {path}: {_first_sentence(error)}") from error
+    if quantize and "gguf_file" in options:
+        from minipeft.quantization import quantize_model
+
+        # The config says GGUF and dequantized; what is quantized below is an ordinary model.
+        model = quantize_model(model, _nf4_config(double_quant))
+    return model.to(resolve_device(device)).eval()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Load the tokenizer that belongs to a model.
+
+    Raises:
+        ModelLoadError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    location = locate_model(path)
+    options = _gguf_options(location)
+    options.pop("quantization_config", None)
+    source = options.pop("source", str(location))
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
+        raise ModelLoadError(f"cannot load a tokenizer from {path}: {_first_sentence(error)}") from error
+
+
+def load_position_limit(path: str | Path) -> int | None:
+    """The longest sequence a model can take, read from its config alone; None where there is no limit."""
+    from transformers import AutoConfig
+
+    location = locate_model(path)
+    options = _gguf_options(location)
+    options.pop("quantization_config", None)
+    source = options.pop("source", str(location))
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"cannot load a model from {path}: {_first_sentence(error)}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def locate_model(path: str | Path) -> str | Path:
+    """Decide what a model path means, without asking the network.
+
+    Returns:
+        A Path for a directory or file that exists, else a string that can only be a hub name.
+
+    Raises:
+        ModelLoadError: it names a local place where there is no model.
+    """
+    text = str(path)
+    local = Path(text).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelLoadError(f"no model in directory {text}: expected a config.json there")
+        return local
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise ModelLoadError(f"no model at {text}: expected a model directory or a .gguf file")
+        return local
+    # A hub name is `name` or `owner/name`. Anything else is a path, and so is `owner/name` where there is a
+    # directory `owner`.
+    looks_local = not _HUB_NAME.fullmatch(text) or local.suffix == ".gguf" or isinstance(path, Path)
+    if looks_local or ("/" in text and local.parent.is_dir()):
+        raise ModelLoadError(f"no model at {text}: expected a directory with config.json, a .gguf file, or a hub name")
+    return text
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is the first CUDA device where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, but torch sees no CUDA device")
+    return resolved
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators; call it before an adapter is attached, whose start is random."""
+    torch.manual_seed(seed)
+
+
+def _gguf_options(location: str | Path) -> dict[str, Any]:
+    if not isinstance(location, Path) or location.suffix != ".gguf":
+        return {}
+    if not all(importlib.util.find_spec(package) for package in ("accelerate", "gguf")):
+        message = "reading a .gguf file needs the packages gguf and accelerate: pip install 'minipeft[demo]'"
+        raise MissingExtraError(message)
+    from transformers import GgufConfig
+
+    # Without dequantize=True transformers keeps a model that it cannot save.
+    config = GgufConfig(gguf_file=location.name, dequantize=True)
+    return {"source": str(location.parent), "gguf_file": location.name, "quantization_config": config}
+
+
+def _nf4_config(double_quant: bool) -> Any:
+    from minipeft.quantization import NF4Config
+
+    return NF4Config(double_quant=double_quant)
+
+
+def _first_sentence(error: BaseException) -> str:
+    """transformers' errors run over many lines; the first says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,98 @@
+"""The output directory of a run, and the rules that keep one run from overwriting another.
+
+<output_dir>/
+  run.json            settings and identity of the run
+  log.jsonl           one row per log step and evaluation
+  checkpoint-<step>/  see checkpoint.py
+  adapter/            the trained adapter, once the run is complete
+  loss_curve.png      with `plot: true`
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minipeft.files import write_text
+from minipeft.training.checkpoint import list_checkpoints, read_checkpoint
+from minipeft.training.config import TrainConfig
+from minipeft.training.directories import remove_leftovers
+from minipeft.training.errors import CheckpointError, OutputDirError
+from minipeft.training.identity import check_identity
+
+_TRACES = ("run.json", "log.jsonl", "adapter")
+
+
+def check_output_dir(output_dir: str | Path, resume: bool | str | Path = False) -> None:
+    """Refuse early what `Trainer.train` would refuse later; writes nothing.
+
+    Raises:
+        OutputDirError: the directory holds a run and `resume` is False, or it is not a directory.
+        CheckpointError: there is nothing to resume from.
+    """
+    directory = Path(output_dir)
+    if directory.exists() and not directory.is_dir():
+        raise OutputDirError(f"output_dir {directory} exists and is not a directory")
+    if resume:
+        find_resume(directory, resume)
+    elif holds_run(directory):
+        message = f"output_dir {directory} already holds a run"
+        raise OutputDirError(f"{message}: resume it (--resume), or choose another directory")
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether a run has left something in the directory."""
+    return any((directory / name).exists() for name in _TRACES) or bool(list_checkpoints(directory))
+
+
+def find_resume(directory: Path, resume: bool | str | Path) -> Path | None:
+    """The checkpoint to resume from: the one named, or the newest in `directory`.
+
+    Returns:
+        None for a run that was stopped before its first checkpoint, which starts over.
+
+    Raises:
+        CheckpointError: no run to resume.
+    """
+    if not isinstance(resume, bool):
+        read_checkpoint(Path(resume))
+        return Path(resume)
+    checkpoints = list_checkpoints(directory)
+    if checkpoints:
+        return checkpoints[-1]
+    if (directory / "run.json").exists():
+        return None
+    raise CheckpointError(f"nothing to resume in {directory}: it holds no checkpoint-<step> directory")
+
+
+def open_run(
+    directory: Path, resume: bool | str | Path, config: TrainConfig, identity: Mapping[str, Any]
+) -> Path | None:
+    """Start a run in `directory` or reopen the one there.
+
+    Returns:
+        The checkpoint to load, or None to start from the beginning.
+
+    Raises:
+        OutputDirError, CheckpointError: see `check_output_dir`; also when the run there is a different one.
+    """
+    check_output_dir(directory, resume)
+    checkpoint = find_resume(directory, resume) if resume else None
+    if checkpoint is not None:
+        check_identity(read_checkpoint(checkpoint)["identity"], identity, str(checkpoint))
+    elif resume:
+        check_identity(_read_run(directory)["identity"], identity, str(directory))
+    directory.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(directory)
+    run = {"config": config.to_dict(), "identity": dict(identity)}
+    write_text(directory / "run.json", json.dumps(run, indent=2, sort_keys=True) + "\n")
+    return checkpoint
+
+
+def _read_run(directory: Path) -> dict[str, Any]:
+    try:
+        return json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    except ValueError:
+        raise CheckpointError(f"{directory / 'run.json'} is damaged: not valid JSON") from None

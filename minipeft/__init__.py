@@ -1,1 +1,41 @@
-"""minipeft: parameter-efficient fine-tuning, written to be read and good enough to be used."""
+"""minipeft: parameter-efficient fine-tuning, written to be read and good enough to be used.
+
+The names below are Hugging Face PEFT's, with its arguments; each is imported when it is first used.
+"""
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "LoraConfig": "minipeft.methods.lora_config",
+    "PeftConfig": "minipeft.configs",
+    "PeftType": "minipeft.configs",
+    "TaskType": "minipeft.configs",
+    "get_peft_config": "minipeft.configs",
+    "AutoPeftModelForCausalLM": "minipeft.auto",
+    "PeftModel": "minipeft.model",
+    "PeftModelForCausalLM": "minipeft.model",
+    "get_peft_model": "minipeft.model",
+    "get_peft_model_state_dict": "minipeft.state_dict",
+    "inject_adapter_in_model": "minipeft.model",
+    "prepare_model_for_kbit_training": "minipeft.model",
+    "set_peft_model_state_dict": "minipeft.state_dict",
+    "get_layer_status": "minipeft.status",
+    "get_model_status": "minipeft.status",
+    "BitsAndBytesConfig": "minipeft.quantization",
+    "NF4Config": "minipeft.quantization",
+    "quantize_model": "minipeft.quantization",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'minipeft' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,129 @@
+"""The contract that every method's module keeps, and how a module becomes one.
+
+A module is adapted by putting a mixin in front of its class, in place, as torch's `fully_shard` does: a
+`nn.Linear` becomes a `LoraLinear(LoraLayer, nn.Linear)`. It stays the same object, so its parameters keep their
+names and the model its hooks, and taking the mixin out again gives back exactly the plain module.
+
+Every adapted module of a model looks at one shared `Switch`: activating an adapter or disabling all of them is one
+assignment, however large the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    # The mixins stand in front of an nn.Module class; for the type checker they are modules themselves.
+    _Base = nn.Module
+else:
+    _Base = object
+
+_mixed_classes: dict[tuple[type, type], type] = {}
+
+
+def mix_in(obj: Any, mixin: type, name: str) -> None:
+    """Put `mixin` in front of the class of `obj`, in place. The class made is called `name` and made once."""
+    plain = type(obj)
+    if (mixin, plain) not in _mixed_classes:
+        namespace = {"__module__": plain.__module__, "__qualname__": name, "_plain_class": plain}
+        _mixed_classes[mixin, plain] = type(name, (mixin, plain), namespace)
+    obj.__class__ = _mixed_classes[mixin, plain]
+
+
+def mix_out(obj: Any) -> None:
+    """Undo `mix_in`: give `obj` back the class that it had."""
+    obj.__class__ = obj._plain_class
+
+
+@dataclasses.dataclass
+class Switch:
+    """Which adapters act, shared by reference by a model and all its adapted modules."""
+
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """The adapters that change the model's output now."""
+        return self.active if self.enabled else ()
+
+
+class AdapterModule(_Base):
+    """A module that holds the tensors of some adapters, and can be asked about them.
+
+    Subclasses say which tensors are an adapter's (`adapter_state`), how it is removed (`delete_adapter`) and, where
+    the method can, how it is folded into the base tensors (`merge`). Merging never writes into a base tensor: it
+    puts a new one in its place and keeps the original, so `unmerge` is exact in every dtype, and a tensor that
+    another module shares (tied embeddings) is left alone.
+    """
+
+    # An adapted `Linear` is shown as `<name_prefix>Linear`.
+    name_prefix: ClassVar[str]
+    # Attributes that attaching added to the module, removed when it becomes plain again.
+    _own_attributes: ClassVar[tuple[str, ...]] = ("switch", "merged_adapters", "_originals")
+
+    switch: Switch
+    merged_adapters: tuple[str, ...]
+    _originals: dict[str, nn.Parameter | None]
+
+    def attach(self, switch: Switch) -> None:
+        """Set the module up, once, right after its class was changed."""
+        self.switch = switch
+        self.merged_adapters = ()
+        self._originals = {}
+
+    def detach(self) -> None:
+        """Make the module plain again. What was merged stays; adapters are gone."""
+        for name in self._own_attributes:
+            delattr(self, name)
+        mix_out(self)
+
+    def adapter_names(self) -> set[str]:
+        """The adapters that have tensors here."""
+        raise NotImplementedError
+
+    def adapter_state(self, adapter: str) -> dict[str, torch.Tensor]:
+        """The tensors of `adapter` here (none if it has none), by PEFT's names relative to this module."""
+        raise NotImplementedError
+
+    def replaced_tensors(self, adapter: str) -> list[str]:
+        """The base parameters that `adapter` replaces by its own: two adapters that do so cannot act together."""
+        raise NotImplementedError
+
+    def delete_adapter(self, adapter: str) -> None:
+        """Forget the tensors of `adapter`; nothing happens if it has none here."""
+        raise NotImplementedError
+
+    def merge(self, adapters: tuple[str, ...]) -> None:
+        """Fold `adapters` into the base tensors, so that the plain forward gives the adapted output."""
+        raise NotImplementedError
+
+    def unmerge(self) -> None:
+        """Put the original base tensors back, bit for bit. Nothing happens if nothing is merged."""
+        for path in list(self._originals):
+            owner, name = self._owner_of(path)
+            owner._parameters[name] = self._originals.pop(path)
+        self.merged_adapters = ()
+
+    def _install(self, path: str, tensor: torch.Tensor) -> None:
+        """Put `tensor` in the place of the base parameter `path`, keeping the original for `unmerge`."""
+        owner, name = self._owner_of(path)
+        original = owner._parameters[name]
+        self._originals.setdefault(path, original)
+        owner._parameters[name] = nn.Parameter(tensor.detach(), requires_grad=False)
+
+    def _owner_of(self, path: str) -> tuple[nn.Module, str]:
+        prefix, _, name = path.rpartition(".")
+        return self.get_submodule(prefix), name
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # The originals are not registered while something stands in their place: move them along.
+        for original in self._originals.values():
+            if original is not None:
+                original.data = fn(original.data)
+        return super()._apply(fn, recurse)

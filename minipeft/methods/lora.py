@@ -1,0 +1,355 @@
+"""LoRA: h = W0 x + s B A dropout(x), with W0 frozen (Hu et al. 2021, section 4.1), and two of its variants.
+
+rsLoRA (Kalajdzievski 2023) scales by alpha / sqrt(r) instead of alpha / r. DoRA (Liu et al. 2024) splits the adapted
+weight into a direction and a learned length per output feature.
+
+A target is adapted in place: the mixin `LoraLayer` goes in front of its class (see `base.py`), so `q_proj` stays the
+module it was, `q_proj.weight` keeps its name, and the adapter lies beside it as `q_proj.lora_A.<adapter>.weight`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipeft.kernels.lora_matmul import lora_update
+from minipeft.methods.lora_config import LoraConfig
+from minipeft.methods.trained_copies import TrainedBias
+from minipeft.quantization import NF4Linear, NF4Weight
+
+
+class LoraLayer(TrainedBias):
+    """What the adapted layers share. A subclass says how it applies A and B and how its weight lies.
+
+    Attributes (all keyed by adapter name, as in PEFT):
+        lora_A, lora_B: the factors, (r, in_features) and (out_features, r).
+        lora_dropout: applied to the update's input.
+        lora_magnitude_vector: (out_features,), DoRA's m; only for adapters that use it.
+        r, lora_alpha, scaling: the numbers.
+    """
+
+    name_prefix: ClassVar[str] = "Lora"
+    _own_attributes: ClassVar[tuple[str, ...]] = (
+        *TrainedBias._own_attributes,
+        *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "r", "lora_alpha", "scaling"),
+    )
+
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: nn.ModuleDict
+    lora_magnitude_vector: nn.ParameterDict
+
+    def attach(self, switch: Any) -> None:
+        super().attach(switch)
+        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_magnitude_vector = nn.ParameterDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+
+    def add_adapter(self, adapter: str, config: LoraConfig, path: str, dtype: torch.dtype, init: bool) -> None:
+        """Create the tensors of `adapter`, in `dtype`; left uninitialized when `init` is false (for loading)."""
+        r, alpha, scaling = config.settings_for(path)
+        self.r[adapter], self.lora_alpha[adapter], self.scaling[adapter] = r, alpha, scaling
+        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self._create_factors(adapter, r, dtype)
+        if init:
+            self._init_factors(adapter, config.init_lora_weights)
+        if config.use_dora:
+            # m starts as the weight's own length, so that the start is the identity (section 4.1 of the paper).
+            length = self.adapted_length(adapter) if init else torch.empty(self._lora_shape()[0])
+            self.lora_magnitude_vector[adapter] = nn.Parameter(length.to(self._weight_device(), dtype))
+        if config.bias != "none" and self._parameters.get("bias") is not None:
+            self.train_bias(adapter, dtype)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = super().forward(x, *args, **kwargs)
+        if self.merged_adapters:
+            return base
+        out = base
+        for adapter in self.switch.acting:
+            if adapter in self.scaling:
+                out = self._add_update(adapter, x, base, out)
+        return out
+
+    def _add_update(self, adapter: str, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
+        update = self.update(adapter, x)
+        if adapter not in self.lora_magnitude_vector:
+            return (out + update).to(out.dtype)
+        # DoRA: W' = m (W + s B A) / |W + s B A|; the length is a constant for the gradient (section 4.3).
+        ratio = self.lora_magnitude_vector[adapter] / self.adapted_length(adapter).to(update.dtype)
+        unbiased = base if self.bias is None else base - self.bias
+        return (out + (ratio - 1) * unbiased + ratio * update).to(out.dtype)
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """s B A dropout(x): (..., in_features) -> (..., out_features)."""
+        x = self.lora_dropout[adapter](x)
+        return lora_update(x, self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter])
+
+    @torch.no_grad()
+    def adapted_length(self, adapter: str) -> Tensor:
+        """(out_features,) float32: |W + s B A|, one Euclidean length per output feature."""
+        return (self.dense_weight() + self._product(adapter)).norm(dim=1)
+
+    @torch.no_grad()
+    def delta_weight(self, adapter: str) -> Tensor:
+        """(out_features, in_features) float32: what merging `adapter` adds to the weight."""
+        product = self._product(adapter)
+        if adapter not in self.lora_magnitude_vector:
+            return product
+        weight = self.dense_weight()
+        ratio = _wide(self.lora_magnitude_vector[adapter]) / self.adapted_length(adapter)
+        return ratio[:, None] * (weight + product) - weight
+
+    def _product(self, adapter: str) -> Tensor:
+        lora_A, lora_B = self._factors(adapter)
+        return (_wide(lora_B) @ _wide(lora_A)) * self.scaling[adapter]
+
+    def merged_weight(self, adapters: tuple[str, ...]) -> Tensor:
+        """(out_features, in_features) float32: the base weight with the updates of `adapters` added."""
+        weight = self.dense_weight().clone()
+        for adapter in adapters:
+            if adapter in self.scaling:
+                weight += self.delta_weight(adapter)
+        return weight
+
+    def merge(self, adapters: tuple[str, ...]) -> None:
+        merged = self.merged_weight(adapters)
+        super().merge(adapters)
+        self._install_weight(merged)
+
+    def adapts(self, adapter: str) -> bool:
+        """Whether `adapter` has a low-rank update here (it may have a bias alone)."""
+        return adapter in self.scaling
+
+    def adapter_names(self) -> set[str]:
+        return set(self.scaling) | super().adapter_names()
+
+    def adapter_state(self, adapter: str) -> dict[str, Tensor]:
+        bias = super().adapter_state(adapter)
+        if adapter not in self.scaling:
+            return bias
+        state = self._factor_state(adapter)
+        if adapter in self.lora_magnitude_vector:
+            state["lora_magnitude_vector"] = self.lora_magnitude_vector[adapter]
+        # PEFT wraps the modules that it adapts, and this name is what the wrapping leaves in its files.
+        return {**state, **{f"base_layer.{name}": tensor for name, tensor in bias.items()}}
+
+    def delete_adapter(self, adapter: str) -> None:
+        super().delete_adapter(adapter)
+        for holder in (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector):
+            if adapter in holder:
+                del holder[adapter]
+        for numbers in (self.r, self.lora_alpha, self.scaling):
+            numbers.pop(adapter, None)
+
+    # How one kind of layer differs from another.
+
+    def dense_weight(self) -> Tensor:
+        """(out_features, in_features) float32: the base weight."""
+        raise NotImplementedError
+
+    def _install_weight(self, weight: Tensor) -> None:
+        raise NotImplementedError
+
+    def _lora_shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        raise NotImplementedError
+
+    def _weight_device(self) -> torch.device:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight.device
+
+    def _create_factors(self, adapter: str, r: int, dtype: torch.dtype) -> None:
+        out_features, in_features = self._lora_shape()
+        like = {"bias": False, "device": self._weight_device(), "dtype": dtype}
+        # skip_init: nn.Linear would draw random numbers that are drawn again, or loaded, right after.
+        self.lora_A[adapter] = nn.utils.skip_init(nn.Linear, in_features, r, **like)
+        self.lora_B[adapter] = nn.utils.skip_init(nn.Linear, r, out_features, **like)
+
+    def _init_factors(self, adapter: str, kind: bool | str) -> None:
+        lora_A, lora_B = self._factors(adapter)
+        if kind == "gaussian":
+            nn.init.normal_(lora_A, std=1 / self.r[adapter])
+        else:
+            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        if kind is False:
+            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(lora_B)
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        return self.lora_A[adapter].weight, self.lora_B[adapter].weight
+
+    def _factor_state(self, adapter: str) -> dict[str, Tensor]:
+        lora_A, lora_B = self._factors(adapter)
+        return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
+
+
+class LoraLinear(LoraLayer):
+    """LoRA on `nn.Linear`, weight (out_features, in_features)."""
+
+    weight: nn.Parameter
+    in_features: int
+    out_features: int
+
+    def dense_weight(self) -> Tensor:
+        return _wide(self.weight.detach())
+
+    def _install_weight(self, weight: Tensor) -> None:
+        self._install("weight", weight.to(self.weight.dtype))
+
+    def _lora_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+
+class LoraNF4Linear(LoraLayer):
+    """QLoRA (Dettmers et al. 2023): LoRA on a frozen 4-bit layer.
+
+    A merged weight is no longer one of NF4's values, so while merged the layer holds it dense, in the dtype that
+    the weight had before it was quantized, beside the packed codes that `unmerge` goes back to.
+    """
+
+    _own_attributes: ClassVar[tuple[str, ...]] = (*LoraLayer._own_attributes, "dense_merged")
+
+    in_features: int
+    out_features: int
+    dense_merged: Tensor | None
+    dequantize: Callable[[torch.dtype], Tensor]
+    nf4_weight: Callable[[], NF4Weight]
+
+    def attach(self, switch: Any) -> None:
+        super().attach(switch)
+        self.register_buffer("dense_merged", None, persistent=False)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.dense_merged is None:
+            return super().forward(x, *args, **kwargs)
+        bias = None if self.bias is None else self.bias.to(self.dense_merged.dtype)
+        return F.linear(x.to(self.dense_merged.dtype), self.dense_merged, bias).to(x.dtype)
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        self.dense_merged = None
+
+    def dense_weight(self) -> Tensor:
+        return self.dequantize(torch.float32)
+
+    def _install_weight(self, weight: Tensor) -> None:
+        self.dense_merged = weight.to(self.nf4_weight().dtype)
+
+    def _lora_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+
+class LoraConv1D(LoraLayer):
+    """LoRA on GPT-2's `Conv1D`: a linear layer whose weight lies as (in_features, out_features)."""
+
+    weight: nn.Parameter
+
+    def dense_weight(self) -> Tensor:
+        return _wide(self.weight.detach().T)
+
+    def _install_weight(self, weight: Tensor) -> None:
+        self._install("weight", weight.T.contiguous().to(self.weight.dtype))
+
+    def _lora_shape(self) -> tuple[int, int]:
+        in_features, out_features = self.weight.shape
+        return out_features, in_features
+
+
+class LoraEmbedding(LoraLayer):
+    """LoRA on `nn.Embedding`: the table is W^T, one input feature a token, and A's columns are looked up.
+
+    The factors are parameters, `lora_embedding_A` (r, num_embeddings) and `lora_embedding_B` (embedding_dim, r).
+    A starts at zero and B random, so that the start is the identity.
+    """
+
+    _own_attributes: ClassVar[tuple[str, ...]] = (
+        *LoraLayer._own_attributes,
+        *("lora_embedding_A", "lora_embedding_B"),
+    )
+
+    weight: nn.Parameter
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+
+    def attach(self, switch: Any) -> None:
+        super().attach(switch)
+        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        lora_A, lora_B = self._factors(adapter)
+        looked_up = F.embedding(x, lora_A.T)  # (..., r)
+        # Gemma's embeddings multiply what they look up.
+        return looked_up @ lora_B.T * (self.scaling[adapter] * getattr(self, "embed_scale", 1.0))
+
+    def delete_adapter(self, adapter: str) -> None:
+        if adapter in self.scaling:
+            del self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
+        super().delete_adapter(adapter)
+
+    def dense_weight(self) -> Tensor:
+        return _wide(self.weight.detach().T)
+
+    def _install_weight(self, weight: Tensor) -> None:
+        self._install("weight", weight.T.contiguous().to(self.weight.dtype))
+
+    def _lora_shape(self) -> tuple[int, int]:
+        vocabulary, hidden = self.weight.shape
+        return hidden, vocabulary
+
+    def _create_factors(self, adapter: str, r: int, dtype: torch.dtype) -> None:
+        hidden, vocabulary = self._lora_shape()
+        like: dict[str, Any] = {"device": self._weight_device(), "dtype": dtype}
+        self.lora_embedding_A[adapter] = nn.Parameter(torch.empty(r, vocabulary, **like))
+        self.lora_embedding_B[adapter] = nn.Parameter(torch.empty(hidden, r, **like))
+
+    def _init_factors(self, adapter: str, kind: bool | str) -> None:
+        lora_A, lora_B = self._factors(adapter)
+        nn.init.normal_(lora_B)
+        if kind is False:
+            nn.init.normal_(lora_A)
+        else:
+            nn.init.zeros_(lora_A)
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
+
+    def _factor_state(self, adapter: str) -> dict[str, Tensor]:
+        lora_A, lora_B = self._factors(adapter)
+        return {"lora_embedding_A": lora_A, "lora_embedding_B": lora_B}
+
+
+def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
+    """The mixin that adapts `module`, or None if LoRA cannot."""
+    if isinstance(module, NF4Linear):
+        return LoraNF4Linear
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding
+    if is_conv1d(module):
+        return LoraConv1D
+    # nn.MultiheadAttention reads its out_proj's weight without calling it, and bitsandbytes' layers are nn.Linear
+    # with a packed weight: an update on either would be lost or wrong.
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None
+    if isinstance(module, nn.Linear) and module.weight.shape == (module.out_features, module.in_features):
+        return LoraLinear
+    return None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D (told by its name: methods do not import transformers)."""
+    return any(c.__name__ == "Conv1D" and "transformers" in c.__module__ for c in type(module).__mro__)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

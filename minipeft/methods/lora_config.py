@@ -1,0 +1,136 @@
+"""`LoraConfig`: what PEFT's class of this name takes, and what minipeft makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from minipeft.configs import PeftConfig, PeftType, register_method
+
+_UNSUPPORTED = (
+    *("megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias"),
+    *("target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
+)
+
+
+@register_method(PeftType.LORA)
+@dataclasses.dataclass
+class LoraConfig(PeftConfig):
+    """PEFT's `LoraConfig`: the same names, defaults and JSON.
+
+    Args:
+        r: Rank of the update.
+        target_modules: Names or name endings, a regular expression that matches whole names, or "all-linear".
+            None takes the model family's usual targets.
+        exclude_modules: Names, endings or a regular expression taken out of the targets again.
+        lora_alpha: Numerator of `scaling`.
+        lora_dropout: Probability of dropping an input feature of the update.
+        fan_in_fan_out: Accepted for compatibility; the layer's own class says how its weight lies.
+        bias: Which base biases the adapter trains copies of: "none", "all" of the model's, or "lora_only".
+        use_rslora: scaling = lora_alpha / sqrt(r).
+        modules_to_save: Modules that the adapter trains whole.
+        init_lora_weights: True (B = 0), "gaussian" (the same with normal A), or False (both random: a start that is
+            not the identity, for tests).
+        layers_to_transform, layers_pattern: Only targets in layers of these numbers, counted in the module list
+            called `layers_pattern`.
+        rank_pattern, alpha_pattern: r and lora_alpha of targets whose name ends with the key (a regular expression).
+        use_dora: Train the length of each output feature's weight too.
+
+    Raises ValueError for values out of range, and for fields of PEFT's that minipeft lacks.
+    """
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    use_dora: bool = False
+
+    # PEFT 0.21's further fields: here so that files round-trip, refused when they ask for something.
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list | dict | None = None
+    loftq_config: dict = dataclasses.field(default_factory=dict)
+    eva_config: dict | None = None
+    corda_config: dict | None = None
+    lora_ga_config: dict | None = None
+    velora_config: dict | None = None
+    alora_invocation_tokens: list | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict | None = None
+    layer_replication: list | None = None
+    lora_bias: bool = False
+    target_parameters: list | None = None
+    use_bdlora: dict | None = None
+    arrow_config: dict | None = None
+    kasa_config: dict | None = None
+    ensure_weight_tying: bool = False
+
+    unsupported: ClassVar[Mapping[str, tuple]] = {
+        **dict.fromkeys(_UNSUPPORTED, ()),
+        # They only say something beside a field that is refused.
+        "megatron_core": ("megatron.core",),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, field)
+            if isinstance(value, set | tuple):
+                setattr(self, field, sorted(value))
+        _check_positive_int("r", self.r)
+        for name, rank in self.rank_pattern.items():
+            _check_positive_int(f"rank_pattern[{name!r}]", rank)
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            _check_regex("target_modules", self.target_modules)
+        if isinstance(self.exclude_modules, str):
+            _check_regex("exclude_modules", self.exclude_modules)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where to count layers_to_transform, which is not given")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                "layers_to_transform needs target_modules as a list of names, got the string "
+                f"{self.target_modules!r}; put the layer numbers into the expression instead"
+            )
+
+    def settings_for(self, path: str) -> tuple[int, float, float]:
+        """(r, lora_alpha, scaling) of the target at `path`."""
+        r = _by_pattern(self.rank_pattern, path, self.r)
+        alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+        return r, alpha, alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _check_regex(name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{name} {expression!r} is not a regular expression: {error}") from None

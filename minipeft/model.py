@@ -1,0 +1,549 @@
+"""The model with adapters: `get_peft_model` and the `PeftModel` mixin.
+
+PEFT wraps a model. Here the model that comes back is the model that went in: its class gets `PeftModel` mixed in
+front, its name and everything it can do stay, so that transformers' Trainer and `generate`, accelerate or an
+evaluation harness meet the class that they know. `unload` and `merge_and_unload` take the mixin out again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minipeft import checkpoint
+from minipeft.configs import PeftConfig, PeftType
+from minipeft.files import atomic_path
+from minipeft.methods.base import Switch, mix_in, mix_out
+from minipeft.methods.lora import LoraLayer
+from minipeft.patching import (
+    adapter_modules,
+    attach_adapter,
+    freeze,
+    switch_of,
+)
+from minipeft.quantization import NF4Linear
+from minipeft.state_dict import (
+    LoadResult,
+    adapter_state,
+    base_name,
+    embedding_keys,
+    get_peft_model_state_dict,
+    load_tensors,
+)
+from minipeft.unloading import (
+    dequantize_rest,
+    detach_adapters,
+    requantize_merged,
+    untie_what_differs,
+    weight_dtype,
+)
+
+if TYPE_CHECKING:
+    _Base = nn.Module
+else:
+    _Base = object
+
+logger = logging.getLogger("minipeft")
+
+# transformers' Trainer resumes from, and goes back to the best of, folders of this name. For a model whose class is
+# not PEFT's own it wants a state dict in this file there, and gives it to `load_state_dict(strict=False)`.
+_TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
+_TRAINER_WEIGHTS = "model.safetensors"
+
+
+class PeftModel(_Base):
+    """What a model can do once adapters are attached (mixed in front of its own class).
+
+    Attributes:
+        peft_config: adapter name -> its config.
+    """
+
+    peft_config: dict[str, Any]
+    _switch: Switch
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(  # type: ignore[no-untyped-def]
+        cls,
+        model: Any,
+        model_id: str | Path | None = None,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        **kwargs: Any,
+    ):
+        """Attach the adapter in directory `model_id` to `model` and return `model`.
+
+        Args:
+            is_trainable: Whether the adapter's tensors get gradients.
+            config: Used in the place of the directory's `adapter_config.json`.
+            autocast_adapter_dtype: Hold the adapter in float32 over a 16-bit or 4-bit model.
+
+        Raises FileNotFoundError when there is no adapter, ValueError when it does not fit; `model` is then as before.
+        """
+        if not isinstance(model, nn.Module):  # `type(model).from_pretrained(path)` of the plain class below
+            return super().from_pretrained(model, *([] if model_id is None else [model_id]), **kwargs)  # type: ignore[misc]
+        if model_id is None:
+            raise TypeError("from_pretrained needs the adapter's directory as its second argument")
+        kwargs.update(config=config, autocast_adapter_dtype=autocast_adapter_dtype)
+        with _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext():
+            model.load_adapter(model_id, adapter_name, is_trainable, **kwargs)
+        return model
+
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Load the adapter in directory `model_id` beside those that are there; it is not activated.
+
+        An adapter of that name is given the stored values if they fit it.
+
+        Raises FileNotFoundError or ValueError as `from_pretrained`; the model is then as before.
+        """
+        subfolder = kwargs.pop("subfolder", None)
+        _refuse(
+            "load_adapter",
+            kwargs,
+            torch_device=None,
+            low_cpu_mem_usage=Ellipsis,
+            ephemeral_gpu_offload=False,
+            key_mapping=None,
+        )
+        directory = Path(model_id) / (subfolder or "")
+        config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(directory)
+        stored = checkpoint.read_tensors(directory)
+        _warn_other_base(self, config, directory)
+        exists = adapter_name in self.peft_config
+        if not exists:
+            self._attach(adapter_name, config, autocast_adapter_dtype, init=False)
+        try:
+            expected = adapter_state(self, adapter_name)
+            load_tensors(expected, stored, str(directory), embedding_keys(self))
+        except BaseException:
+            if not exists:
+                self.delete_adapter(adapter_name)
+            raise
+        if not exists or is_trainable:
+            self._set_trainable(adapter_name, is_trainable)
+        self.peft_config[adapter_name].inference_mode = not is_trainable
+        return LoadResult([], [])
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapters, and nothing of the base model, to `save_directory` in PEFT's format.
+
+        Args:
+            selected_adapters: Which; all of them by default. "default" lies in the directory itself, others in a
+                subfolder of their name.
+            save_embedding_layers: Whether base embeddings are stored too; "auto" does so when one is a target or the
+                vocabulary is not the size that the base model's own folder says.
+            state_dict: Take the tensors from here (by their names in `self.state_dict()`) instead of the model.
+
+        Raises ValueError for an adapter that does not exist, and for arguments of PEFT's that are not supported.
+        """
+        if not self.peft_config:
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+            return
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle; adapters are written as safetensors")
+        _refuse(
+            "save_pretrained",
+            kwargs,
+            push_to_hub=False,
+            token=Ellipsis,
+            variant=None,
+            max_shard_size=Ellipsis,
+        )
+        selected = list(self.peft_config) if selected_adapters is None else selected_adapters
+        for adapter in selected:
+            self._config_of(adapter)
+        if not is_main_process:
+            return
+        directory = Path(save_directory)
+        for adapter in selected:
+            config = self._config_to_save(adapter)
+            tensors = get_peft_model_state_dict(self, state_dict, adapter, save_embedding_layers)
+            folder = directory if adapter == "default" else directory / adapter
+            checkpoint.save_adapter(folder, config, tensors, _model_card(config))
+        if _TRAINER_FOLDER.fullmatch(directory.name):
+            with atomic_path(directory / _TRAINER_WEIGHTS) as temporary:
+                save_file(self._adapter_state_in_memory(), temporary, metadata={"format": "pt"})
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`; with `strict=False`, a state of adapters alone lacks nothing."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        own = self._adapter_state_in_memory()
+        if not strict and state_dict and all(name in own for name in state_dict):
+            result.missing_keys[:] = [name for name in result.missing_keys if name in own]
+        return result
+
+    # Adapters: which there are, which act
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act."""
+        return list(self._switch.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The adapter that acts; a list if several do."""
+        return self._switch.active[0] if len(self._switch.active) == 1 else list(self._switch.active)
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The config of the (first) adapter that acts."""
+        return self._config_of(self._switch.active[0])
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Attach a new adapter, trainable, beside those that are there; it is not activated.
+
+        Raises ValueError when the name is taken or the config does not fit the model, TypeError for wrong types.
+        """
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config must be a PeftConfig such as LoraConfig, got {type(peft_config).__name__}")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter called {adapter_name!r} already; delete it or take another name")
+        self._attach(adapter_name, copy.deepcopy(peft_config), autocast_adapter_dtype, init=True)
+        self._set_trainable(adapter_name, not peft_config.inference_mode)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make this adapter, or these together, act, and no other. What was merged is unmerged.
+
+        Unlike PEFT, this does not change which tensors get gradients, unless `inference_mode` turns them off.
+
+        Raises ValueError for an unknown adapter, and for several that replace the same base tensor.
+        """
+        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        for name in names:
+            self._config_of(name)
+        self._check_compatible(names)
+        self.unmerge_adapter()
+        self._switch.active = names
+        if inference_mode:
+            for name in names:
+                self._set_trainable(name, False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors; if it was the only one to act, the first of the others acts.
+
+        Raises ValueError for an unknown adapter.
+        """
+        self._config_of(adapter_name)
+        self.unmerge_adapter()
+        for _, module in adapter_modules(self):
+            module.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        left = tuple(name for name in self._switch.active if name != adapter_name)
+        self._switch.active = left or tuple(self.peft_config)[:1]
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside the block the model is the base model; also when an adapter is merged."""
+        merged, enabled = self._merged(), self._switch.enabled
+        self.unmerge_adapter()
+        self._switch.enabled = False
+        try:
+            yield
+        finally:
+            self._switch.enabled = enabled
+            if merged:
+                self.merge_adapter(list(merged))
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters (those that act by default) into the base weights; the output stays the same.
+
+        The sum is made in float32 and the original weights are kept, so `unmerge_adapter` is exact.
+
+        Args:
+            safe_merge: Check first that no merged weight is infinite or NaN.
+
+        Raises ValueError for unknown adapters and, with `safe_merge`, for non-finite weights, naming the module.
+        """
+        names = self._switch.active if adapter_names is None else tuple(adapter_names)
+        for name in names:
+            self._config_of(name)
+        self._check_compatible(names)
+        self.unmerge_adapter()
+        if safe_merge:
+            self._check_finite(names)
+        for _, module in adapter_modules(self):
+            module.merge(names)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original base weights back. Nothing happens if nothing is merged."""
+        for _, module in adapter_modules(self):
+            module.unmerge()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
+    ) -> Any:
+        """Fold the adapters (those that act by default) into the weights and return the plain model.
+
+        Args:
+            requantize: What becomes of a 4-bit model. By default all its layers come back in the dtype that they had
+                before quantization, exactly as they acted with the adapter. True quantizes the merged weights again:
+                small, but rounded. Which of the two happened is logged.
+        """
+        self.merge_adapter(adapter_names, safe_merge)
+        quantized = any(isinstance(module, NF4Linear) for module in self.modules())
+        if requantize:
+            requantize_merged(self)
+        plain = self.unload(keep_merged=True)
+        if quantized and requantize:
+            logger.warning("merged into NF4: the merged weights were quantized again, which rounds them")
+        elif quantized:
+            dequantize_rest(plain)
+            logger.warning("merged into %s: the model is no longer quantized", weight_dtype(plain))
+        return plain
+
+    def unload(self, keep_merged: bool = False) -> Any:
+        """Remove all adapters and return the plain model, base weights as they were (unless `keep_merged`)."""
+        if not keep_merged:
+            self.unmerge_adapter()
+        detach_adapters(self)
+        untie_what_differs(self)
+        _tell_quantizer(self, attached=False)
+        del self.peft_config, self._switch
+        mix_out(self)
+        return self
+
+    # Looking at it
+
+    def get_base_model(self) -> Any:
+        """The model itself: here the adapted model and the base model are one object."""
+        return self
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(parameters with a gradient, all parameters); a packed 4-bit weight counts all its values."""
+        packed = {id(m.weight): m.in_features * m.out_features for m in self.modules() if isinstance(m, NF4Linear)}
+        total = sum(packed.get(id(p), p.numel()) for p in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad), total
+
+    def print_trainable_parameters(self) -> None:
+        """Print the two numbers of `get_nb_trainable_parameters` and their ratio."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    # Inside
+
+    def _attach(self, adapter: str, config: Any, autocast_adapter_dtype: bool, init: bool) -> None:
+        self.unmerge_adapter()
+        attach_adapter(self, config, adapter, self._switch, autocast_adapter_dtype, init)
+        self.peft_config[adapter] = config
+        if not self._switch.active:
+            self._switch.active = (adapter,)
+
+    def _config_of(self, adapter: str) -> PeftConfig:
+        if adapter not in self.peft_config:
+            raise ValueError(f"there is no adapter called {adapter!r}; there are {sorted(self.peft_config)}")
+        return self.peft_config[adapter]
+
+    def _config_to_save(self, adapter: str) -> PeftConfig:
+        config = copy.deepcopy(self.peft_config[adapter])
+        config.base_model_name_or_path = config.base_model_name_or_path or base_name(self)
+        if config.task_type is None:
+            plain = type(self)._plain_class  # type: ignore[attr-defined]
+            config.auto_mapping = {"base_model_class": plain.__name__, "parent_library": plain.__module__}
+        return config
+
+    def _set_trainable(self, adapter: str, trainable: bool) -> None:
+        for tensor in adapter_state(self, adapter).values():
+            if tensor.is_floating_point():
+                tensor.requires_grad_(trainable)
+
+    def _merged(self) -> tuple[str, ...]:
+        return next((m.merged_adapters for _, m in adapter_modules(self) if m.merged_adapters), ())
+
+    def _check_compatible(self, names: tuple[str, ...]) -> None:
+        if len(names) < 2:
+            return
+        for path, module in adapter_modules(self):
+            owners: dict[str, str] = {}
+            for name in names:
+                for tensor in module.replaced_tensors(name):
+                    if owners.setdefault(tensor, name) != name:
+                        raise ValueError(
+                            f"adapters {owners[tensor]!r} and {name!r} cannot act together: both train "
+                            f"{path}.{tensor} whole"
+                        )
+
+    def _check_finite(self, names: tuple[str, ...]) -> None:
+        for path, module in adapter_modules(self):
+            if isinstance(module, LoraLayer) and not torch.isfinite(module.merged_weight(names)).all():
+                raise ValueError(f"merging {list(names)} would make a weight of {path} infinite or NaN")
+
+    def _adapter_state_in_memory(self) -> dict[str, Tensor]:
+        """The tensors of all adapters, by their names in `state_dict()`."""
+        own = {
+            id(tensor)
+            for _, module in adapter_modules(self)
+            for adapter in module.adapter_names()
+            for tensor in module.adapter_state(adapter).values()
+        }
+        return {n: t.detach() for n, t in self.state_dict(keep_vars=True).items() if id(t) in own}
+
+
+class PeftModelForCausalLM(PeftModel):
+    """`PeftModel` of a causal language model (`task_type="CAUSAL_LM"`)."""
+
+
+def get_peft_model(
+    model: Any,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """Freeze `model`, attach a new adapter to it, activate it, and return `model`, now also a `PeftModel`.
+
+    Args:
+        model: Any torch module; its NF4Linear layers make it QLoRA.
+        autocast_adapter_dtype: Hold the adapter in float32 over a 16-bit or 4-bit model.
+        low_cpu_mem_usage: Accepted for compatibility: tensors are always made where they stay.
+
+    Raises ValueError when the config does not fit the model, TypeError for wrong types; `model` is then as before.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config must be a PeftConfig such as LoraConfig, got {type(peft_config).__name__}")
+    if mixed:
+        raise ValueError("mixed=True is not supported by minipeft: adapters of every method mix without it")
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"the model has adapters already ({sorted(model.peft_config)}); use model.add_adapter(name, config)"
+        )
+    with _becoming_peft_model(model):
+        model.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+    config = model.peft_config[adapter_name]
+    config.base_model_name_or_path = base_name(model)
+    config.revision = revision or config.revision
+    return model
+
+
+def inject_adapter_in_model(
+    peft_config: Any,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Freeze `model` and put the adapter's modules into it, active, without giving the model `PeftModel`'s methods.
+
+    Raises ValueError for `state_dict` (PEFT takes the targets from it; name them in the config).
+    """
+    if state_dict is not None:
+        raise ValueError("inject_adapter_in_model(state_dict=...) is not supported; name the targets in the config")
+    freeze(model)
+    switch = switch_of(model)
+    attach_adapter(model, copy.deepcopy(peft_config), adapter_name, switch)
+    switch.active = (adapter_name,)
+    return model
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> Any:
+    """Freeze `model` and, unless told not to, turn on gradient checkpointing (non-reentrant).
+
+    PEFT also converts every 16-bit parameter to float32, embeddings and head included, which can cost gigabytes.
+    Frozen parameters gain nothing from that: they stay as they are; adapters are float32 anyway.
+    """
+    freeze(model)
+    if use_gradient_checkpointing:
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if kwargs["use_reentrant"]:
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    return model
+
+
+@contextlib.contextmanager
+def _becoming_peft_model(model: Any) -> Iterator[None]:
+    """Freeze `model` and mix `PeftModel` in; if the block that attaches the first adapter fails, undo both."""
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    freeze(model)
+    plain = type(model)
+    causal = plain.__name__.endswith("ForCausalLM") or plain.__name__.endswith("LMHeadModel")
+    # The name stays: transformers looks models up by their class's name.
+    mix_in(model, PeftModelForCausalLM if causal else PeftModel, plain.__name__)
+    model.peft_config = {}
+    model._switch = switch_of(model)
+    _tell_quantizer(model, attached=True)
+    try:
+        yield
+    except BaseException:
+        model.unload()
+        for parameter, required in gradients:
+            parameter.requires_grad = required
+        raise
+
+
+def _tell_quantizer(model: nn.Module, attached: bool) -> None:
+    """transformers trains a quantized model only when its quantizer says it is trainable: with an adapter it is."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer._minipeft_attached = attached
+
+
+def _warn_other_base(model: nn.Module, config: PeftConfig, directory: Path) -> None:
+    trained_on, here = config.base_model_name_or_path, base_name(model)
+    if trained_on and here and Path(trained_on).name != Path(here).name:
+        logger.warning("the adapter at %s was trained on %r, this model is %r", directory, trained_on, here)
+
+
+def _refuse(function: str, given: Mapping[str, Any], **neutral: Any) -> None:
+    """Raise for an argument that is unknown, or known but set to something other than its neutral value."""
+    for name, value in given.items():
+        if name not in neutral:
+            raise TypeError(f"{function}() does not take {name!r}")
+        if neutral[name] is not Ellipsis and value != neutral[name]:
+            raise ValueError(f"{function}({name}={value!r}) is not supported by minipeft")
+
+
+def _model_card(config: PeftConfig) -> str:
+    base = config.base_model_name_or_path
+    lines = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:", "- minipeft"]
+    kind = PeftType(config.peft_type).value
+    return "\n".join([*lines, "---", "", f"# {kind} adapter", "", f"Base model: {base or 'not recorded'}", ""])

@@ -1,0 +1,181 @@
+"""The tensors of an adapter by their names on disk, out of a model and into one.
+
+A tensor is called `base_model.model.` + its module's name + its own name without the adapter's, as in PEFT's files
+(without the prefix for a model that is no `PeftModel`). Loading is strict: what does not fit the model exactly is an
+error that names it, where PEFT loads what fits and is silent about the rest.
+"""
+
+from __future__ import annotations
+
+import collections
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.methods.lora import LoraLayer
+from minipeft.patching import adapter_modules
+
+KEY_PREFIX = "base_model.model."
+
+LoadResult = collections.namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
+
+
+def key_prefix(model: nn.Module) -> str:
+    """What the names on disk start with for `model`."""
+    return KEY_PREFIX if hasattr(model, "peft_config") else ""
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of an adapter under their names on disk (without the adapter's name).
+
+    Args:
+        state_dict: Values by their names in `model.state_dict()`; the model's own by default.
+        save_embedding_layers: See `PeftModel.save_pretrained`.
+
+    Raises ValueError when there is no such adapter.
+    """
+    prefix = key_prefix(model)
+    tensors = adapter_state(model, adapter_name, prefix)
+    if not tensors:
+        raise ValueError(f"there is no adapter called {adapter_name!r} in this model")
+    tensors.update(_embeddings_to_save(model, adapter_name, save_embedding_layers, prefix))
+    if state_dict is None:
+        return tensors
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    return {key: state_dict[names[id(tensor)]] for key, tensor in tensors.items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Copy values (as from `get_peft_model_state_dict`) into an adapter that exists.
+
+    Raises ValueError naming tensors that are missing, unknown or of a wrong shape; nothing is changed then.
+    """
+    if ignore_mismatched_sizes:
+        raise ValueError("ignore_mismatched_sizes=True is not supported: an adapter that does not fit is an error")
+    prefix = key_prefix(model)
+    expected = adapter_state(model, adapter_name, prefix)
+    embeddings = embedding_keys(model, prefix)
+    load_tensors(expected, peft_model_state_dict, "the given state dict", embeddings)
+    return LoadResult([], [])
+
+
+def adapter_state(model: nn.Module, adapter: str, prefix: str = KEY_PREFIX) -> dict[str, Tensor]:
+    """The live tensors of `adapter` in `model`, by their names on disk."""
+    return {
+        f"{prefix}{path}.{name}": tensor
+        for path, module in adapter_modules(model)
+        for name, tensor in module.adapter_state(adapter).items()
+    }
+
+
+def embedding_keys(model: nn.Module, prefix: str = KEY_PREFIX) -> dict[str, Tensor]:
+    """The base embeddings of `model`, under the names that PEFT stores them by when it stores them.
+
+    PEFT writes them beside an adapter of an embedding, or of a model whose vocabulary was resized.
+    """
+    found: dict[str, Tensor] = {}
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        embedding = getattr(model, get)() if hasattr(model, get) else None
+        path = next((p for p, m in model.named_modules() if m is embedding), None)
+        if embedding is None or path is None:
+            continue
+        weight = embedding._parameters["weight"]
+        found[f"{prefix}{path}.weight"] = found[f"{prefix}{path}.base_layer.weight"] = weight
+    return found
+
+
+@torch.no_grad()
+def load_tensors(
+    expected: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
+    source: str,
+    embeddings: Mapping[str, Tensor],
+) -> None:
+    """Copy `stored` into the live tensors `expected`, all of them or, on an error, none.
+
+    Args:
+        expected: On-disk names to live tensors (`adapter_state`).
+        stored: What was read.
+        source: Names the file in errors.
+        embeddings: Base embeddings that the file may hold besides (`embedding_keys`); a value that differs from the
+            model's is copied into it, as PEFT does, since the adapter was trained on it.
+
+    Raises ValueError naming missing and unexpected tensors and wrong shapes.
+    """
+    extra = {name for name in stored if name not in expected and name in embeddings}
+    missing = [name for name in expected if name not in stored]
+    unexpected = [name for name in stored if name not in expected and name not in extra]
+    if missing or unexpected:
+        raise ValueError(f"{source} does not fit this model: " + "; ".join(_key_errors(missing, unexpected, expected)))
+    targets = {**expected, **{name: embeddings[name] for name in extra}}
+    for name, target in targets.items():
+        if stored[name].shape != target.shape:
+            raise ValueError(
+                f"{source} does not fit this model: {name} has shape {tuple(stored[name].shape)}, "
+                f"expected {tuple(target.shape)}"
+            )
+    for name, target in targets.items():
+        target.copy_(stored[name])
+
+
+def _key_errors(missing: list[str], unexpected: list[str], expected: Iterable[str]) -> list[str]:
+    parts = []
+    if missing:
+        parts.append(f"missing tensors {_some(missing)}")
+    if unexpected:
+        near = difflib.get_close_matches(unexpected[0], list(expected)[:500], n=1)
+        parts.append(f"unknown tensors {_some(unexpected)}" + (f" (the model has {near[0]})" if near else ""))
+    return parts
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The folder or hub name that the base model was loaded from, if any."""
+    return getattr(model, "name_or_path", None) or None
+
+
+def _embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, prefix: str) -> dict[str, Tensor]:
+    if wanted not in ("auto", True, False):
+        raise ValueError(f"save_embedding_layers must be 'auto', True or False, got {wanted!r}")
+    embeddings = embedding_keys(model, prefix)
+    own = adapter_state(model, adapter, prefix)
+    layers = ((path, m) for path, m in adapter_modules(model) if isinstance(m, LoraLayer))
+    adapted = {f"{prefix}{path}." for path, layer in layers if layer.adapts(adapter)}
+    kept = {}
+    for key, tensor in embeddings.items():
+        is_target = any(key.startswith(path) for path in adapted)
+        if key.endswith(".base_layer.weight") != is_target:
+            continue  # one of the two names is right: PEFT's wrapper renames what it adapts
+        if wanted is True or (wanted == "auto" and (is_target or _vocabulary_changed(model))):
+            kept[key] = tensor
+    return {key: tensor for key, tensor in kept.items() if key not in own}
+
+
+def _vocabulary_changed(model: nn.Module) -> bool:
+    """Whether the base model's own folder (if it is one) says another vocabulary size than the model has now."""
+    name = base_name(model)
+    config: Any = getattr(model, "config", None)
+    if name is None or config is None or not (Path(name) / "config.json").is_file():
+        return False
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name).get_text_config().vocab_size != config.get_text_config().vocab_size

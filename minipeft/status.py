@@ -1,0 +1,89 @@
+"""What is attached to a model: PEFT's `get_layer_status` and `get_model_status`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from minipeft.model import PeftModel
+from minipeft.patching import adapter_modules, switch_of
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerStatus:
+    """One adapted module. Dictionaries are keyed by adapter name."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    available_adapters: list[str]
+    requires_grad: dict[str, bool]
+    devices: dict[str, list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelStatus:
+    """The whole model; `requires_grad` of an adapter is "irregular" when its tensors differ."""
+
+    base_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    available_adapters: list[str]
+    requires_grad: dict[str, bool | str]
+    devices: dict[str, list[str]]
+
+
+def get_layer_status(model: nn.Module) -> list[LayerStatus]:
+    """The status of every adapted module, in the model's order."""
+    layers = []
+    for path, module in adapter_modules(model):
+        names = sorted(module.adapter_names())
+        tensors = {name: list(module.adapter_state(name).values()) for name in names}
+        layers.append(
+            LayerStatus(
+                name=path,
+                module_type=type(module).__name__,
+                enabled=module.switch.enabled,
+                active_adapters=list(module.switch.active),
+                merged_adapters=list(module.merged_adapters),
+                available_adapters=names,
+                requires_grad={n: all(t.requires_grad for t in ts) for n, ts in tensors.items()},
+                devices={n: sorted({str(t.device) for t in ts}) for n, ts in tensors.items()},
+            )
+        )
+    return layers
+
+
+def get_model_status(model: PeftModel) -> ModelStatus:
+    """The status of a model with adapters.
+
+    Raises TypeError for a model without them.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"get_model_status needs a model with adapters, got {type(model).__name__}")
+    layers, switch = get_layer_status(model), switch_of(model)
+    names = list(model.peft_config)
+    having = {n: [layer for layer in layers if n in layer.available_adapters] for n in names}
+    grads = {n: {layer.requires_grad[n] for layer in having[n]} for n in names}
+    trainable, total = model.get_nb_trainable_parameters()
+    return ModelStatus(
+        base_model_type=type(model).__name__,
+        peft_types={n: model.peft_config[n].peft_type.value for n in names},
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=switch.enabled,
+        active_adapters=list(switch.active),
+        merged_adapters=sorted({m for layer in layers for m in layer.merged_adapters}),
+        available_adapters=sorted(names),
+        requires_grad={n: g.pop() if len(g) == 1 else "irregular" for n, g in grads.items()},
+        devices={n: sorted({d for layer in having[n] for d in layer.devices[n]}) for n in names},
+    )

@@ -3,17 +3,20 @@
 The arithmetic is bitsandbytes 0.50.2's on CPU, bit by bit, so that either library's files are the other's.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
-from .codebooks import NF4_BOUNDARIES, dynamic_map
+from .codebooks import NF4_BOUNDARIES, NF4_ZERO_CODE, dynamic_map
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 # Scales below this are raised to it before their reciprocal is taken, which would overflow float32 otherwise.
 MIN_ABSMAX = 1e-38
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHUNK = 1 << 18
+# Weights quantized at a time. 4096x4096 float32, one thread: 49 ms at 2^15, 41 at 2^17, 53 at 2^19.
+CHUNK = 1 << 17
 
 
 def nf4_quantize(w: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
@@ -43,12 +46,11 @@ def nf4_quantize(w: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
     n = flat.numel()
     codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device=w.device)
-    boundaries = NF4_BOUNDARIES.to(w.device)
     for start in range(0, n, CHUNK):
         chunk = flat[start : start + CHUNK].float()
         scales = absmax[start // blocksize : -(-(start + chunk.numel()) // blocksize)]
         scaled = _scale_blocks(chunk, scales, blocksize)
-        _pack(torch.bucketize(scaled, boundaries, out_int32=True), codes[start // 2 : (start + CHUNK) // 2])
+        _pack(_nearest_codes(scaled), codes[start // 2 : (start + CHUNK) // 2])
     _check_finite(w, flat, absmax, blocksize)
     return codes.unsqueeze(1), absmax
 
@@ -77,11 +79,37 @@ def _scale_blocks(chunk: Tensor, scales: Tensor, blocksize: int) -> Tensor:
     return torch.cat([scaled, tail]) if full else tail
 
 
+def _nearest_codes(scaled: Tensor) -> Tensor:
+    """How many boundaries lie below each number: float32 (m,) in [-1, 1] -> uint8 (m,).
+
+    The upper half of a float32 tells its code, unless one of the 15 boundaries lies among the numbers that share it:
+    then one comparison settles it. 4096x4096 on one thread, the whole quantization: 41 ms so, 117 ms with 15
+    comparisons, 368 ms with torch.bucketize.
+    """
+    lowest, boundary = _code_tables(scaled.device)
+    upper = (scaled.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+    above = torch.gt(scaled, boundary.index_select(0, upper))
+    return lowest.index_select(0, upper).add_(above.view(torch.uint8))
+
+
+@functools.cache
+def _code_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each upper half of a float32: the lowest code it can have, and the boundary within, infinity for none."""
+    upper = torch.arange(1 << 16, dtype=torch.int32, device="cpu") << 16
+    first, last = upper.view(torch.float32), (upper | 0xFFFF).view(torch.float32)
+    last = torch.where(last.isnan(), first, last)
+    codes = torch.bucketize(torch.stack([first, last]), NF4_BOUNDARIES)
+    lowest, highest = codes.amin(0), codes.amax(0)
+    assert int((highest - lowest).max()) == 1
+    inside = NF4_BOUNDARIES[lowest.clamp(max=len(NF4_BOUNDARIES) - 1)]
+    boundary = torch.where(highest > lowest, inside, torch.inf)
+    return lowest.to(torch.uint8).to(device), boundary.to(device)
+
+
 def _pack(codes: Tensor, out: Tensor) -> None:
-    """Two codes a byte, the first in the high half: int32 (m,) -> uint8 ((m+1)//2,)."""
-    codes = codes.to(torch.uint8)
+    """Two codes a byte, the first in the high half: uint8 (m,) -> uint8 ((m+1)//2,)."""
     if codes.numel() % 2:
-        codes = torch.cat([codes, codes.new_full((1,), 7)])
+        codes = torch.cat([codes, codes.new_full((1,), NF4_ZERO_CODE)])
     torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=out)
 
 
@@ -125,7 +153,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     torch.sub(absmax, offset, out=centred[: absmax.numel()])
     centred = centred.view(blocks, NESTED_BLOCKSIZE)
     nested = centred.abs().amax(dim=1)
-    scaled = centred / torch.where(nested > 0, nested, 1).unsqueeze(1)
+    # A block of zeros gives 0 * inf, for which bitsandbytes stores code 0; its nested scale of 0 makes any code right.
+    scaled = (centred * nested.reciprocal().unsqueeze(1)).nan_to_num(nan=-1.0)
     # float64 holds the midpoints of two float32 entries exactly, so the nearest entry is exact.
     entries = dynamic_map().double()
     midpoints = ((entries[1:] + entries[:-1]) / 2).to(absmax.device)

@@ -92,10 +92,10 @@ class PeftModel(_Base):
 
         Raises FileNotFoundError when there is no adapter, ValueError when it does not fit; `model` is then as before.
         """
-        if not isinstance(model, nn.Module):  # `type(model).from_pretrained(path)` of the plain class below
-            return super().from_pretrained(model, *([] if model_id is None else [model_id]), **kwargs)  # type: ignore[misc]
-        if model_id is None:
-            raise TypeError("from_pretrained needs the adapter's directory as its second argument")
+        if isinstance(model, str | Path) and "_plain_class" in vars(cls):
+            return super().from_pretrained(model, **kwargs)  # type: ignore[misc]  # what the plain class's name means
+        if model_id is None or isinstance(model, str | Path):
+            raise TypeError("PeftModel.from_pretrained takes a model and the adapter's directory")
         kwargs.update(config=config, autocast_adapter_dtype=autocast_adapter_dtype)
         with _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext():
             model.load_adapter(model_id, adapter_name, is_trainable, **kwargs)
@@ -495,7 +495,7 @@ def prepare_model_for_kbit_training(
         kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if kwargs["use_reentrant"]:
             model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
     return model
 
 

@@ -16,7 +16,7 @@ def requantize_merged(model: nn.Module) -> None:
     """Quantize every merged 4-bit layer's dense weight to NF4 again, as its old weight was."""
     for _, module in adapter_modules(model):
         if isinstance(module, LoraNF4Linear) and module.dense_merged is not None:
-            old: NF4Weight = module.nf4_weight()
+            old = module.nf4_weight()
             dense = module.dense_merged
             module.dense_merged = None
             module.set_weight(NF4Weight.quantize(dense, old.blocksize, old.double_quant))

@@ -224,6 +224,7 @@ class LoraNF4Linear(LoraLayer):
     dense_merged: Tensor | None
     dequantize: Callable[[torch.dtype], Tensor]
     nf4_weight: Callable[[], NF4Weight]
+    set_weight: Callable[[NF4Weight], None]
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)

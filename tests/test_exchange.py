@@ -1,0 +1,163 @@
+"""Adapters move between minipeft and PEFT 0.21.2, in both directions, with equal logits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import randomize, some_ids, tiny_gpt2, tiny_llama
+
+import minipeft
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias_lora_only": {"bias": "lora_only"},
+    "bias_all": {"bias": "all"},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"target_modules": ["lm_head", "q_proj"]},
+    "rank_pattern": {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"layers.1.self_attn.v_proj": 3}},
+    "dora": {"use_dora": True},
+    "dora_embedding": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "rslora": {"use_rslora": True},
+    "all_linear": {"target_modules": "all-linear"},
+    "regex": {"target_modules": r".*\.layers\.1\..*(q|down)_proj"},
+    "layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "exclude": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "mlp.up_proj"]},
+    "no_task": {"task_type": None},
+    "random_start": {"init_lora_weights": False},
+}
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
+
+
+def arguments(case: str) -> dict[str, Any]:
+    common = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    return {**common, **CASES[case]}
+
+
+def base() -> Any:
+    return tiny_llama(attention_bias=True)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(some_ids()).logits
+
+
+def files(directory: Path) -> tuple[dict[str, tuple], dict[str, Any]]:
+    """Names, shapes and dtypes of the tensors, and the configuration."""
+    with safe_open(directory / "adapter_model.safetensors", "pt") as tensors:
+        assert tensors.metadata() == {"format": "pt"}
+        shapes = {k: (tuple(tensors.get_tensor(k).shape), tensors.get_tensor(k).dtype) for k in tensors.keys()}  # noqa: SIM118
+    return shapes, json.loads((directory / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapter_made_by_peft_gives_the_same_logits_here(case: str, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**arguments(case)))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = minipeft.PeftModel.from_pretrained(base(), tmp_path)
+    assert not torch.allclose(logits(ours), logits(base()), **TOLERANCE)
+    torch.testing.assert_close(logits(ours), logits(theirs), **TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapter_made_here_gives_the_same_logits_in_peft(case: str, tmp_path: Path) -> None:
+    ours = minipeft.get_peft_model(base(), minipeft.LoraConfig(**arguments(case)))
+    randomize(ours)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(ours), **TOLERANCE)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_files_have_the_same_tensors_and_fields(case: str, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**arguments(case)))
+    ours = minipeft.get_peft_model(base(), minipeft.LoraConfig(**arguments(case)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    their_tensors, their_config = files(tmp_path / "theirs")
+    our_tensors, our_config = files(tmp_path / "ours")
+    assert our_tensors == their_tensors
+    # PEFT draws the order of names anew in each run, and writes "all-linear" out its own way.
+    for config in (their_config, our_config):
+        for field in ("target_modules", "exclude_modules"):
+            if isinstance(config[field], list):
+                config[field].sort()
+    if case in ("all_linear", "exclude"):
+        del their_config["target_modules"], our_config["target_modules"]
+    assert our_config == their_config
+
+
+def test_named_adapters_lie_in_subfolders_as_in_peft(tmp_path: Path) -> None:
+    config = arguments("plain")
+    ours = minipeft.get_peft_model(base(), minipeft.LoraConfig(**config))
+    ours.add_adapter("other", minipeft.LoraConfig(**{**config, "r": 2}))
+    randomize(ours)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path)
+    theirs.load_adapter(tmp_path / "other", "other")
+    for name in ("default", "other"):
+        ours.set_adapter(name)
+        theirs.set_adapter(name)
+        torch.testing.assert_close(logits(theirs), logits(ours), **TOLERANCE)
+
+
+def test_gpt2_conv1d_adapter_both_ways(tmp_path: Path) -> None:
+    config: dict[str, Any] = {
+        "r": 4,
+        "target_modules": ["c_attn", "mlp.c_proj"],
+        "use_dora": True,
+        "fan_in_fan_out": True,
+    }
+    theirs = peft.get_peft_model(tiny_gpt2(), peft.LoraConfig(**config))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = minipeft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs), **TOLERANCE)
+    ours.save_pretrained(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "ours")
+    torch.testing.assert_close(logits(back), logits(ours), **TOLERANCE)
+
+
+def test_resized_vocabulary_travels_with_the_adapter(tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path / "base")
+
+    def resized(library: Any) -> Any:
+        model = type(base()).from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(140)
+        return library.get_peft_model(model, library.LoraConfig(**arguments("plain")))
+
+    theirs, ours = resized(peft), resized(minipeft)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "ours")
+    assert files(tmp_path / "ours")[0] == files(tmp_path / "theirs")[0]
+    again = type(base()).from_pretrained(tmp_path / "base")
+    again.resize_token_embeddings(140)
+    loaded = minipeft.PeftModel.from_pretrained(again, tmp_path / "theirs")
+    torch.testing.assert_close(logits(loaded), logits(theirs), **TOLERANCE)
+
+
+def test_state_dict_functions_agree_with_peft() -> None:
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**arguments("modules_to_save")))
+    ours = minipeft.get_peft_model(base(), minipeft.LoraConfig(**arguments("modules_to_save")))
+    randomize(theirs)
+    state = peft.get_peft_model_state_dict(theirs)
+    assert minipeft.get_peft_model_state_dict(ours).keys() == state.keys()
+    minipeft.set_peft_model_state_dict(ours, state)
+    torch.testing.assert_close(logits(ours), logits(theirs), **TOLERANCE)
+
+
+def test_parameter_names_and_counts_agree_with_peft() -> None:
+    config = arguments("dora")
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**config))
+    ours = minipeft.get_peft_model(base(), minipeft.LoraConfig(**config))
+    assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
+    their_names = {n.removeprefix("base_model.model.") for n, p in theirs.named_parameters() if p.requires_grad}
+    our_names = {n for n, p in ours.named_parameters() if p.requires_grad}
+    # PEFT's magnitude is a module with a weight; ours is the parameter itself, as in the file.
+    assert our_names == {n.removesuffix(".weight") if "magnitude" in n else n for n in their_names}

@@ -1,0 +1,378 @@
+"""The model with adapters: same object, same class, adapters that come, go, act, merge and leave no trace."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import randomize, some_ids, tiny_gpt2, tiny_llama
+from torch import nn
+from transformers import LlamaForCausalLM
+
+import minipeft
+from minipeft import LoraConfig, NF4Config, PeftModel, get_peft_model, quantize_model
+
+CONFIG: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(some_ids()).logits
+
+
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(**{**CONFIG, **changes})
+
+
+def two_adapters(model: Any, **second: Any) -> Any:
+    """`model` with the adapters "default" (active) and "other", both away from their start."""
+    model = get_peft_model(model, lora())
+    model.add_adapter("other", lora(r=2, target_modules=["v_proj", "down_proj"], **second))
+    randomize(model)
+    return model
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_the_model_that_comes_back_is_the_one_that_went_in() -> None:
+    model = tiny_llama()
+    base = snapshot(model)
+    adapted = get_peft_model(model, lora())
+    assert adapted is model
+    assert isinstance(adapted, LlamaForCausalLM) and isinstance(adapted, PeftModel)
+    assert type(adapted).__name__ == "LlamaForCausalLM" and type(adapted).__module__ == LlamaForCausalLM.__module__
+    assert base.keys() <= adapted.state_dict().keys()
+    assert adapted.unload() is model
+    assert type(model) is LlamaForCausalLM
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in tiny_llama().named_modules()]
+    assert model.__dict__.keys() == tiny_llama().__dict__.keys()
+    assert all(torch.equal(base[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_only_the_adapter_gets_gradients_and_the_base_stays_bit_identical() -> None:
+    model = get_peft_model(tiny_llama(), lora(lora_dropout=0.1)).train()
+    base = snapshot(tiny_llama())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = some_ids()
+    losses = []
+    for _ in range(10):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert all((p.grad is not None) == ("lora_" in n) for n, p in model.named_parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in base.items())
+
+
+def test_adapters_are_switched_by_name_and_act_together() -> None:
+    model = two_adapters(tiny_llama())
+    plain = logits(tiny_llama())
+    first = logits(model)
+    model.set_adapter("other")
+    second = logits(model)
+    assert model.active_adapter == "other" and model.active_adapters == ["other"]
+    model.set_adapter(["default", "other"])
+    both = logits(model)
+    for one, two in ((plain, first), (first, second), (second, both), (first, both)):
+        assert not torch.allclose(one, two, atol=1e-4)
+    alone = copy.deepcopy(model)
+    alone.delete_adapter("other")
+    assert torch.equal(logits(alone), first)
+
+
+def test_switching_leaves_requires_grad_alone() -> None:
+    model = two_adapters(tiny_llama())
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    model.set_adapter("other")
+    model.set_adapter("default")
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    model.set_adapter("default", inference_mode=True)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "default" in n)
+
+
+def test_disabled_adapters_leave_the_base_model() -> None:
+    model = two_adapters(tiny_llama(), modules_to_save=["lm_head"], bias="all")
+    model.set_adapter("other")
+    adapted = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(tiny_llama()))
+    assert torch.equal(logits(model), adapted)
+    model.merge_adapter()
+    merged = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(tiny_llama()))
+    assert torch.equal(logits(model), merged)
+
+
+def test_deleting_the_active_adapter_activates_another() -> None:
+    model = two_adapters(tiny_llama())
+    model.delete_adapter("default")
+    assert model.active_adapter == "other" and list(model.peft_config) == ["other"]
+    assert not any("default" in name for name in model.state_dict())
+    model.delete_adapter("other")
+    assert model.active_adapters == [] and torch.equal(logits(model), logits(tiny_llama()))
+
+
+MERGEABLE: dict[str, Any] = {
+    "plain": lambda: get_peft_model(tiny_llama(), lora()),
+    "dora": lambda: get_peft_model(tiny_llama(), lora(use_dora=True)),
+    "bias": lambda: get_peft_model(tiny_llama(attention_bias=True), lora(bias="all")),
+    "head": lambda: get_peft_model(tiny_llama(), lora(modules_to_save=["lm_head"])),
+    "embedding": lambda: get_peft_model(tiny_llama(), lora(target_modules=["embed_tokens", "lm_head"])),
+    "conv1d": lambda: get_peft_model(tiny_gpt2(), lora(target_modules=["c_attn", "c_proj"])),
+    "nf4": lambda: get_peft_model(quantize_model(tiny_llama(), NF4Config()), lora(target_modules="all-linear")),
+}
+
+
+@pytest.mark.parametrize("case", MERGEABLE)
+def test_merging_keeps_the_output_and_unmerging_the_bits(case: str) -> None:
+    model = MERGEABLE[case]()
+    randomize(model)
+    before, adapted = snapshot(model), logits(model)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model), adapted, rtol=0, atol=1e-5)
+    model.merge_adapter()  # an explicit verb that may be called twice
+    torch.testing.assert_close(logits(model), adapted, rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(logits(model), adapted)
+
+
+@pytest.mark.parametrize("case", MERGEABLE)
+def test_merge_and_unload_gives_a_plain_model_with_the_same_output(case: str, tmp_path: Any) -> None:
+    model = MERGEABLE[case]()
+    randomize(model)
+    adapted = logits(model)
+    plain = model.merge_and_unload()
+    assert plain is model and not isinstance(plain, PeftModel)
+    assert not any("lora" in name or "saved" in name or "trained" in name for name in plain.state_dict())
+    torch.testing.assert_close(logits(plain), adapted, rtol=0, atol=1e-5)
+    plain.save_pretrained(tmp_path)
+    again = type(plain).from_pretrained(tmp_path)
+    assert torch.equal(logits(again), logits(plain))
+
+
+def test_bf16_merge_is_made_in_float32_and_unmerged_exactly() -> None:
+    model = get_peft_model(tiny_llama().bfloat16(), lora())
+    randomize(model)
+    layer = model.model.layers[0].self_attn.q_proj
+    original = layer.weight.detach().clone()
+    delta = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double() * 4.0
+    model.merge_adapter()
+    assert torch.equal(layer.weight, (original.double() + delta).bfloat16())
+    model.unmerge_adapter()
+    assert torch.equal(layer.weight, original)
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_merging_into_nf4_says_what_became_of_it(requantize: bool, caplog: Any, tmp_path: Any) -> None:
+    model = get_peft_model(quantize_model(tiny_llama().bfloat16(), NF4Config()), lora())
+    randomize(model)
+    adapted = logits(model)
+    plain = model.merge_and_unload(requantize=requantize)
+    assert ("quantized again" if requantize else "merged into torch.bfloat16") in caplog.text
+    quantized = [m for m in plain.modules() if isinstance(m, minipeft.quantization.NF4Linear)]
+    assert len(quantized) == (14 if requantize else 0)
+    # Requantizing rounds; the 16-bit result only rounds to bfloat16.
+    assert (logits(plain) - adapted).abs().max() < (0.5 if requantize else 0.05)
+    plain.save_pretrained(tmp_path)
+    again = type(plain).from_pretrained(tmp_path, dtype="auto").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in plain.state_dict().items())
+
+
+def test_tied_embeddings_each_keep_their_own_update(tmp_path: Any) -> None:
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), lora(target_modules=["embed_tokens", "lm_head"]))
+    randomize(model)
+    adapted = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), adapted, rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(logits(plain), adapted, rtol=0, atol=1e-5)
+    plain.save_pretrained(tmp_path)
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path)), logits(plain))
+
+
+def test_unload_of_a_tied_model_keeps_it_tied() -> None:
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), lora(modules_to_save=["lm_head"]))
+    randomize(model)
+    plain = model.unload()
+    assert plain.config.tie_word_embeddings and plain.lm_head.weight is plain.model.embed_tokens.weight
+
+
+def test_safe_merge_refuses_non_finite_weights_and_changes_nothing() -> None:
+    model = get_peft_model(tiny_llama(), lora())
+    layer = model.model.layers[1].self_attn.v_proj
+    layer.lora_B["default"].weight.data.fill_(float("nan"))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.v_proj"):
+        model.merge_adapter(safe_merge=True)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items() if not t.isnan().any())
+
+
+def test_merged_weights_follow_the_model_to_another_dtype() -> None:
+    model = get_peft_model(tiny_llama(), lora())
+    randomize(model)
+    model.merge_adapter()
+    model.double()
+    model.unmerge_adapter()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert torch.equal(model.lm_head.weight, tiny_llama().double().lm_head.weight)
+
+
+@pytest.mark.parametrize("case", ["plain", "dora", "bias", "head", "embedding", "nf4"])
+def test_deepcopy_is_independent(case: str) -> None:
+    model = MERGEABLE[case]()
+    randomize(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), logits(model)) and isinstance(twin, PeftModel)
+    before = logits(twin)
+    model.unload()
+    assert torch.equal(logits(twin), before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        model = quantize_model(tiny_llama(), NF4Config())
+        model = minipeft.prepare_model_for_kbit_training(model, checkpointing, {"use_reentrant": reentrant})
+        torch.manual_seed(0)
+        model = get_peft_model(model, lora(target_modules="all-linear")).train()
+        randomize(model)
+        model(some_ids(), labels=some_ids()).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    for with_, without in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(with_, without)
+
+
+def test_kbit_preparation_does_not_upcast_frozen_parameters() -> None:
+    model = tiny_llama().bfloat16()
+    minipeft.prepare_model_for_kbit_training(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_generation_merged_and_unmerged_agree() -> None:
+    model = get_peft_model(tiny_llama(), lora())
+    randomize(model, scale=0.3)
+    prompt = {"input_ids": some_ids(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    adapted = model.generate(**prompt, **settings)
+    with model.disable_adapter():
+        assert not torch.equal(model.generate(**prompt, **settings), adapted)
+    model.merge_adapter()
+    assert torch.equal(model.generate(**prompt, **settings), adapted)
+
+
+def test_compiled_qlora_model_gives_the_same_loss_and_gradients() -> None:
+    model = get_peft_model(quantize_model(tiny_llama(), NF4Config()), lora())
+    randomize(model)
+
+    def run(forward: Any) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = forward(some_ids(), labels=some_ids()).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+    eager = run(model)
+    for compiled, plain in zip(run(torch.compile(model, backend="aot_eager")), eager, strict=True):
+        torch.testing.assert_close(compiled, plain)
+
+
+def test_parameter_count_sees_through_the_packing() -> None:
+    plain = get_peft_model(tiny_llama(), lora()).get_nb_trainable_parameters()
+    packed = get_peft_model(quantize_model(tiny_llama(), NF4Config()), lora())
+    assert packed.get_nb_trainable_parameters() == plain
+
+
+def test_trainable_parameters_are_printed_as_peft_does(capsys: Any) -> None:
+    get_peft_model(tiny_llama(), lora()).print_trainable_parameters()
+    assert capsys.readouterr().out == "trainable params: 1,792 || all params: 79,936 || trainable%: 2.2418\n"
+
+
+def test_injected_adapter_works_without_the_mixin() -> None:
+    model = minipeft.inject_adapter_in_model(lora(), tiny_llama())
+    randomize(model)
+    assert not isinstance(model, PeftModel)
+    state = minipeft.get_peft_model_state_dict(model)
+    assert "model.layers.0.self_attn.q_proj.lora_A.weight" in state
+    twin = minipeft.inject_adapter_in_model(lora(), tiny_llama())
+    minipeft.set_peft_model_state_dict(twin, state)
+    assert torch.equal(logits(twin), logits(model))
+
+
+def test_a_module_that_is_no_transformer_can_be_adapted() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = get_peft_model(net, LoraConfig(target_modules=["0"], modules_to_save=["2"]))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        *("0.lora_A.default.weight", "0.lora_B.default.weight"),
+        *("2.modules_to_save.default.weight", "2.modules_to_save.default.bias"),
+    }
+    before = net(torch.ones(1, 4))
+    randomize(model)
+    assert not torch.equal(model(torch.ones(1, 4)), before)
+
+
+def test_one_module_may_be_adapted_differently_by_two_adapters() -> None:
+    model = get_peft_model(tiny_llama(attention_bias=True), lora(target_modules=["q_proj"], bias="all"))
+    model.add_adapter("second", lora(target_modules=["v_proj"], bias="lora_only"))
+    randomize(model)
+    first = logits(model)
+    assert "model.layers.0.self_attn.v_proj.bias" in _short(minipeft.get_peft_model_state_dict(model))
+    second = _short(minipeft.get_peft_model_state_dict(model, adapter_name="second"))
+    assert "model.layers.0.self_attn.v_proj.base_layer.bias" in second
+    model.set_adapter("second")
+    assert not torch.allclose(logits(model), first, atol=1e-4)
+    with pytest.raises(ValueError, match=r"'default' and 'second' cannot act together: both train .*bias"):
+        model.set_adapter(["default", "second"])
+
+
+def _short(state: dict[str, Any]) -> set[str]:
+    return {name.removeprefix("base_model.model.") for name in state}
+
+
+def test_status_tells_what_is_attached() -> None:
+    model = two_adapters(tiny_llama())
+    model.merge_adapter(["other"])
+    status = minipeft.get_model_status(model)
+    assert status.available_adapters == ["default", "other"] and status.active_adapters == ["default"]
+    assert status.merged_adapters == ["other"] and status.enabled
+    assert status.requires_grad == {"default": True, "other": True}
+    layers = {layer.name: layer for layer in minipeft.get_layer_status(model)}
+    assert len(layers) == status.num_adapter_layers == 6
+    assert layers["model.layers.0.mlp.down_proj"].available_adapters == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "complaint"),
+    [
+        (lambda m: m.set_adapter("nope"), ValueError, r"no adapter called 'nope'; there are \['default'\]"),
+        (lambda m: m.delete_adapter("nope"), ValueError, "no adapter called 'nope'"),
+        (lambda m: m.merge_adapter(["nope"]), ValueError, "no adapter called 'nope'"),
+        (lambda m: m.add_adapter("default", lora()), ValueError, "an adapter called 'default' already"),
+        (lambda m: m.add_adapter("a.b", lora()), ValueError, "adapter name 'a.b' must be made of"),
+        (lambda m: m.add_adapter(lora(), "x"), TypeError, "peft_config must be a PeftConfig"),
+        (lambda m: get_peft_model(m, lora()), ValueError, "has adapters already"),
+        (lambda m: m.save_pretrained("x", safe_serialization=False), ValueError, "would write a pickle"),
+        (lambda m: m.save_pretrained("x", push_to_hub=True), ValueError, "push_to_hub=True"),
+        (lambda m: m.save_pretrained("x", selected_adapters=["nope"]), ValueError, "no adapter called 'nope'"),
+    ],
+)
+def test_misuse_is_an_error_that_names_the_value(act: Any, error: type, complaint: str) -> None:
+    with pytest.raises(error, match=complaint):
+        act(get_peft_model(tiny_llama(), lora()))
+
+
+def test_a_config_that_does_not_fit_leaves_the_model_as_it_was() -> None:
+    model = tiny_llama()
+    gradients = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="nope"):
+        get_peft_model(model, lora(target_modules=["q_proj", "nope"]))
+    assert type(model) is LlamaForCausalLM and [p.requires_grad for p in model.parameters()] == gradients
+    assert model.state_dict().keys() == tiny_llama().state_dict().keys()

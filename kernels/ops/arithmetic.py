@@ -5,7 +5,6 @@ slower than in float32 on such a machine (50 s against 0.08 s at 4096x4096, M = 
 float32, whatever was asked for.
 """
 
-import functools
 import logging
 
 import torch
@@ -13,28 +12,27 @@ import torch
 logger = logging.getLogger("minipeft")
 
 
-@functools.cache
-def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU has instructions for matrix products in `dtype`."""
-    if dtype == torch.float32:
-        return True
-    if dtype == torch.bfloat16:
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if dtype == torch.float16:
-        return torch.cpu._is_amx_fp16_supported()
-    return False
+def _native_cpu_dtypes() -> frozenset[torch.dtype]:
+    dtypes = {torch.float32}
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        dtypes.add(torch.bfloat16)
+    if torch.cpu._is_amx_fp16_supported():
+        dtypes.add(torch.float16)
+    return frozenset(dtypes)
+
+
+CPU_DTYPES = _native_cpu_dtypes()
+"""The dtypes that this CPU has matrix instructions for."""
+
+_said: set[torch.dtype] = set()
 
 
 def arithmetic_dtype(asked: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to multiply in on `device` when `asked` is wanted: `asked`, or float32 where that is emulated."""
-    if device.type != "cpu" or cpu_multiplies(asked):
+    if device.type != "cpu" or asked in CPU_DTYPES:
         return asked
-    _say_once(asked)
+    # torch.compile cannot trace a logger.
+    if asked not in _said and not torch.compiler.is_compiling():
+        _said.add(asked)
+        logger.warning("this CPU has no %s matrix instructions: NF4 products are in float32 instead", asked)
     return torch.float32
-
-
-@functools.cache
-def _say_once(asked: torch.dtype) -> None:
-    logger.warning(
-        "this CPU has no %s matrix instructions: NF4 products are computed in float32 instead", asked
-    )

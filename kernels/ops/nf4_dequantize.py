@@ -29,16 +29,17 @@ def nf4_dequantize(
     packed = codes.view(-1)
     # An odd end decodes its padding too; it is cut off below.
     out = torch.empty(packed.numel() * 2, dtype=dtype, device=codes.device)
-    for start in range(0, n, CHUNK):
-        stop = min(start + CHUNK, n)
-        part = packed[start // 2 : (stop + 1) // 2]
-        scales = absmax[start // blocksize : -(-stop // blocksize)]
-        target = out[start : start + 2 * part.numel()]
-        if dtype == torch.float32:
-            decode_into(target, part, scales, pairs, blocksize)
+    size = min(CHUNK, out.numel())
+    index = torch.empty(size // 2, dtype=torch.int32, device=codes.device)
+    buffer = None if dtype == torch.float32 else torch.empty(size, dtype=torch.float32, device=codes.device)
+    for start in range(0, out.numel(), CHUNK):
+        target = out[start : start + CHUNK]
+        part = packed[start // 2 : (start + CHUNK) // 2]
+        scales = absmax[start // blocksize :]
+        if buffer is None:
+            decode_into(target, part, scales, pairs, blocksize, index)
         else:
-            buffer = torch.empty(target.numel(), dtype=torch.float32, device=codes.device)
-            target.copy_(decode_into(buffer, part, scales, pairs, blocksize))
+            target.copy_(decode_into(buffer[: target.numel()], part, scales, pairs, blocksize, index))
     return out[:n].view(shape)
 
 
@@ -49,17 +50,21 @@ def level_pairs(quant_map: Tensor) -> Tensor:
     return torch.stack([quant_map[byte >> 4], quant_map[byte & 15]], dim=1).view(torch.int64).view(-1)
 
 
-def decode_into(out: Tensor, codes: Tensor, absmax: Tensor, pairs: Tensor, blocksize: int) -> Tensor:
+def decode_into(out: Tensor, codes: Tensor, absmax: Tensor, pairs: Tensor, blocksize: int, index: Tensor) -> Tensor:
     """Decode bytes that start at a block's start into `out`, and return it.
 
     Args:
         out: float32 (2m,), overwritten.
         codes: uint8 (m,).
-        absmax: float32 (ceil(2m/blocksize),).
+        absmax: float32, the first ceil(2m/blocksize) are used.
         pairs: of `level_pairs`.
+        blocksize: weights that share a scale.
+        index: int32 (m,) or longer, overwritten.
     """
+    index = index[: codes.numel()]
+    index.copy_(codes)
     # One look-up a byte gives both its levels: half the look-ups, and 8 bytes copied at once.
-    torch.index_select(pairs, 0, codes.int(), out=out.view(torch.int64))
+    torch.index_select(pairs, 0, index, out=out.view(torch.int64))
     full = out.numel() // blocksize
     out[: full * blocksize].view(full, blocksize).mul_(absmax[:full].unsqueeze(1))
     if full * blocksize < out.numel():

@@ -4,6 +4,7 @@ W is decoded a few rows at a time, so the float matrix never exists whole, forwa
 is kept between the two; W is frozen, so x is not needed again.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,11 @@ from .arithmetic import arithmetic_dtype
 from .nf4_dequantize import decode_into, dequantize_absmax, level_pairs
 from .nf4_quantize import WEIGHT_DTYPES
 
-# Weights decoded at a time, as whole rows of W.
+# codes, absmax, quant_map, nested_absmax, nested_map, offset: the tensors that an NF4 weight is.
+Packed = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+# Weights decoded at a time, as whole rows of W. 4096x4096 float32, M = 16, forward on one thread: 15.3 ms at 2^17,
+# 13.0 at 2^19, 12.9 at 2^20, 14.6 at 2^21, and 41 with W decoded whole; with M = 256 it is 98 at 2^20 and 122 whole.
 CHUNK = 1 << 20
 
 
@@ -109,30 +114,43 @@ class _NF4Matmul(torch.autograd.Function):
             with torch.autocast(grad.device.type, enabled=False):
                 cast = dy.to(arithmetic)
                 for start, stop, w in decoded_rows(ctx.saved_tensors, ctx.sizes, arithmetic):
-                    total += cast[:, start:stop] @ w
+                    if arithmetic == torch.float32:
+                        total.addmm_(cast[:, start:stop], w)
+                    else:
+                        total += cast[:, start:stop] @ w
             dx = total.to(x_dtype).view(*grad.shape[:-1], in_features)
         if ctx.needs_input_grad[1]:
             db = dy.sum(0, dtype=torch.float32).to(bias_dtype)
         return dx, db, *(None,) * 10
 
 
-def decoded_rows(packed: Any, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> Any:
-    """Yield (first row, last row + 1, those rows of W in `dtype`), a chunk at a time in one reused buffer."""
+def decoded_rows(
+    packed: Packed, sizes: tuple[int, int, int, int], dtype: torch.dtype
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (first row, last row + 1, those rows of W in `dtype`), a chunk at a time in buffers used again."""
     codes, absmax, quant_map, nested_absmax, nested_map, offset = packed
     out_features, in_features, blocksize, nested_blocksize = sizes
     if nested_absmax is not None:
+        assert nested_map is not None and offset is not None
         absmax = dequantize_absmax(absmax, nested_absmax, nested_map, offset, nested_blocksize)
     if out_features * in_features == 0:
         return
-    pairs = level_pairs(quant_map)
     flat = codes.view(-1)
+    pairs = level_pairs(quant_map)
     step = max(1, CHUNK // in_features)
+    # Rows need not start or end where a block does: up to two more blocks are decoded, and the rows cut out.
+    size = min(2 * flat.numel(), step * in_features + 2 * blocksize)
+    buffer = torch.empty(size, dtype=torch.float32, device=codes.device)
+    index = torch.empty(size // 2, dtype=torch.int32, device=codes.device)
+    cast = None if dtype == torch.float32 else torch.empty(step * in_features, dtype=dtype, device=codes.device)
     for start in range(0, out_features, step):
         stop = min(start + step, out_features)
-        # Rows need not start at a block's start: decode from the block that the first row lies in.
         first = start * in_features // blocksize * blocksize
-        part = flat[first // 2 : -(-stop * in_features // blocksize) * blocksize // 2]
-        buffer = torch.empty(part.numel() * 2, dtype=torch.float32, device=codes.device)
-        decode_into(buffer, part, absmax[first // blocksize :], pairs, blocksize)
-        w = buffer[start * in_features - first : stop * in_features - first].view(-1, in_features)
-        yield start, stop, w.to(dtype)
+        last = -(-stop * in_features // blocksize) * blocksize
+        part = flat[first // 2 : last // 2]
+        w = decode_into(buffer[: 2 * part.numel()], part, absmax[first // blocksize :], pairs, blocksize, index)[
+            start * in_features - first : stop * in_features - first
+        ]
+        if cast is not None:
+            w = cast[: w.numel()].copy_(w)
+        yield start, stop, w.view(-1, in_features)

@@ -57,7 +57,7 @@ def nf4_quantize(w: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
 
 def check_blocksize(blocksize: int) -> None:
     """Raise ValueError unless `blocksize` is a power of two from 32 to 4096."""
-    if blocksize not in BLOCKSIZES:
+    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize must be a power of two from 32 to 4096, got {blocksize!r}")
 
 

@@ -5,7 +5,6 @@ The scales are buffers that no cast touches, and state_dict speaks bitsandbytes'
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,6 +115,9 @@ class NF4Linear(nn.Module):
         self.weight = nn.Parameter(w.codes, requires_grad=False)
         for name in SCALES:
             self.register_buffer(name, getattr(w, name))
+        self._set_sizes(w)
+
+    def _set_sizes(self, w: NF4Weight) -> None:
         self.blocksize = w.blocksize
         self.nested_blocksize = w.nested_blocksize
         self.weight_dtype = w.dtype
@@ -195,9 +197,7 @@ class NF4Linear(nn.Module):
             mine = (key for key in state_dict if key.startswith(prefix) and key not in known)
             unexpected_keys += [key for key in mine if key[len(prefix) :].split(".")[0] not in self._modules]
 
-    def _load_weight(
-        self, state: dict[str, Any], prefix: str, assign: bool, missing_keys: list[str]
-    ) -> None:
+    def _load_weight(self, state: dict[str, Any], prefix: str, assign: bool, missing_keys: list[str]) -> None:
         if not any(key.startswith(prefix + "weight") for key in state):
             missing_keys += [prefix + name for name in self.nf4_weight().state()]
             return
@@ -207,12 +207,15 @@ class NF4Linear(nn.Module):
         _needs_data(prefix + "weight", self.weight)
         w = w.to(self.weight.device)
         old, new = self.nf4_weight().tensors(), w.tensors()
-        if {k: (t.shape, t.dtype) for k, t in old.items()} != {k: (t.shape, t.dtype) for k, t in new.items()}:
-            # The stored weight is cut into other blocks: its tensors replace ours.
+        same = old.keys() == new.keys() and all(
+            old[name].shape == new[name].shape and old[name].dtype == new[name].dtype for name in old
+        )
+        if not same:
+            # The stored weight is cut into other blocks: its tensors take the place of ours.
             return self.set_weight(w.clone())
-        self.set_weight(replace(w, **old))
         for name, tensor in old.items():
             tensor.copy_(new[name])
+        self._set_sizes(w)
 
     def _load_bias(self, state: dict[str, Any], key: str, assign: bool, missing_keys: list[str]) -> None:
         if self.bias is None:
@@ -221,9 +224,7 @@ class NF4Linear(nn.Module):
             missing_keys.append(key)
             return
         if state[key].shape != self.bias.shape:
-            raise ValueError(
-                f"{key} should have shape {tuple(self.bias.shape)}, and has {tuple(state[key].shape)}"
-            )
+            raise ValueError(f"{key} should have shape {tuple(self.bias.shape)}, and has {tuple(state[key].shape)}")
         if assign:
             self.bias = nn.Parameter(state[key], self.bias.requires_grad)
             return

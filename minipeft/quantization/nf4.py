@@ -4,8 +4,9 @@ The tensors in memory are those on disk, named and laid out as transformers with
 library reads the other's checkpoints without quantizing again.
 """
 
+import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -74,9 +75,7 @@ class NF4Weight:
             return single
         codes8, nested, offset = quantize_absmax(absmax)
         nested_map = dynamic_map().to(w.device, copy=True)
-        return replace(
-            single, absmax=codes8, nested_absmax=nested, offset=offset, nested_quant_map=nested_map
-        )
+        return replace(single, absmax=codes8, nested_absmax=nested, offset=offset, nested_quant_map=nested_map)
 
     @property
     def double_quant(self) -> bool:
@@ -105,11 +104,17 @@ class NF4Weight:
 
     def to(self, device: torch.device | str) -> "NF4Weight":
         """The same weight on another device."""
-        return replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
+        return self._map(lambda t: t.to(device))
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> "NF4Weight":
+        new = copy.copy(self)
+        for name, tensor in self.tensors().items():
+            setattr(new, name, fn(tensor))
+        return new
 
     def clone(self) -> "NF4Weight":
         """A copy that shares nothing."""
-        return replace(self, **{name: t.clone() for name, t in self.tensors().items()})
+        return self._map(Tensor.clone)
 
     def state(self, prefix: str = "") -> dict[str, Tensor]:
         """The tensors of a checkpoint, as bitsandbytes names them: "weight", "weight.absmax", ...
@@ -182,8 +187,24 @@ def _read_state(state: Mapping[str, Tensor], prefix: str) -> NF4Weight:
 
 
 _WEIGHT_DTYPE_NAMES = {_dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}
-_ENTRIES = ("quant_type", "blocksize", "dtype", "shape")
-_NESTED_ENTRIES = ("nested_blocksize", "nested_dtype", "nested_offset")
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+# What each entry of the JSON may be.
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "quant_type": lambda value: value == "nf4",
+    "blocksize": _is_size,
+    "dtype": lambda value: isinstance(value, str) and value in _WEIGHT_DTYPE_NAMES,
+    "shape": lambda value: isinstance(value, list) and all(map(_is_size, value)),
+}
+_NESTED_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "nested_blocksize": lambda value: _is_size(value) and value > 0,
+    "nested_dtype": lambda value: value == "float32",
+    "nested_offset": lambda value: isinstance(value, float | int),
+}
 
 
 def _read_entries(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
@@ -196,28 +217,19 @@ def _read_entries(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
         raise ValueError(f"{key} has no data (device meta): it says how the weight is packed, and is needed")
     try:
         entries = json.loads(bytes(packed.tolist()))
-        missing = [entry for entry in _ENTRIES if entry not in entries]
-        if "nested_offset" in entries or f"{name}.nested_absmax" in state:
-            missing += [entry for entry in _NESTED_ENTRIES if entry not in entries]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{key} should hold JSON as uint8, and does not: {error}") from error
-    if missing:
+    if not isinstance(entries, dict):
+        raise ValueError(f"{key} should hold a JSON object, and holds {entries!r}")
+    double = "nested_offset" in entries or f"{name}.nested_absmax" in state
+    needed = _ENTRIES | _NESTED_ENTRIES if double else _ENTRIES
+    if missing := sorted(needed.keys() - entries.keys()):
         raise ValueError(f"{key} lacks {', '.join(missing)}: it has {', '.join(entries)}")
-    unknown = sorted(k for k, v in entries.items() if k not in _ENTRIES + _NESTED_ENTRIES and v is not None)
-    expected = {
-        "quant_type": entries["quant_type"] == "nf4",
-        "dtype": entries["dtype"] in _WEIGHT_DTYPE_NAMES,
-        "nested_dtype": entries.get("nested_dtype", "float32") == "float32",
-        "shape": isinstance(entries["shape"], list)
-        and all(isinstance(size, int) and size >= 0 for size in entries["shape"]),
-        "nested_blocksize": isinstance(entries.get("nested_blocksize", 1), int)
-        and entries.get("nested_blocksize", 1) > 0,
-        "nested_offset": isinstance(entries.get("nested_offset", 0.0), float | int),
-        **dict.fromkeys(unknown, False),
-    }
-    for entry, good in expected.items():
-        if not good:
-            raise ValueError(f"{key} has {entry} = {entries[entry]!r}, which minipeft does not support")
+    for entry, value in entries.items():
+        # An entry of a later version passes while it asks for nothing.
+        supports = (_ENTRIES | _NESTED_ENTRIES).get(entry, lambda value: value is None)
+        if not supports(value):
+            raise ValueError(f"{key} has {entry} = {value!r}, which minipeft does not support")
     return entries
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from minipeft import set_peft_model_state_dict
 from minipeft.training.directories import atomic_directory, remove_directory
 from minipeft.training.errors import CheckpointError
 from minipeft.training.identity import parameters_digest
@@ -209,9 +210,14 @@ def _group_settings(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_adapter(path: Path, model: Any) -> None:
-    from minipeft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, _read_tensors(path / "adapter_model.safetensors"))
+    """Give the model's adapters their stored values; any but "default" lies in a folder of its name."""
+    for name in model.peft_config:
+        folder = path if name == "default" else path / name
+        tensors = _read_tensors(folder / "adapter_model.safetensors")
+        try:
+            set_peft_model_state_dict(model, tensors, adapter_name=name)
+        except ValueError as error:
+            raise CheckpointError(f"the adapter in {folder} does not fit the model: {error}") from None
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

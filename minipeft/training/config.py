@@ -245,7 +245,7 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...] | None) -> Non
         raise ConfigError(f"setting {name!r} must be one of {', '.join(choices)}, got {value!r}")
 
 
-_POSITIVE = (
+_POSITIVE: tuple[str, ...] = (
     *("max_length", "batch_size", "gradient_accumulation", "epochs", "max_steps", "eps", "max_grad_norm"),
     *("eval_every", "eval_batch_size", "save_every", "keep_last", "log_every"),
 )

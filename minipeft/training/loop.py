@@ -359,7 +359,7 @@ class Trainer:
             yield
         finally:
             if self.config.gradient_checkpointing:
-                self.model.gradient_checkpointing_disable()
+                self.model.activation_checkpointing_disable()
             self.model.train(was_training)
 
 
@@ -372,12 +372,8 @@ def total_steps(batches: int, config: TrainConfig) -> int:
 
 def enable_gradient_checkpointing(model: Any) -> None:
     """Recompute activations in backward, the non-reentrant way: the other one needs inputs with gradients."""
-    # transformers 5.23 renamed it and warns at the old name.
-    new_name = getattr(model, "activation_checkpointing_enable", None)
-    if new_name is not None:
-        new_name(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # The name that transformers 5.23 gave it; at gradient_checkpointing_enable it warns.
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _logged_evaluation(rows: list[dict[str, Any]], step: int) -> EvalResult | None:

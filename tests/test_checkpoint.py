@@ -1,0 +1,234 @@
+"""Adapter directories: written whole or not at all, read strictly, never unpickled."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import randomize, some_ids, tiny_llama
+from transformers import LlamaForCausalLM
+
+import minipeft
+from minipeft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def adapted(seed: int = 2, **changes: Any) -> Any:
+    model = get_peft_model(tiny_llama(), LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **changes}))
+    randomize(model, seed)
+    return model
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    adapted().save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def edit_config(directory: Path, **values: Any) -> None:
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps({**config, **values}))
+
+
+def edit_tensors(directory: Path, change: Any) -> None:
+    tensors = load_file(directory / WEIGHTS)
+    change(tensors)
+    save_file(tensors, directory / WEIGHTS)
+
+
+def load(directory: Path) -> Any:
+    return PeftModel.from_pretrained(tiny_llama(), directory)
+
+
+def assert_refused(directory: Path, error: type[Exception], complaint: str) -> None:
+    """Loading raises, into a plain model and beside an adapter, and leaves both models as they were."""
+    plain = tiny_llama()
+    with pytest.raises(error, match=complaint):
+        PeftModel.from_pretrained(plain, directory)
+    assert type(plain) is LlamaForCausalLM and plain.state_dict().keys() == tiny_llama().state_dict().keys()
+    model = adapted()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(error, match=complaint):
+        model.load_adapter(directory, "second")
+    assert list(model.peft_config) == ["default"]
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_saved_comes_back(directory: Path) -> None:
+    model, again = adapted(), load(directory)
+    assert torch.equal(again(some_ids()).logits, model(some_ids()).logits)
+    assert not any(p.requires_grad for p in again.parameters())
+    assert again.active_adapter == "default"
+    assert sorted(os.listdir(directory)) == ["README.md", CONFIG, WEIGHTS]
+
+
+def test_adapter_is_loaded_trainable_on_request(directory: Path) -> None:
+    model = PeftModel.from_pretrained(tiny_llama(), directory, is_trainable=True)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if "lora_" in n
+    }
+    model.load_adapter(directory, "frozen")
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "frozen" in n)
+    assert model.active_adapter == "default"
+
+
+def test_loading_into_an_adapter_that_exists_overwrites_its_values(directory: Path) -> None:
+    model = adapted(seed=3)
+    assert not torch.equal(model(some_ids()).logits, adapted()(some_ids()).logits)
+    model.load_adapter(directory, "default")
+    assert torch.equal(model(some_ids()).logits, adapted()(some_ids()).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtype_of_a_16_bit_adapter_is_kept_on_disk(dtype: torch.dtype, tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["q_proj"])
+    model = get_peft_model(tiny_llama().to(dtype), config, autocast_adapter_dtype=False)
+    model.save_pretrained(tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / WEIGHTS).values()} == {dtype}
+    wide = PeftModel.from_pretrained(tiny_llama().to(dtype), tmp_path)
+    assert {p.dtype for n, p in wide.named_parameters() if "lora_" in n} == {torch.float32}
+    narrow = PeftModel.from_pretrained(tiny_llama().to(dtype), tmp_path, autocast_adapter_dtype=False)
+    assert {p.dtype for n, p in narrow.named_parameters() if "lora_" in n} == {dtype}
+
+
+def test_state_dict_argument_is_what_is_saved(tmp_path: Path) -> None:
+    model = adapted()
+    state = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert all(not tensor.any() for tensor in load_file(tmp_path / WEIGHTS).values())
+
+
+def test_only_selected_adapters_are_saved_and_only_by_the_main_process(tmp_path: Path) -> None:
+    model = adapted()
+    model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "none", is_main_process=False)
+    model.save_pretrained(tmp_path / "one", selected_adapters=["other"])
+    assert not (tmp_path / "none").exists()
+    assert os.listdir(tmp_path / "one") == ["other"]
+
+
+def test_base_model_is_found_by_its_name(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["q_proj"]))
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert isinstance(again, minipeft.PeftModelForCausalLM)
+    assert torch.equal(again(some_ids()).logits, model.eval()(some_ids()).logits)
+
+
+def test_failed_write_leaves_the_old_adapter_whole(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: (directory / name).read_bytes() for name in os.listdir(directory)}
+
+    def disk_full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("minipeft.checkpoint.save_file", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        adapted(seed=3).save_pretrained(directory)
+    assert {name: (directory / name).read_bytes() for name in os.listdir(directory)} == before
+
+
+def test_a_model_card_that_exists_is_not_overwritten(directory: Path) -> None:
+    (directory / "README.md").write_text("mine")
+    adapted().save_pretrained(directory)
+    assert (directory / "README.md").read_text() == "mine"
+
+
+def test_fields_of_newer_versions_pass_while_they_ask_for_nothing(directory: Path) -> None:
+    edit_config(directory, brand_new=None, another=False, third={}, fourth=[], peft_version="9.0")
+    assert load(directory).peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"brand_new": 3}, r"adapter_config\.json: field 'brand_new' = 3 is not known"),
+        ({"lora_alphas": 3}, r"'lora_alphas' = 3 is not known to minipeft \(did you mean 'lora_alpha'\?\)"),
+        ({"use_qalora": True}, r"adapter_config\.json: LoraConfig\(use_qalora=True\) is not supported"),
+        ({"peft_type": "IA3"}, r"peft_type 'IA3' is not a method that minipeft has \(LORA\)"),
+        ({"r": 0}, "r must be a positive integer"),
+        ({"target_modules": ["nope"]}, "'nope' matches no module"),
+        ({"r": 8}, r"lora_A\.weight has shape \(4, 64\), expected \(8, 64\)"),
+        ({"target_modules": ["q_proj"]}, r"unknown tensors base_model.*v_proj\.lora_A"),
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"missing tensors base_model.*k_proj\.lora_A"),
+        ({"use_dora": True}, "missing tensors .*lora_magnitude_vector"),
+    ],
+)
+def test_config_that_does_not_fit_is_refused_by_name(directory: Path, values: dict[str, Any], complaint: str) -> None:
+    edit_config(directory, **values)
+    assert_refused(directory, ValueError, complaint)
+
+
+def test_config_that_is_no_json_object_is_refused(directory: Path) -> None:
+    for text, complaint in (("{", "not valid JSON"), ("[]", "expected a JSON object, got list")):
+        (directory / CONFIG).write_text(text)
+        assert_refused(directory, ValueError, complaint)
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name(directory: Path) -> None:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    edit_tensors(directory, lambda t: t.update({name: torch.zeros(4, 32)}))
+    assert_refused(directory, ValueError, r"q_proj\.lora_A\.weight has shape \(4, 32\), expected \(4, 64\)")
+    edit_tensors(directory, lambda t: t.pop(name))
+    assert_refused(directory, ValueError, f"missing tensors {name}")
+    edit_tensors(directory, lambda t: t.update({name: torch.zeros(4, 64), "extra": torch.zeros(1)}))
+    assert_refused(directory, ValueError, "unknown tensors extra")
+
+
+def test_adapter_of_a_deeper_model_is_refused(tmp_path: Path) -> None:
+    deep = get_peft_model(tiny_llama(num_hidden_layers=3), LoraConfig(target_modules=["q_proj"]))
+    deep.save_pretrained(tmp_path)
+    assert_refused(tmp_path, ValueError, r"unknown tensors .*layers\.2\.self_attn\.q_proj")
+
+
+def test_truncated_file_is_refused(directory: Path) -> None:
+    data = (directory / WEIGHTS).read_bytes()
+    for length in (0, 5, len(data) // 2, len(data) - 1):
+        (directory / WEIGHTS).write_bytes(data[:length])
+        assert_refused(directory, ValueError, "is damaged or not a safetensors file")
+
+
+def test_missing_files_are_said_to_be_missing(directory: Path) -> None:
+    (directory / WEIGHTS).unlink()
+    assert_refused(directory, FileNotFoundError, "no adapter weights at")
+    (directory / "adapter_model.bin").write_bytes(b"")
+    assert_refused(
+        directory, FileNotFoundError, "is a pickle, which minipeft does not open; .* convert it with: python"
+    )
+    (directory / CONFIG).unlink()
+    assert_refused(directory, FileNotFoundError, "expected a file adapter_config.json")
+
+
+def test_the_command_that_converts_a_pickle_works(directory: Path) -> None:
+    torch.save(load_file(directory / WEIGHTS), directory / "adapter_model.bin")
+    (directory / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError) as raised:
+        load(directory)
+    command = str(raised.value).split("convert it with: ")[1].replace("python", sys.executable, 1)
+    assert os.system(command) == 0
+    assert torch.equal(load(directory)(some_ids()).logits, adapted()(some_ids()).logits)
+
+
+def test_saving_to_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="it is a file"):
+        adapted().save_pretrained(tmp_path / "file")
+
+
+def test_config_survives_the_round_trip(tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=3, target_modules=["q_proj"], rank_pattern={"q_proj": 5}, use_dora=True, task_type="CAUSAL_LM"
+    )
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(again, LoraConfig)
+    config.inference_mode, config.peft_version = True, again.peft_version
+    assert again == config
+    assert minipeft.get_peft_config(again.to_dict()) == again

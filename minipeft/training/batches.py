@@ -37,7 +37,7 @@ class Batch:
 class Batches:
     """A data set cut into batches. A row is one example, or with `packing` several.
 
-    Iterating gives every batch once in the examples' own order (for evaluation); `epoch(n)` gives those of
+    Iterating gives every row once, longest first (for evaluation, where order is nothing); `epoch(n)` gives those of
     training epoch n, shuffled. `len()` is the number of batches of one pass.
     """
 
@@ -67,12 +67,17 @@ class Batches:
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._batches(range(len(self.rows)))
+        # Rows of like length together: least padding.
+        by_length = sorted(range(len(self.rows)), key=lambda row: -self._row_length(row))
+        return self._batches(by_length)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches of training epoch `epoch`, from batch `start` on."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
         return self._batches(order[start * self.batch_size :].tolist())
+
+    def _row_length(self, row: int) -> int:
+        return sum(len(self.examples[i]) for i in self.rows[row])
 
     def _batches(self, order: Sequence[int]) -> Iterator[Batch]:
         for at in range(0, len(order), self.batch_size):

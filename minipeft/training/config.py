@@ -252,17 +252,7 @@ _POSITIVE: tuple[str, ...] = (
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    positive = (
-        "batch_size",
-        "gradient_accumulation",
-        "epochs",
-        "max_steps",
-        "eps",
-        "max_length",
-        "log_every",
-    )
-    positive += ("eval_every", "eval_batch_size", "save_every", "keep_last", "max_grad_norm")
-    for name in positive:
+    for name in _POSITIVE:
         _require(config, name, lambda v: v > 0, "greater than 0")
     for name in ("lr", "weight_decay", "warmup_steps", "seed"):
         _require(config, name, lambda v: v >= 0, "0 or greater")

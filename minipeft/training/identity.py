@@ -72,17 +72,19 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], source: str
 
 @torch.no_grad()
 def model_fingerprint(model: Any) -> str:
-    """sha256 over names, shapes, dtypes and up to 1024 evenly spaced elements of every frozen parameter.
+    """sha256 over names, shapes, dtypes and up to 1024 evenly spaced elements of everything frozen.
+
+    That is parameters that need no gradient, and buffers, in which 4-bit weights keep their scales.
 
     Samples are enough to tell models apart, and cost milliseconds where hashing every byte would cost
     seconds.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.requires_grad:
             continue
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        flat = parameter.detach().reshape(-1)
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
         digest.update(tensor_bytes(flat[:: max(1, flat.numel() // 1024)]))
     return digest.hexdigest()
 

@@ -11,14 +11,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from minipeft.training.batches import Batch, Batches
 from minipeft.training.checkpoint import (
@@ -36,9 +34,10 @@ from minipeft.training.errors import NonFiniteError, TrainingInterrupted
 from minipeft.training.evaluation import EvalResult, evaluate_loss
 from minipeft.training.identity import run_identity
 from minipeft.training.loss import autocast, token_loss_sum
-from minipeft.training.metrics import RunLog, check_tensorboard, memory_bytes, peak_memory_bytes, read_log
+from minipeft.training.metrics import RunLog, check_tensorboard, peak_memory_bytes, read_log
 from minipeft.training.packing import check_isolation
 from minipeft.training.plots import check_matplotlib, plot_loss_curve
+from minipeft.training.report import Reporter
 from minipeft.training.rundir import open_run
 from minipeft.training.schedule import make_optimizer, make_schedule, trainable_parameters
 from minipeft.training.signals import StopSignal
@@ -133,15 +132,8 @@ class Trainer:
             restore_random(random_state)
         self._random = capture_random()
         self._identity = identity
-        self._log = RunLog(
-            self.output_dir / "log.jsonl",
-            self.output_dir / "tensorboard" if self.config.tensorboard else None,
-        )
-        # At step 0 even an evaluation is done again.
-        self._log.rewind(self.progress.step or -1)
-        self._bar = tqdm(**self._bar_options())
-        closing = contextlib.closing
-        with closing(self._log), closing(self._bar), StopSignal() as self._stop, self._training_mode():
+        self._report = self._reporter()
+        with contextlib.closing(self._report), StopSignal() as self._stop, self._training_mode():
             return self._run()
 
     def evaluate(self) -> EvalResult | None:
@@ -151,8 +143,6 @@ class Trainer:
         return evaluate_loss(self.model, self.eval_batches, precision=self.config.precision)
 
     def _run(self) -> TrainResult:
-        self._started = self._window_started = time.perf_counter() - self.progress.seconds
-        self._window_tokens = 0
         config, progress = self.config, self.progress
         start = self._evaluate_and_log() if config.eval_at_start and progress.step == 0 else None
         end: EvalResult | None = None
@@ -160,7 +150,7 @@ class Trainer:
             self._step(group)
             last = progress.step == self.total_steps
             if last or progress.step % config.log_every == 0:
-                self._log_step()
+                self._report.log_window()
             if last or (config.eval_every and progress.step % config.eval_every == 0):
                 end = self._evaluate_and_log()
             if last or (config.save_every and progress.step % config.save_every == 0):
@@ -207,7 +197,7 @@ class Trainer:
         self._check_finite(step, mean_loss, norm)
 
         # 3. Update.
-        self._last_lr = self.optimizer.param_groups[0]["lr"]
+        lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -218,11 +208,8 @@ class Trainer:
         progress.tokens += real_tokens
         progress.window_loss += loss_sum
         progress.window_loss_tokens += tokens
-        self._window_tokens += real_tokens
-        self._last_norm = norm
         self._random = capture_random()
-        self._bar.update()
-        self._show(mean_loss)
+        self._report.step(real_tokens, mean_loss, lr, norm)
 
     def _check_finite(self, step: int, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -234,57 +221,23 @@ class Trainer:
         advice = "the step was not taken and saved checkpoints are unaffected; try a lower lr"
         raise NonFiniteError(f"{message}; {advice}", step)
 
-    def _log_step(self) -> None:
-        progress, now = self.progress, time.perf_counter()
-        elapsed = max(now - self._window_started, 1e-9)
-        row = {
-            "step": progress.step,
-            "epoch": round(progress.epoch + progress.batch / len(self.batches), 4),
-            "loss": progress.window_loss / progress.window_loss_tokens,
-            "lr": self._last_lr,
-            "grad_norm": self._last_norm,
-            "tokens": progress.tokens,
-            "tokens_per_second": round(self._window_tokens / elapsed, 1),
-            "memory_mib": round(memory_bytes(self.device) / 2**20, 1),
-            "seconds": round(now - self._started, 3),
-        }
-        self._write(row)
-        progress.window_loss, progress.window_loss_tokens = 0.0, 0
-        self._window_started, self._window_tokens = now, 0
-
     def _evaluate_and_log(self) -> EvalResult | None:
         if self.eval_batches is None:
             return None
-        started = time.perf_counter()
-        result = evaluate_loss(
-            self.model,
-            self.eval_batches,
-            precision=self.config.precision,
-            should_stop=lambda: self._stop.requested,
-        )
+        with self._report.paused():
+            result = evaluate_loss(
+                self.model,
+                self.eval_batches,
+                precision=self.config.precision,
+                should_stop=lambda: self._stop.requested,
+            )
         # Half an evaluation is no measurement; the stop is dealt with after this step.
         if not self._stop.requested:
-            row = {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
-            self._write({"step": self.progress.step, **row, "eval_tokens": result.tokens})
-        # Time spent here is not training time.
-        spent = time.perf_counter() - started
-        self._started, self._window_started = self._started + spent, self._window_started + spent
+            self._report.log_evaluation(result)
         return result
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self._log.write(row)
-        self._on_log(row)
-
-    def _show(self, loss: float) -> None:
-        speed = self._window_tokens / max(time.perf_counter() - self._window_started, 1e-9)
-        memory = memory_bytes(self.device) / 2**20
-        shown = {"loss": f"{loss:.3f}"}
-        if self._window_tokens:
-            shown["tok/s"] = f"{speed:.0f}"
-        self._bar.set_postfix(shown | {"MiB": f"{memory:.0f}"}, refresh=False)
-
     def _save(self) -> Path:
-        self.progress.seconds = time.perf_counter() - self._started
+        self.progress.seconds = self._report.seconds
         path = save_checkpoint(
             self.output_dir,
             self.model,
@@ -305,10 +258,9 @@ class Trainer:
         raise TrainingInterrupted(f"{message}; saved {path}, go on with --resume", path, self.progress.step)
 
     def _finish(self, start: EvalResult | None, end: EvalResult | None) -> TrainResult:
-        logged = read_log(self.output_dir / "log.jsonl")
-        end = end or _logged_evaluation(logged, self.progress.step) or self._evaluate_and_log()
-        seconds = time.perf_counter() - self._started
-        adapter_dir, log_path = self.output_dir / "adapter", self.output_dir / "log.jsonl"
+        log_path, adapter_dir = self._report.log_path, self.output_dir / "adapter"
+        end = end or _logged_evaluation(read_log(log_path), self.progress.step) or self._evaluate_and_log()
+        seconds = self._report.seconds
         with atomic_directory(adapter_dir) as temporary:
             self.model.save_pretrained(str(temporary))
         rows = read_log(log_path)
@@ -337,16 +289,22 @@ class Trainer:
         if self.config.packing:
             check_isolation(self.model)
 
-    def _bar_options(self) -> dict[str, Any]:
-        # Without a terminal a bar is one long line of control characters; it then reports every ten seconds.
-        return {
-            "total": self.total_steps,
-            "initial": self.progress.step,
-            "desc": "training",
-            "unit": "step",
-            "dynamic_ncols": True,
-            "disable": not self._progress_bar,
-        }
+    def _reporter(self) -> Reporter:
+        log = RunLog(
+            self.output_dir / "log.jsonl",
+            self.output_dir / "tensorboard" if self.config.tensorboard else None,
+        )
+        # At step 0 even an evaluation is done again.
+        log.rewind(self.progress.step or -1)
+        return Reporter(
+            log,
+            self.progress,
+            self.device,
+            total_steps=self.total_steps,
+            batches_per_epoch=len(self.batches),
+            progress_bar=self._progress_bar,
+            on_log=self._on_log,
+        )
 
     @contextlib.contextmanager
     def _training_mode(self) -> Iterator[None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,8 @@ def load_base_model(
     if quantize and "gguf_file" not in options:
         options["quantization_config"] = _nf4_config(double_quant)
     source = options.pop("source", str(location))
-    try:
+    with _loading("model", path):
         model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelLoadError(f"cannot load a model from {path}: {_first_sentence(error)}") from error
     if quantize and "gguf_file" in options:
         from minipeft.quantization import quantize_model
 
@@ -69,10 +69,8 @@ def load_tokenizer(path: str | Path) -> Any:
     options = _gguf_options(location)
     options.pop("quantization_config", None)
     source = options.pop("source", str(location))
-    try:
+    with _loading("tokenizer", path):
         return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
-        raise ModelLoadError(f"cannot load a tokenizer from {path}: {_first_sentence(error)}") from error
 
 
 def load_position_limit(path: str | Path) -> int | None:
@@ -83,10 +81,8 @@ def load_position_limit(path: str | Path) -> int | None:
     options = _gguf_options(location)
     options.pop("quantization_config", None)
     source = options.pop("source", str(location))
-    try:
+    with _loading("model", path):
         config = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelLoadError(f"cannot load a model from {path}: {_first_sentence(error)}") from error
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
@@ -154,7 +150,13 @@ def _nf4_config(double_quant: bool) -> Any:
     return NF4Config(double_quant=double_quant)
 
 
-def _first_sentence(error: BaseException) -> str:
-    """transformers' errors run over many lines; the first says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+@contextlib.contextmanager
+def _loading(what: str, path: str | Path) -> Iterator[None]:
+    """Turn whatever transformers stumbles over in a directory or file into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        # Its errors run over many lines; the first says what is wrong.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        detail = lines[0] if lines else type(error).__name__
+        raise ModelLoadError(f"cannot load a {what} from {path}: {detail}") from error

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from minipeft.files import write_text
-from minipeft.training.checkpoint import list_checkpoints, read_checkpoint
+from minipeft.training.checkpoint import checkpoint_step, list_checkpoints, read_checkpoint
 from minipeft.training.config import TrainConfig
-from minipeft.training.directories import remove_leftovers
+from minipeft.training.directories import remove_directory, remove_leftovers
 from minipeft.training.errors import CheckpointError, OutputDirError
 from minipeft.training.identity import check_identity
 
@@ -57,14 +57,21 @@ def find_resume(directory: Path, resume: bool | str | Path) -> Path | None:
         CheckpointError: no run to resume.
     """
     if not isinstance(resume, bool):
-        read_checkpoint(Path(resume))
-        return Path(resume)
+        return _named_checkpoint(directory, Path(resume))
     checkpoints = list_checkpoints(directory)
     if checkpoints:
         return checkpoints[-1]
     if (directory / "run.json").exists():
         return None
     raise CheckpointError(f"nothing to resume in {directory}: it holds no checkpoint-<step> directory")
+
+
+def _named_checkpoint(directory: Path, checkpoint: Path) -> Path:
+    read_checkpoint(checkpoint)
+    if holds_run(directory) and checkpoint.resolve().parent != directory.resolve():
+        message = f"output_dir {directory} already holds a run, and {checkpoint} is not one of its checkpoints"
+        raise OutputDirError(f"{message}: choose another output_dir")
+    return checkpoint
 
 
 def open_run(
@@ -86,9 +93,18 @@ def open_run(
         check_identity(_read_run(directory)["identity"], identity, str(directory))
     directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory)
+    if checkpoint is not None:
+        _remove_later(directory, checkpoint)
     run = {"config": config.to_dict(), "identity": dict(identity)}
     write_text(directory / "run.json", json.dumps(run, indent=2, sort_keys=True) + "\n")
     return checkpoint
+
+
+def _remove_later(directory: Path, checkpoint: Path) -> None:
+    """Take back what was saved after the checkpoint that the run goes on from, as the log is taken back."""
+    for path in list_checkpoints(directory):
+        if checkpoint_step(path) > checkpoint_step(checkpoint):
+            remove_directory(path)
 
 
 def _read_run(directory: Path) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def test_unknown_setting_is_named_with_its_neighbours(tmp_path):
 
 
 def test_missing_settings_are_listed():
-    with pytest.raises(ConfigError, match="missing setting.*: data, output_dir"):
+    with pytest.raises(ConfigError, match=r"missing setting.*: data, output_dir"):
         TrainConfig.from_sources(None, {"model": "m"})
 
 

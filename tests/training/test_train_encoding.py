@@ -104,14 +104,14 @@ def test_template_without_end_token_gets_one(tokenizer):
 
 
 def test_chat_template_refusals_are_data_errors(tokenizer, llama_tokenizer):
-    with pytest.raises(DataError, match="^record 1: records with 'messages' need a tokenizer with a chat template"):
+    with pytest.raises(DataError, match=r"^record 1: records with 'messages' need a tokenizer with a chat template"):
         encode(chat(("assistant", "good")), llama_tokenizer)
     strict = tokenizer.__class__(
         tokenizer_object=tokenizer.backend_tokenizer,
         eos_token="<|im_end|>",
         chat_template="{{ raise_exception('roles must alternate') }}",
     )
-    with pytest.raises(DataError, match="^record 1: .*refuses the messages: roles must alternate"):
+    with pytest.raises(DataError, match=r"^record 1: .*refuses the messages: roles must alternate"):
         encode(chat(("assistant", "good")), strict)
 
 

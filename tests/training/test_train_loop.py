@@ -23,9 +23,7 @@ from minipeft.training.signals import StopSignal
 
 def trainer(output_dir, data=None, model=None, eval_data=None, **settings):
     config = make_config(output_dir, **settings)
-    return Trainer(
-        model or make_model(), data or make_data(), config, eval_data=eval_data, progress_bar=False
-    )
+    return Trainer(model or make_model(), data or make_data(), config, eval_data=eval_data, progress_bar=False)
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -161,7 +159,10 @@ def test_plot_is_a_png(tmp_path):
 
 @pytest.mark.parametrize(
     ("setting", "module", "advice"),
-    [("plot", "matplotlib", r"minipeft\[demo\]"), ("tensorboard", "torch.utils.tensorboard", "pip install tensorboard")],
+    [
+        ("plot", "matplotlib", r"minipeft\[demo\]"),
+        ("tensorboard", "torch.utils.tensorboard", "pip install tensorboard"),
+    ],
 )
 def test_missing_extra_is_told_before_anything_is_written(tmp_path, monkeypatch, setting, module, advice):
     monkeypatch.setitem(__import__("sys").modules, module, None)

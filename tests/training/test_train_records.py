@@ -66,7 +66,7 @@ def test_blank_lines_byte_order_mark_and_unicode_line_separators_are_fine(tmp_pa
 
 
 def test_records_in_memory_are_checked_and_counted():
-    with pytest.raises(DataError, match="^record 2: expected exactly one of"):
+    with pytest.raises(DataError, match=r"^record 2: expected exactly one of"):
         make_records([{"text": "x"}, {"t": "y"}])
     with pytest.raises(DataError, match="the data set is empty"):
         make_records([])

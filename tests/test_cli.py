@@ -1,0 +1,420 @@
+"""The command line, from its arguments to the files it leaves and the sentences it refuses with."""
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_folder import save_model, write_jsonl
+from tolerances import TOLERANCES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minipeft import PeftModel, cli, commands
+from minipeft.cli import main
+from minipeft.quantization import NF4Linear
+
+RECORDS = [{"prompt": f"{word}?", "completion": f" {word[::-1]}"} for word in ("abc", "cab", "bca", "acb") * 4]
+QUICK = ["--max-steps", "6", "--lr", "0.02", "--batch-size", "4", "--method-args", "{r: 4, lora_alpha: 8}"]
+
+
+def run(*argv):
+    """Exit code, standard output and standard error of one command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(part) for part in argv])
+    return code, out.getvalue(), err.getvalue()
+
+
+def ok(*argv):
+    """Standard output of a command that must succeed."""
+    code, out, err = run(*argv)
+    assert code == 0, err
+    return out
+
+
+def refused(*argv):
+    """The sentence of a command that must be refused: one line, no traceback, exit code 2."""
+    code, _, err = run(*argv)
+    assert code == 2
+    assert err.startswith("minipeft: error: ") and err.count("\n") == 1, err
+    return err.removeprefix("minipeft: error: ").strip()
+
+
+def tree(folder):
+    return sorted(path.relative_to(folder) for path in folder.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", RECORDS)
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory, base, data):
+    output = tmp_path_factory.mktemp("runs") / "lora"
+    printed = ok("train", "--model", base, "--method", "lora", "--data", data, "--output", output, *QUICK)
+    return output, printed
+
+
+@pytest.fixture(scope="module")
+def adapter(lora_run):
+    return lora_run[0] / "adapter"
+
+
+def loss_of(*argv):
+    return float(re.search(r"loss (\S+)", ok("eval", *argv)).group(1))
+
+
+def logits(model, ids=((5, 9, 70, 71, 72),)):
+    with torch.no_grad():
+        return model.eval()(torch.tensor(ids)).logits
+
+
+# The commands
+
+
+def test_train_saves_an_adapter_that_eval_finds_better_than_the_base(base, data, lora_run, adapter):
+    assert (adapter / "adapter_model.safetensors").is_file()
+    assert "trainable params" in lora_run[1] and str(adapter) in lora_run[1]
+    before = loss_of("--model", base, "--data", data)
+    assert loss_of("--model", base, "--adapter", adapter, "--data", data) < before - 0.5
+
+
+def test_train_qlora_trains_on_a_packed_base(base, data, tmp_path):
+    ok("train", "--model", base, "--method", "qlora", "--data", data, "--output", tmp_path / "run", *QUICK)
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert settings["quantize"] == "nf4"
+    where = ["--model", base, "--quantize", "nf4", "--data", data]
+    assert loss_of(*where, "--adapter", tmp_path / "run" / "adapter") < loss_of(*where) - 0.5
+
+
+def test_flags_win_over_the_yaml_file(base, data, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {base}\ndata: {data}\nmax_steps: 50\nlr: 1e-3\nmethod_args: {{r: 2}}\n")
+    ok("train", "--config", config, "--output", tmp_path / "run", "--max-steps", "1")
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert (settings["max_steps"], settings["lr"]) == (1, 1e-3)
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"] == 2
+
+
+def test_resume_goes_on_to_the_same_adapter(base, data, lora_run, tmp_path):
+    arguments = ["train", "--model", base, "--data", data, "--output", tmp_path / "run", *QUICK, "--save-every", "3"]
+    ok(*arguments)
+    # As a run looks that was killed after its checkpoint at step 3.
+    for name in ("adapter", "checkpoint-6"):
+        for file in (tmp_path / "run" / name).iterdir():
+            file.unlink()
+        (tmp_path / "run" / name).rmdir()
+    ok(*arguments, "--resume")
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "run/adapter" / weights).read_bytes() == (lora_run[0] / "adapter" / weights).read_bytes()
+
+
+def test_generate_uses_the_chat_template_unless_raw(base, tmp_path):
+    chat = ok("generate", "--model", base, "--prompt", "ab?", "--max-new-tokens", "8")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+
+    def greedy(text):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True) + "\n"
+
+    assert chat == greedy("<|im_start|>user\nab?<|im_end|>\n<|im_start|>assistant\n")
+    raw = ok("generate", "--model", base, "--prompt", "ab?", "--max-new-tokens", "8", "--raw")
+    assert raw == greedy("ab?")
+    assert raw != chat
+    system = ok("generate", "--model", base, "--prompt", "ab?", "--max-new-tokens", "8", "--system", "cd")
+    expected = "<|im_start|>system\ncd<|im_end|>\n<|im_start|>user\nab?<|im_end|>\n<|im_start|>assistant\n"
+    assert system == greedy(expected)
+
+
+def test_generate_draws_the_same_for_the_same_seed(base):
+    arguments = ["generate", "--model", base, "--prompt", "ab", "--temperature", "2", "--max-new-tokens", "16"]
+    first = ok(*arguments, "--seed", "1")
+    assert first == ok(*arguments, "--seed", "1")
+    assert first != ok(*arguments, "--seed", "2")
+
+
+def test_generate_reads_standard_input_and_streams(base, monkeypatch):
+    arguments = ["generate", "--model", base, "--raw", "--max-new-tokens", "8"]
+    whole = ok(*arguments, "--prompt", "ab?")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab?"))
+    assert ok(*arguments, "--prompt", "-", "--stream") == whole
+
+
+def test_the_adapter_changes_what_is_generated(base, adapter):
+    arguments = ["generate", "--model", base, "--raw", "--prompt", "abc?", "--max-new-tokens", "8"]
+    assert ok(*arguments, "--adapter", adapter) != ok(*arguments)
+
+
+def test_merge_writes_a_plain_model_with_the_same_logits(base, adapter, tmp_path):
+    printed = ok("merge", "--model", base, "--adapter", adapter, "--output", tmp_path / "merged")
+    assert "32-bit (float32)" in printed
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    torch.testing.assert_close(logits(merged), logits(adapted), **TOLERANCES[torch.float32])
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").decode([5]) is not None
+
+
+def test_merge_says_whether_the_result_is_16_bit_or_nf4(base, adapter, tmp_path):
+    where = ["merge", "--model", base, "--adapter", adapter, "--quantize", "nf4", "--dtype", "bfloat16"]
+    assert "16-bit (bfloat16)" in ok(*where, "--output", tmp_path / "dense")
+    assert "NF4" in ok(*where, "--requantize", "--output", tmp_path / "packed")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert not any(isinstance(module, NF4Linear) for module in dense.modules())
+    assert any(isinstance(module, NF4Linear) for module in packed.modules())
+
+
+def test_inspect_tells_adapters_runs_checkpoints_and_models_apart(base, lora_run, adapter):
+    about = ok("inspect", adapter)
+    values = sum(t.numel() for t in _tensors(adapter).values())
+    assert "LORA adapter" in about and f"{values:,} in " in about
+    assert re.search(r"q_proj\.lora_A\.weight\s+\[4, 64\] F32", about)
+    total = AutoModelForCausalLM.from_pretrained(base).num_parameters()
+    assert f"{100 * values / (total + values):.3f} % of {total + values:,}" in about
+    assert "training run" in ok("inspect", lora_run[0])
+    assert "LORA adapter" in ok("inspect", next(lora_run[0].glob("checkpoint-*")))
+    model = ok("inspect", base)
+    assert "LlamaForCausalLM" in model and f"{total:,}" in model
+
+
+def _tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_inspect_counts_the_values_of_packed_weights(base, adapter, tmp_path):
+    where = ["merge", "--model", base, "--adapter", adapter, "--quantize", "nf4", "--requantize"]
+    ok(*where, "--output", tmp_path / "packed")
+    total = AutoModelForCausalLM.from_pretrained(base).num_parameters()
+    assert f"{total:,}" in ok("inspect", tmp_path / "packed")
+
+
+# What is refused
+
+
+def test_commands_of_other_methods_are_absent(base, data, tmp_path):
+    said = refused("train", "--model", base, "--data", data, "--output", tmp_path / "o", "--method", "prefix")
+    assert "'prefix'" in said and "lora, qlora" in said
+    assert "invalid choice: 'bench'" in refused("bench")
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "merge"])
+def test_a_model_path_that_is_none(command, data, adapter, tmp_path):
+    more = {
+        "train": ["--data", data, "--output", tmp_path / "o"],
+        "eval": ["--data", data],
+        "generate": ["--prompt", "a"],
+        "merge": ["--adapter", adapter, "--output", tmp_path / "o"],
+    }[command]
+    empty = tmp_path / "nothing"
+    assert str(empty) in refused(command, "--model", empty, *more)
+    empty.mkdir()
+    assert "config.json" in refused(command, "--model", empty, *more)
+    assert tree(tmp_path) == [Path("nothing")]
+
+
+def test_an_adapter_for_another_base(adapter, data, tmp_path):
+    other = save_model(tmp_path / "other", hidden_size=32, intermediate_size=48)
+    for command in (["eval", "--data", data], ["generate", "--prompt", "a"], ["merge", "--output", tmp_path / "o"]):
+        said = refused(*command, "--model", other, "--adapter", adapter)
+        assert "does not fit this model" in said and "lora_A" in said
+    deeper = save_model(tmp_path / "deeper", num_hidden_layers=3)
+    assert "missing tensors" in refused("eval", "--data", data, "--model", deeper, "--adapter", adapter)
+    assert tree(tmp_path / "o") == []
+
+
+def test_a_place_without_an_adapter_names_the_one_inside(base, lora_run, tmp_path):
+    said = refused("generate", "--prompt", "a", "--model", base, "--adapter", lora_run[0])
+    assert f"there is one in {lora_run[0] / 'adapter'}" in said
+    assert "no adapter at" in refused("generate", "--prompt", "a", "--model", base, "--adapter", tmp_path)
+
+
+def test_a_damaged_adapter(base, adapter, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((adapter / name).read_bytes())
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    said = refused("generate", "--prompt", "a", "--model", base, "--adapter", tmp_path)
+    assert "damaged" in said
+    assert "cut off" in refused("inspect", tmp_path)
+
+
+def test_wrong_target_names_list_the_near_ones(base, data, tmp_path):
+    arguments = ["train", "--model", base, "--data", data, "--output", tmp_path / "o"]
+    assert "q_proj" in refused(*arguments, "--method-args", "{target_modules: [q_prj]}")
+    assert "method_args" in refused(*arguments, "--method-args", "{rank: 8}")
+    assert "method_args" in refused(*arguments, "--method-args", "{r: 0}")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("{not json}", "invalid JSON"),
+        ("[1, 2]", "expected a JSON object"),
+        ('{"prompt": "a"}', "completion"),
+        ('{"text": 3}', "string"),
+        ('{"question": "a"}', '{"text"}'),
+    ],
+)
+def test_a_malformed_record_is_named_by_file_and_line(line, expected, base, tmp_path):
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"text": "fine"}\n' + line + "\n")
+    for arguments in (["train", "--output", tmp_path / "o"], ["eval"]):
+        said = refused(*arguments, "--model", base, "--data", data)
+        assert f"{data}:2: " in said and expected in said
+    assert tree(tmp_path) == [Path("bad.jsonl")]
+
+
+def test_no_data(base, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    for arguments in (["train", "--output", tmp_path / "o"], ["eval"]):
+        assert "data set is empty" in refused(*arguments, "--model", base, "--data", empty)
+        assert "No such file" in refused(*arguments, "--model", base, "--data", tmp_path / "none.jsonl")
+    assert tree(tmp_path) == [Path("empty.jsonl")]
+
+
+def test_a_sequence_longer_than_the_model(base, data, tmp_path):
+    long = write_jsonl(tmp_path / "long.jsonl", [{"text": "a"}, {"text": "b" * 300}])
+    for arguments in (["train", "--output", tmp_path / "o"], ["eval"]):
+        said = refused(*arguments, "--model", base, "--data", long)
+        assert f"{long}:2: " in said and "301 tokens" in said
+        said = refused(*arguments, "--model", base, "--data", data, "--max-length", "257")
+        assert "max_position_embeddings (256)" in said
+    said = refused("generate", "--model", base, "--raw", "--prompt", "a" * 200, "--max-new-tokens", "57")
+    assert "200 tokens" in said and "(256)" in said
+    assert "1 of 2 records" in ok("eval", "--model", base, "--data", long, "--too-long", "drop")
+
+
+def test_output_directories(base, data, lora_run, adapter, tmp_path):
+    train = ["train", "--model", base, "--data", data]
+    merge = ["merge", "--model", base, "--adapter", adapter]
+    demo = ["demo", "--model", base, "--data", data]
+    for command in (train, merge, demo):
+        said = refused(*command, "--output", tmp_path / "no" / "such")
+        assert f"parent directory {tmp_path / 'no'} does not exist" in said
+        assert "not a directory" in refused(*command, "--output", data)
+    assert "already holds a run" in refused(*train, "--output", lora_run[0])
+    for command in (merge, demo):
+        assert "not empty" in refused(*command, "--output", lora_run[0])
+    assert "nothing to resume" in refused(*train, "--output", tmp_path, "--resume")
+    assert tree(tmp_path) == []
+
+
+def test_bad_yaml(base, data, tmp_path):
+    config = tmp_path / "run.yaml"
+    arguments = ["train", "--model", base, "--data", data, "--output", tmp_path / "o", "--config", config]
+    assert "cannot read" in refused(*arguments)
+    config.write_text("learning_rate: 1\n")
+    assert "unknown setting 'learning_rate'" in refused(*arguments)
+    config.write_text("batch_size: many\n")
+    assert "'batch_size'" in refused(*arguments)
+    config.write_text("lr: [1\n")
+    assert "not valid YAML" in refused(*arguments)
+    assert "missing setting" in refused("train", "--model", base)
+    assert tree(tmp_path) == [Path("run.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "required: COMMAND"),
+        (["generate", "--model", "m"], "--prompt"),
+        (["generate", "--model", "m", "--prompt", "a", "--top-p", "2"], "top_p must be in (0, 1]"),
+        (["generate", "--model", "m", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["eval", "--model", "m", "--data", "d", "--batch-size", "0"], "must be 1 or greater"),
+        (["demo", "--steps", "none"], "--steps"),
+        (["inspect", "no/such/place"], "does not exist"),
+        (["inspect", "x", "--wat"], "--wat"),
+    ],
+)
+def test_a_wrong_command_line(arguments, expected):
+    assert expected in refused(*arguments)
+
+
+def test_an_empty_prompt_and_a_missing_chat_template(base, tmp_path):
+    assert "prompt is empty" in refused("generate", "--model", base, "--raw", "--prompt", "")
+    plain = save_model(tmp_path / "plain", chat=False)
+    assert "no chat template" in refused("generate", "--model", plain, "--system", "s", "--prompt", "a")
+    assert ok("generate", "--model", plain, "--prompt", "a", "--max-new-tokens", "4")
+
+
+def test_requantize_needs_a_packed_base(base, adapter, tmp_path):
+    where = ["merge", "--model", base, "--adapter", adapter, "--output", tmp_path / "o"]
+    assert "--requantize needs a 4-bit base" in refused(*where, "--requantize")
+    assert tree(tmp_path) == []
+
+
+def test_inspect_refuses_what_is_nothing_of_ours(tmp_path):
+    assert "no adapter, checkpoint, run or model" in refused("inspect", tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{")
+    assert "not valid JSON" in refused("inspect", tmp_path)
+    assert "is a file" in refused("inspect", tmp_path / "adapter_config.json")
+
+
+# Bugs, interruptions, debugging
+
+
+@pytest.mark.parametrize("bug", [ValueError("a bug"), TypeError("a bug"), RuntimeError("a bug"), KeyError("a bug")])
+def test_a_bug_keeps_its_traceback(bug, monkeypatch):
+    def broken(args):
+        raise bug
+
+    monkeypatch.setattr(commands, "inspect", broken)
+    with pytest.raises(type(bug), match="a bug"):
+        main(["inspect", "x"])
+
+
+def test_debug_shows_the_traceback_of_a_users_error(monkeypatch):
+    with pytest.raises(cli.TrainingError, match="does not exist"):
+        main(["inspect", "no/such/place", "--debug"])
+    monkeypatch.setenv("MINIPEFT_DEBUG", "1")
+    with pytest.raises(cli.TrainingError, match="does not exist"):
+        main(["inspect", "no/such/place"])
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "expected"),
+    [
+        (KeyboardInterrupt(), 130, "minipeft: interrupted\n"),
+        (cli.TrainingInterrupted("stopped at 3", Path("c"), 3), 130, "minipeft: stopped at 3\n"),
+        (OSError(28, "No space left on device"), 2, "minipeft: error: [Errno 28] No space left on device\n"),
+        (torch.OutOfMemoryError("CUDA"), 2, "out of memory"),
+    ],
+)
+def test_interruptions_and_the_machines_limits(raised, code, expected, monkeypatch):
+    def stopped(args):
+        raise raised
+
+    monkeypatch.setattr(commands, "inspect", stopped)
+    got, _, err = run("inspect", "x")
+    assert got == code and expected in err
+
+
+def test_the_installed_command_in_a_process_of_its_own(tmp_path):
+    def minipeft(*argv):
+        return subprocess.run([sys.executable, "-m", "minipeft.cli", *argv], capture_output=True, text=True)
+
+    helped = minipeft("--help")
+    assert helped.returncode == 0
+    assert all(name in helped.stdout for name in ("train", "demo", "eval", "generate", "merge", "inspect"))
+    failed = minipeft("inspect", str(tmp_path / "none"))
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr == f"minipeft: error: {tmp_path / 'none'} does not exist\n"
+    assert "--method-args" in minipeft("train", "--help").stdout

@@ -6,6 +6,7 @@ library reads the other's checkpoints without quantizing again.
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -203,7 +204,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
 _NESTED_ENTRIES: dict[str, Callable[[Any], bool]] = {
     "nested_blocksize": lambda value: _is_size(value) and value > 0,
     "nested_dtype": lambda value: value == "float32",
-    "nested_offset": lambda value: isinstance(value, float | int),
+    "nested_offset": lambda value: type(value) in (int, float) and math.isfinite(value),
 }
 
 

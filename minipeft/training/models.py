@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,12 +44,15 @@ def load_base_model(
         raise ValueError(f"quantize must be 'nf4' or None, got {quantize!r}")
     from transformers import AutoModelForCausalLM
 
-    location = locate_model(path)
-    options: dict[str, Any] = {"dtype": _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype}
-    options |= _gguf_options(location)
-    if quantize and "gguf_file" not in options:
+    source, options = _source(path)
+    options["dtype"] = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if "gguf_file" in options:
+        from transformers import GgufConfig
+
+        # Without dequantize=True transformers keeps a model that it cannot save.
+        options["quantization_config"] = GgufConfig(gguf_file=options["gguf_file"], dequantize=True)
+    elif quantize:
         options["quantization_config"] = _nf4_config(double_quant)
-    source = options.pop("source", str(location))
     with _loading("model", path):
         model = AutoModelForCausalLM.from_pretrained(source, **options)
     if quantize and "gguf_file" in options:
@@ -65,10 +71,7 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    location = locate_model(path)
-    options = _gguf_options(location)
-    options.pop("quantization_config", None)
-    source = options.pop("source", str(location))
+    source, options = _source(path)
     with _loading("tokenizer", path):
         return AutoTokenizer.from_pretrained(source, **options)
 
@@ -77,10 +80,7 @@ def load_position_limit(path: str | Path) -> int | None:
     """The longest sequence a model can take, read from its config alone; None where there is no limit."""
     from transformers import AutoConfig
 
-    location = locate_model(path)
-    options = _gguf_options(location)
-    options.pop("quantization_config", None)
-    source = options.pop("source", str(location))
+    source, options = _source(path)
     with _loading("model", path):
         config = AutoConfig.from_pretrained(source, **options)
     return getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -131,17 +131,34 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _gguf_options(location: str | Path) -> dict[str, Any]:
-    if not isinstance(location, Path) or location.suffix != ".gguf":
-        return {}
+def _source(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is to be given for a model path: the source, and for a GGUF file its name."""
+    location = locate_model(path)
+    if isinstance(location, str):
+        _check_hub(location)
+        return location, {}
+    if location.suffix != ".gguf":
+        return str(location), {}
     if not all(importlib.util.find_spec(package) for package in ("accelerate", "gguf")):
         message = "reading a .gguf file needs the packages gguf and accelerate: pip install 'minipeft[demo]'"
         raise MissingExtraError(message)
-    from transformers import GgufConfig
+    return str(location.parent), {"gguf_file": location.name}
 
-    # Without dequantize=True transformers keeps a model that it cannot save.
-    config = GgufConfig(gguf_file=location.name, dequantize=True)
-    return {"source": str(location.parent), "gguf_file": location.name, "quantization_config": config}
+
+def _check_hub(name: str) -> None:
+    """Say at once that the hub cannot be reached; its client would try for most of a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    # Behind a proxy names may not resolve here and still be reached.
+    if cached or constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        message = f"no model directory or file at {name}, and {host} cannot be reached to look for it there"
+        raise ModelLoadError(message) from None
 
 
 def _nf4_config(double_quant: bool) -> Any:

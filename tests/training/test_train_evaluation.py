@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from conftest import VOCABULARY, make_data, make_model
+from tiny_runs import VOCABULARY, make_data, make_model
 from torch.nn import functional as F
 
 from minipeft.training import Batches, accuracy, classify, encode_pair, evaluate_loss

@@ -1,10 +1,12 @@
 import json
 import math
 import signal
+import sys
+import types
 
 import pytest
 import torch
-from conftest import make_config, make_data, make_model, trained_parameters
+from tiny_runs import make_config, make_data, make_model, trained_parameters
 
 from minipeft import PeftModel
 from minipeft.training import (
@@ -165,11 +167,32 @@ def test_plot_is_a_png(tmp_path):
     ],
 )
 def test_missing_extra_is_told_before_anything_is_written(tmp_path, monkeypatch, setting, module, advice):
-    monkeypatch.setitem(__import__("sys").modules, module, None)
+    monkeypatch.setitem(sys.modules, module, None)
     run = trainer(tmp_path / "run", **{setting: True})
     with pytest.raises(MissingExtraError, match=advice):
         run.train()
     assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_every_row(tmp_path, monkeypatch):
+    scalars, closed = [], []
+
+    class SummaryWriter:
+        def __init__(self, directory):
+            assert directory == str(tmp_path / "run" / "tensorboard")
+
+        def add_scalar(self, key, value, step):
+            scalars.append((key, value, step))
+
+        def close(self):
+            closed.append(True)
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    trainer(tmp_path / "run", tensorboard=True).train()
+    logged = [("loss", row["loss"], row["step"]) for row in read_log(tmp_path / "run" / "log.jsonl")]
+    assert [scalar for scalar in scalars if scalar[0] == "loss"] == logged and closed
 
 
 def test_a_run_is_never_overwritten(tmp_path):

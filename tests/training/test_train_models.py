@@ -2,7 +2,7 @@ import socket
 
 import pytest
 import torch
-from conftest import make_model
+from tiny_runs import make_model
 
 from minipeft.quantization import NF4Linear
 from minipeft.training import (
@@ -90,7 +90,7 @@ def test_directory_loads_in_four_bits(model_dir):
     assert len(linears) == 14
     ids = torch.tensor([[3, 4, 5]])
     difference = model(ids).logits - make_model(adapter=False, vocab_size=400)(ids).logits
-    assert 0 < difference.abs().max()
+    assert difference.abs().max() > 0
 
 
 def test_gguf_file_loads_dequantized_and_in_four_bits(gguf_file):
@@ -143,6 +143,18 @@ def test_hub_names_are_left_to_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert locate_model("gpt2") == "gpt2"
     assert locate_model("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
+
+
+def test_unreachable_hub_is_told_at_once(tmp_path, monkeypatch):
+    def unknown_host(*args, **kwargs):
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("urllib.request.getproxies", lambda: {})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown_host)
+    with pytest.raises(ModelLoadError, match=r"no model directory or file at nope-nothing, and huggingface.co cannot"):
+        load_base_model("nope-nothing")
 
 
 def test_directory_without_tokenizer_is_one_sentence(tmp_path):

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import VOCABULARY, make_data, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import VOCABULARY, make_data, make_model
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from minipeft.training import Batches, ConfigError, Example

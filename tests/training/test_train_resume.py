@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_config, make_data, make_model, trained_parameters
 from test_train_loop import interrupt
+from tiny_runs import make_config, make_data, make_model, trained_parameters
 
 from minipeft.training import (
     CheckpointError,

@@ -60,6 +60,11 @@ class NF4HfQuantizer(HfQuantizer):
             return {"": torch.cuda.current_device()}
         return device_map
 
+    @property
+    def quantized_element_size(self) -> float | None:
+        # for device maps; a packed checkpoint's weights have their own size already
+        return None if self.pre_quantized else 0.5
+
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
         # room for the one dense weight that exists while it is quantized
         return {device: size * 0.9 if not isinstance(size, str) else size for device, size in max_memory.items()}  # type: ignore[misc]
@@ -95,7 +100,11 @@ class NF4HfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             config.skip_modules = skip_modules_for_file(model, config.skip_modules)
         for group in groups:
-            linear = nf4_linear_like(model.get_submodule(group[0]), config)
+            dense = model.get_submodule(group[0])
+            linear = nf4_linear_like(dense, config)
+            if not self.pre_quantized:
+                # transformers before 5.23 casts what it reads to the dtype it finds here, and uint8 would ruin it
+                linear.weight = dense.weight  # type: ignore[assignment]
             self.hooks.append(linear.register_state_dict_post_hook(_hide_scales))
             for name in group:
                 model.set_submodule(name, linear)

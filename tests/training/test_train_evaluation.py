@@ -2,7 +2,8 @@ import math
 
 import pytest
 import torch
-from tiny_runs import VOCABULARY, make_data, make_model
+from tiny import VOCABULARY
+from tiny_runs import make_data, make_model
 from torch.nn import functional as F
 
 from minipeft.training import Batches, accuracy, classify, encode_pair, evaluate_loss

@@ -2,13 +2,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import VOCABULARY, make_data, make_model
+from tiny import VOCABULARY
+from tiny_runs import make_data, make_model
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from minipeft.training import Batches, ConfigError, Example
 from minipeft.training.batches import collate, collate_packed
 from minipeft.training.encoding import IGNORE
 from minipeft.training.loop import enable_gradient_checkpointing
+from minipeft.training.loss import token_loss_sum
 from minipeft.training.packing import check_isolation, pack_lengths
 
 
@@ -57,8 +59,6 @@ def test_packed_gradient_equals_the_unpacked_one():
     gradients = []
     for packing in (False, True):
         model = make_model(dtype=torch.float64)
-        from minipeft.training.loss import token_loss_sum
-
         for batch in Batches(data.examples, 4, packing=packing, max_length=32):
             token_loss_sum(model, batch).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})

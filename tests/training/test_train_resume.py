@@ -166,7 +166,7 @@ def test_death_at_any_file_operation_leaves_a_run_that_resumes(tmp_path, monkeyp
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 from test_train_resume import trainer
 from pathlib import Path
 run = trainer(Path({output!r}), max_steps=400)
@@ -177,7 +177,7 @@ run.train()
 
 def test_killed_process_leaves_a_run_that_resumes(tmp_path):
     output = tmp_path / "run"
-    script = SCRIPT.format(tests=str(Path(__file__).parent), output=str(output))
+    script = SCRIPT.format(paths=[str(Path(__file__).parent), str(Path(__file__).parent.parent)], output=str(output))
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -3,24 +3,18 @@
 import random
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import VOCABULARY, tiny_llama
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.training import EncodedDataset, Example, TrainConfig
 
-VOCABULARY = 97
-
 
 def make_model(adapter=True, dropout=0.0, seed=0, attention="sdpa", dtype=torch.float32, **config):
     """A two-layer Llama, with LoRA whose B is not zero, so that the adapter matters from the first step."""
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 128}
     # The default 0.02 makes attention so flat that a leak between documents could hide in rounding.
-    settings = LlamaConfig(**(sizes | config), initializer_range=0.2, bos_token_id=1, eos_token_id=2)
-    model = LlamaForCausalLM._from_config(settings, attn_implementation=attention, dtype=dtype)
+    model = tiny_llama(seed, initializer_range=0.2, attn_implementation=attention, **config).to(dtype)
     if not adapter:
-        return model.eval()
+        return model
     lora = LoraConfig(
         r=4,
         lora_alpha=8,

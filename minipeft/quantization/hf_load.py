@@ -60,17 +60,15 @@ class LoadRecord:
         Raises:
             ValueError: names each tensor that is missing or was refused, and why.
         """
+        absent = "it is not in the checkpoint (a new module can stay dense: name it in skip_modules)"
         for name, linear in nf4_linears(model):
             if f"{name}.weight" not in self.filled:
-                self.problems.setdefault(f"{name}.weight", "it is not in the checkpoint")
+                self.problems.setdefault(f"{name}.weight", absent)
             if linear.bias is not None and f"{name}.bias" in self.missing:
-                self.problems[f"{name}.bias"] = "it is not in the checkpoint"
+                self.problems[f"{name}.bias"] = absent
         if self.problems:
             lines = "".join(f"\n  {name}: {why}" for name, why in sorted(self.problems.items()))
-            raise ValueError(
-                f"{type(model).__name__}: these tensors cannot be loaded in NF4:{lines}\n"
-                "A module that the checkpoint lacks by design can stay dense: name it in skip_modules."
-            )
+            raise ValueError(f"{type(model).__name__}: these tensors cannot be loaded in NF4:{lines}")
 
 
 def fill(linear: NF4Linear, weight: NF4Weight) -> None:

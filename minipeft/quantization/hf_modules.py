@@ -63,11 +63,23 @@ def convertible_modules(model: nn.Module, skip: list[str]) -> list[list[str]]:
     Names and not modules, so that a caller who replaces them one by one also frees them one by one.
     """
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+
+    def wanted(names: list[str]) -> bool:
+        module = model.get_submodule(names[0])
+        if type(module) is not nn.Linear and not isinstance(module, Conv1D):
+            return False
+        return uses[id(module.weight)] == 1 and all(should_convert_module(name, skip) for name in names)
+
+    return [names for names in names_by_module(model, (nn.Linear, Conv1D)) if wanted(names)]
+
+
+def names_by_module(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[list[str]]:
+    """The names of each module of a kind, a module that stands in several places having several."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and uses[id(module.weight)] == 1:
+        if isinstance(module, kind):
             names.setdefault(id(module), []).append(name)
-    return [group for group in names.values() if all(should_convert_module(name, skip) for name in group)]
+    return list(names.values())
 
 
 def require_convertible(model: nn.Module, skip: list[str]) -> list[list[str]]:

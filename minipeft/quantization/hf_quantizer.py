@@ -25,6 +25,7 @@ from minipeft.quantization.hf_config import NF4Config
 from minipeft.quantization.hf_load import PACKED_NAMES, LoadRecord, NF4Deserialize, NF4Quantize
 from minipeft.quantization.hf_modules import (
     modules_to_skip,
+    names_by_module,
     nf4_linear_like,
     nf4_linears,
     require_convertible,
@@ -67,7 +68,7 @@ class NF4HfQuantizer(HfQuantizer):
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
         # room for the one dense weight that exists while it is quantized
-        return {device: size * 0.9 if not isinstance(size, str) else size for device, size in max_memory.items()}  # type: ignore[misc]
+        return {device: size if isinstance(size, str) else int(size * 0.9) for device, size in max_memory.items()}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
@@ -104,7 +105,7 @@ class NF4HfQuantizer(HfQuantizer):
             linear = nf4_linear_like(dense, config)
             if not self.pre_quantized:
                 # transformers before 5.23 casts what it reads to the dtype it finds here, and uint8 would ruin it
-                linear.weight = dense.weight  # type: ignore[assignment]
+                linear.weight = dense.weight
             self.hooks.append(linear.register_state_dict_post_hook(_hide_scales))
             for name in group:
                 model.set_submodule(name, linear)
@@ -120,12 +121,7 @@ class NF4HfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         target = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-        names: dict[int, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            if isinstance(module, NF4Linear):
-                names.setdefault(id(module), []).append(name)
-        del module
-        for group in names.values():
+        for group in names_by_module(model, NF4Linear):
             dense = to_dense(model.get_submodule(group[0]), target)
             for name in group:
                 model.set_submodule(name, dense)

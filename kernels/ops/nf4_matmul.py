@@ -5,6 +5,7 @@ is kept between the two; W is frozen, so x is not needed again.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class _NF4Matmul(torch.autograd.Function):
         ctx.dtypes = (x.dtype, None if bias is None else bias.dtype, arithmetic)
 
         m = x.shape[:-1].numel()
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             rows = x.reshape(m, x.shape[-1]).to(arithmetic)  # (..., K) -> (M, K)
             y = rows.new_zeros(m, out_features)
             for start, stop, w in decoded_rows(packed, ctx.sizes, arithmetic):
@@ -111,7 +112,7 @@ class _NF4Matmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             # The sum over rows of W is cut into chunks: add the chunks up in float32.
             total = dy.new_zeros(m, in_features, dtype=torch.float32)
-            with torch.autocast(grad.device.type, enabled=False):
+            with without_autocast(grad.device.type):
                 cast = dy.to(arithmetic)
                 for start, stop, w in decoded_rows(ctx.saved_tensors, ctx.sizes, arithmetic):
                     if arithmetic == torch.float32:
@@ -122,6 +123,13 @@ class _NF4Matmul(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             db = dy.sum(0, dtype=torch.float32).to(bias_dtype)
         return dx, db, *(None,) * 10
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """The arithmetic's dtype is chosen already; device meta has no autocast to switch off."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def decoded_rows(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minipeft.kernels.codebooks import NF4_LEVELS, dynamic_map
 from minipeft.kernels.nf4_matmul import nf4_matmul
-from minipeft.kernels.nf4_quantize import NESTED_BLOCKSIZE, check_blocksize
+from minipeft.kernels.nf4_quantize import NESTED_BLOCKSIZE, WEIGHT_DTYPES, check_blocksize
 
 from .nf4 import STATE_NAMES, NF4Weight
 
@@ -53,9 +53,14 @@ class NF4Linear(nn.Module):
             blocksize, double_quant: as `NF4Weight.quantize`.
             dtype: that the weight stands for, and of the bias; None for torch's default.
             device: also "meta", to be filled by `load_state_dict(..., assign=True)` or `set_weight`.
+
+        Raises:
+            ValueError: the blocksize. TypeError: the compute dtype.
         """
         super().__init__()
         check_blocksize(blocksize)
+        if compute_dtype not in (None, *WEIGHT_DTYPES):
+            raise TypeError(f"compute_dtype must be float32, bfloat16, float16 or None, got {compute_dtype}")
         self.in_features = in_features
         self.out_features = out_features
         self.compute_dtype = compute_dtype
@@ -109,13 +114,16 @@ class NF4Linear(nn.Module):
         Raises:
             ValueError: it has another shape.
         """
-        shape = (self.out_features, self.in_features)
-        if tuple(w.shape) != shape:
-            raise ValueError(f"an NF4 weight of shape {tuple(w.shape)} does not fit a layer of shape {shape}")
+        self._check_shape(w)
         self.weight = nn.Parameter(w.codes, requires_grad=False)
         for name in SCALES:
             self.register_buffer(name, getattr(w, name))
         self._set_sizes(w)
+
+    def _check_shape(self, w: NF4Weight) -> None:
+        shape = (self.out_features, self.in_features)
+        if tuple(w.shape) != shape:
+            raise ValueError(f"an NF4 weight of shape {tuple(w.shape)} does not fit a layer of shape {shape}")
 
     def _set_sizes(self, w: NF4Weight) -> None:
         self.blocksize = w.blocksize
@@ -129,7 +137,7 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in x's dtype, or under autocast in autocast's."""
         kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        if x.dtype in WEIGHT_DTYPES and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         return nf4_matmul(
             x,
@@ -170,6 +178,8 @@ class NF4Linear(nn.Module):
         # Not super()'s: the buffers have other names on disk.
         for name, tensor in self.nf4_weight().state(prefix).items():
             destination[name] = tensor
+        if keep_vars:
+            destination[prefix + "weight"] = self.weight
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -187,24 +197,28 @@ class NF4Linear(nn.Module):
         for hook in self._load_state_dict_pre_hooks.values():
             hook(*args)
         assign = local_metadata.get("assign_to_params_buffers", False)
-        try:
-            self._load_weight(state_dict, prefix, assign, missing_keys)
-            self._load_bias(state_dict, prefix + "bias", assign, missing_keys)
-        except ValueError as error:
-            error_msgs.append(str(error))
+        for load in (self._load_weight, self._load_bias):
+            try:
+                load(state_dict, prefix, assign, missing_keys)
+            except ValueError as error:
+                error_msgs.append(str(error))
         known = {prefix + name for name in (*STATE_NAMES, *(["bias"] if self.bias is not None else []))}
         if strict:
             mine = (key for key in state_dict if key.startswith(prefix) and key not in known)
             unexpected_keys += [key for key in mine if key[len(prefix) :].split(".")[0] not in self._modules]
 
     def _load_weight(self, state: dict[str, Any], prefix: str, assign: bool, missing_keys: list[str]) -> None:
-        if not any(key.startswith(prefix + "weight") for key in state):
-            missing_keys += [prefix + name for name in self.nf4_weight().state()]
+        key = prefix + "weight"
+        if not any(name == key or name.startswith(key + ".") for name in state):
+            missing_keys += self.nf4_weight().state(prefix)
             return
+        if key in state and state[key].shape == (self.out_features, self.in_features) and key + ".absmax" not in state:
+            raise ValueError(f"{key} is a dense weight: load it into nn.Linear and use NF4Linear.from_linear")
         w = NF4Weight.from_state(state, prefix)
+        self._check_shape(w)
         if assign:
             return self.set_weight(w)
-        _needs_data(prefix + "weight", self.weight)
+        _needs_data(key, self.weight)
         w = w.to(self.weight.device)
         old, new = self.nf4_weight().tensors(), w.tensors()
         same = old.keys() == new.keys() and all(
@@ -217,9 +231,10 @@ class NF4Linear(nn.Module):
             tensor.copy_(new[name])
         self._set_sizes(w)
 
-    def _load_bias(self, state: dict[str, Any], key: str, assign: bool, missing_keys: list[str]) -> None:
+    def _load_bias(self, state: dict[str, Any], prefix: str, assign: bool, missing_keys: list[str]) -> None:
         if self.bias is None:
             return
+        key = prefix + "bias"
         if key not in state:
             missing_keys.append(key)
             return

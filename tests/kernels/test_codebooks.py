@@ -1,14 +1,10 @@
 """The tables of NF4 against the ones that bitsandbytes wrote."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
+from nf4_golden import golden
 
 from minipeft.kernels.codebooks import NF4_BOUNDARIES, NF4_LEVELS, NF4_ZERO_CODE, dynamic_map
-
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "nf4_bitsandbytes_0.50.2_cpu.npz")
 
 
 @pytest.mark.parametrize(
@@ -17,7 +13,7 @@ GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "nf4_bitsandbytes_0.50.2
 )
 def test_table_is_bitsandbytes(name: str, ours: torch.Tensor) -> None:
     assert ours.dtype == torch.float32
-    assert torch.equal(ours, torch.from_numpy(GOLDEN[name]))
+    assert torch.equal(ours, golden(name))
 
 
 def test_zero_is_a_level_and_an_entry_of_the_dynamic_map() -> None:

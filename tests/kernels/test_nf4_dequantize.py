@@ -1,16 +1,15 @@
 """Decoding: every byte, every dtype, ragged ends."""
 
 import importlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from nf4_golden import golden
 
 from minipeft.kernels.codebooks import NF4_LEVELS, dynamic_map
 from minipeft.kernels.nf4_dequantize import dequantize_absmax, level_pairs, nf4_dequantize
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "nf4_bitsandbytes_0.50.2_cpu.npz")
 module = importlib.import_module("minipeft.kernels.nf4_dequantize")
 
 
@@ -21,9 +20,9 @@ def slow(codes: torch.Tensor, absmax: torch.Tensor, n: int, blocksize: int) -> t
 
 @pytest.mark.parametrize("name", ["decode_all_1", "decode_all_pi"])
 def test_every_byte_decodes_as_bitsandbytes(name: str) -> None:
-    packed, absmax = torch.from_numpy(GOLDEN[f"{name}.packed"]), torch.from_numpy(GOLDEN[f"{name}.absmax"])
+    packed, absmax = golden(f"{name}.packed"), golden(f"{name}.absmax")
     out = nf4_dequantize(packed.view(-1, 1), absmax, NF4_LEVELS, torch.Size((8, 64)), 64, torch.float32)
-    assert torch.equal(out, torch.from_numpy(GOLDEN[f"{name}.out"]))
+    assert torch.equal(out, golden(f"{name}.out"))
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 63, 64, 65, 128, 999, 4096, 3 * 4096 + 77])

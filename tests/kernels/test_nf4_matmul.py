@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from tolerances import TOLERANCES
 
 from minipeft.kernels.arithmetic import arithmetic_dtype
@@ -108,6 +109,16 @@ def test_only_the_packed_weight_is_kept_for_backward() -> None:
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in tensors]
     assert not any(t.is_floating_point() and t.numel() > 256 for t in kept)
     y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_weight_never_exists_whole(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(module, "CHUNK", 1 << 14)
+    w = Weight(256, 1024)
+    x = torch.randn(2, 1024).to(dtype).requires_grad_()
+    with LargestTensor() as largest:
+        nf4_matmul(x, *w.arguments).sum().backward()
+    assert largest.nbytes <= 4 * ((1 << 14) + 2 * 64)
 
 
 def test_nothing_is_kept_when_x_needs_no_gradient() -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest_tensor import LargestTensor
 from numpy.typing import NDArray
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipeft.kernels.codebooks import NF4_BOUNDARIES, NF4_LEVELS, dynamic_map
 from minipeft.kernels.nf4_quantize import BLOCKSIZES, nf4_quantize, quantize_absmax
@@ -119,21 +119,6 @@ def test_the_chunk_does_not_matter(monkeypatch: pytest.MonkeyPatch, blocksize: i
     whole = nf4_quantize(w, blocksize)
     monkeypatch.setattr(module, "CHUNK", 4096)
     assert all(torch.equal(a, b) for a, b in zip(nf4_quantize(w, blocksize), whole, strict=True))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the bytes of the largest new tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor) and not func.is_view:
-                self.nbytes = max(self.nbytes, tensor.nbytes)
-        return out
 
 
 def test_temporaries_stay_within_a_chunk() -> None:

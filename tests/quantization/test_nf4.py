@@ -1,30 +1,23 @@
 """NF4Weight is bitsandbytes 0.50.2's, bit by bit: its golden file, the installed library, and its checkpoints."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nf4_golden import CASES, KEYS, golden
 from torch import Tensor
 
 from minipeft.kernels.codebooks import NF4_BOUNDARIES, NF4_LEVELS, dynamic_map
 from minipeft.kernels.nf4_quantize import BLOCKSIZES
 from minipeft.quantization import NF4Weight
 
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "nf4_bitsandbytes_0.50.2_cpu.npz")
-CASES = json.loads(bytes(GOLDEN["description.json"]))["cases"]
 # "nonfinite" is what we refuse; the others are not of a weight alone.
-QUANTIZED = [name for name in CASES if f"{name}.packed" in GOLDEN and f"{name}.in" in GOLDEN and name != "nonfinite"]
+QUANTIZED = [name for name in CASES if f"{name}.packed" in KEYS and f"{name}.in" in KEYS and name != "nonfinite"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def golden(key: str) -> Tensor:
-    return torch.from_numpy(GOLDEN[key])
 
 
 def table_codes(absmax: Tensor, offset: Tensor) -> Tensor:

@@ -6,41 +6,39 @@ loss, perplexity and accuracy are measured before and after on texts that were n
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from minipeft.files import write_text
-from minipeft.training.batches import Batches, pad_id_of
+from minipeft.training.batches import Batches
 from minipeft.training.config import TrainConfig
 from minipeft.training.demo_data import DemoData, load_demo_data
-from minipeft.training.encoding import EncodedDataset, encode_prompt, encode_records
+from minipeft.training.demo_exam import ROW_TOKENS, Exam, row_tokens
+from minipeft.training.demo_report import DemoResult, say_after, say_before, say_data, say_model, say_result
+from minipeft.training.encoding import EncodedDataset, encode_records, model_position_limit
 from minipeft.training.errors import TrainingInterrupted
-from minipeft.training.evaluation import accuracy, classify, evaluate_loss
-from minipeft.training.generation import Sampling, generate
-from minipeft.training.inspection import size
 from minipeft.training.loop import Trainer, TrainResult
 from minipeft.training.metrics import read_log
 from minipeft.training.models import load_base_model, load_tokenizer, seed_everything
 from minipeft.training.plots import check_matplotlib, plot_loss_curve
-from minipeft.training.records import Record
 from minipeft.training.smollm2 import smollm2_folder
 
-# Texts of about 20 tokens are packed into rows of this many, and three rows make a step: about 16 texts. Twice
-# as many a step, in half as many steps, reached 44 % accuracy instead of 56 %.
-ROW_TOKENS = 128
-ROWS_PER_STEP = 3
+# Three packed rows make a step: about 20 texts. 32 texts a step, in half as many steps, reached 44 % accuracy where
+# 16 reached 56 %.
+STEP_TOKENS = 3 * ROW_TOKENS
+# Longer texts, of one's own, are left out.
+MOST_TOKENS = 512
 LEARNING_RATE = 1e-3
 RANK = 16
 
-SAMPLE_TOKENS = 12
+# Held-out texts for the curve, measured this often: few, because it takes time from training.
+CURVE_TEXTS, CURVE_POINTS = 100, 6
 
 
 @dataclass(frozen=True)
@@ -64,39 +62,12 @@ class DemoConfig:
     held_out_rows: int = 400
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """How good the model is on the held-out texts. Accuracy is None where the answers are no fixed set of labels.
-
-    Attributes:
-        loss: nats per token of the answers.
-        standard_error: of the accuracy.
-        samples: what the model writes after some of the prompts.
-    """
-
-    loss: float
-    perplexity: float
-    accuracy: float | None
-    standard_error: float | None
-    samples: list[str]
+def say_now(line: str) -> None:
+    """Print at once, also into a pipe."""
+    print(line, flush=True)
 
 
-@dataclass(frozen=True)
-class DemoResult:
-    """What the demo found; also in `report.json`."""
-
-    before: Measurement
-    after: Measurement
-    majority: float | None
-    parameters: int
-    trainable: int
-    bytes_16bit: int
-    bytes_4bit: int
-    adapter_bytes: int
-    seconds: float
-
-
-def run_demo(config: DemoConfig, say: Callable[[str], None] = print) -> DemoResult:
+def run_demo(config: DemoConfig, say: Callable[[str], None] = say_now) -> DemoResult:
     """Run it and print a report as it goes.
 
     Raises:
@@ -107,19 +78,19 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = print) -> DemoResu
 
     say("[1/6] The data")
     data = load_demo_data(config.data, config.train_rows, config.held_out_rows, config.seed, say)
-    _say_data(data, say)
+    say_data(data, say)
 
     say("\n[2/6] The model, in 4 bits")
     base = config.model or str(smollm2_folder(say))
     tokenizer = load_tokenizer(base)
     model = load_quantized(base)
-    bytes_16bit, bytes_4bit = _say_model(model, config.model is None, say)
+    bytes_16bit, bytes_4bit = say_model(model, config.model is None, say)
 
     say("\n[3/6] Before training")
-    held_out = encode_records(data.held_out, tokenizer, ROW_TOKENS, too_long="drop")
-    exam = Exam(tokenizer, data, held_out)
+    most = min(MOST_TOKENS, model_position_limit(model) or MOST_TOKENS)
+    exam = Exam(tokenizer, data, encode_records(data.held_out, tokenizer, most, too_long="drop"))
     before = exam.take(model)
-    _say_before(before, exam, say)
+    say_before(before, exam, say)
 
     say("\n[4/6] Training (QLoRA)")
     seed_everything(config.seed)
@@ -127,14 +98,16 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = print) -> DemoResu
     trainable, parameters = model.get_nb_trainable_parameters()
     share = f"{trainable:,} of {parameters:,} parameters ({100 * trainable / parameters:.2f} %)"
     say(f"LoRA of rank {RANK} on all linear layers: {share} are trained, the 4-bit rest stays as it is.")
-    result = _train(model, tokenizer, data, base, config)
+    result = _train(model, exam, data, base, config, say)
     say(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s")
 
     say("\n[5/6] After training")
     after = exam.take(model)
-    _say_after(before, after, exam, say)
+    say_after(before, after, exam, say)
 
     say("\n[6/6] The result")
+    title = f"QLoRA demo: loss on the answers of the training texts and of {CURVE_TEXTS} held-out ones"
+    plot_loss_curve(read_log(result.log_path), config.output / "loss_curve.png", title=title)
     report = DemoResult(
         before=before,
         after=after,
@@ -147,7 +120,7 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = print) -> DemoResu
         seconds=time.perf_counter() - started,
     )
     write_text(config.output / "report.json", json.dumps(asdict(report), indent=2) + "\n")
-    _say_result(report, result, base, exam, config, say)
+    say_result(report, result, base, data.example, say)
     return report
 
 
@@ -175,70 +148,17 @@ def attach_lora(model: Any) -> Any:
     return get_peft_model(model, config)
 
 
-class Exam:
-    """The held-out texts, and how a model does on them."""
-
-    def __init__(self, tokenizer: Any, data: DemoData, encoded: EncodedDataset) -> None:
-        self.tokenizer, self.labels, self.encoded = tokenizer, data.labels, encoded
-        self.records = data.held_out
-        self.truth = [record.completion for record in data.held_out]
-        self.majority = None
-        if data.labels:
-            self.majority = max(map(self.truth.count, data.labels)) / len(self.truth)
-        self.samples = _varied(data.held_out)
-
-    def take(self, model: Any) -> Measurement:
-        """Measure loss and, where the answers are labels, the accuracy of choosing the likeliest one."""
-        batches = Batches(
-            self.encoded.examples, 4, pad_id=pad_id_of(self.tokenizer), packing=True, max_length=ROW_TOKENS
-        )
-        result = evaluate_loss(model, batches)
-        right = None
-        if self.labels:
-            prompts = [record.prompt or "" for record in self.records]
-            with _bar(len(prompts)) as progress:
-                chosen = classify(model, self.tokenizer, prompts, self.labels, batch_size=32, progress=progress)
-            right = accuracy([self.labels[i] for i in chosen.predictions], self.truth)
-        samples = self.write(model)
-        return Measurement(
-            loss=result.loss,
-            perplexity=result.perplexity,
-            accuracy=right.accuracy if right else None,
-            standard_error=right.standard_error if right else None,
-            samples=samples,
-        )
-
-    def write(self, model: Any) -> list[str]:
-        """What the model writes after the sample prompts, on one line each."""
-        if not self.samples:
-            return []
-        prompts = [encode_prompt(self.tokenizer, record.prompt or "") for record in self.samples]
-        texts = generate(model, self.tokenizer, prompts, Sampling(max_new_tokens=SAMPLE_TOKENS))
-        return [" ".join(text.split()) for text in texts]
-
-
-def _varied(records: list[Record], count: int = 3) -> list[Record]:
-    """Some records with a prompt, with different completions while there are such."""
-    with_prompt = [record for record in records if record.prompt is not None]
-    by_completion: dict[str | None, Record] = {}
-    for record in with_prompt:
-        by_completion.setdefault(record.completion, record)
-    different = list(by_completion.values())
-    # Spread over the labels: the first, the middle and the last.
-    picked = different[:: max(1, (len(different) - 1) // (count - 1))] if len(different) >= count else different
-    return (picked + with_prompt)[:count]
-
-
-@contextlib.contextmanager
-def _bar(total: int) -> Iterator[Callable[[int], None]]:
-    with tqdm(total=total, desc="measuring", unit="text", dynamic_ncols=True, leave=False) as bar:
-        yield lambda done: (bar.update(done - bar.n), None)[1]
-
-
-def _train(model: Any, tokenizer: Any, data: DemoData, base: str, config: DemoConfig) -> TrainResult:
-    config.output.mkdir(parents=True, exist_ok=True)
-    data.write(config.output)
-    encoded = encode_records(data.train, tokenizer, ROW_TOKENS, too_long="drop")
+def _train(
+    model: Any, exam: Exam, data: DemoData, base: str, config: DemoConfig, say: Callable[[str], None]
+) -> TrainResult:
+    encoded = encode_records(data.train, exam.tokenizer, exam.encoded.max_length, too_long="drop")
+    for notice in encoded.notices:
+        say(notice)
+    width = row_tokens(encoded, exam.encoded)
+    encoded.max_length = width
+    curve = EncodedDataset(exam.encoded.examples[:CURVE_TEXTS], width, CURVE_TEXTS)
+    rows = max(1, STEP_TOKENS // width)
+    steps = config.steps or len(Batches(encoded.examples, rows, packing=True, max_length=width))
     settings = TrainConfig(
         model=base,
         data=str(config.output / "train.jsonl"),
@@ -246,101 +166,25 @@ def _train(model: Any, tokenizer: Any, data: DemoData, base: str, config: DemoCo
         method="lora",
         method_args={"r": RANK, "lora_alpha": 2 * RANK},
         quantize="nf4",
-        max_length=ROW_TOKENS,
+        max_length=width,
         too_long="drop",
         packing=True,
-        batch_size=ROWS_PER_STEP,
-        max_steps=config.steps,
+        batch_size=rows,
+        max_steps=steps,
         lr=LEARNING_RATE,
         scheduler="cosine",
         warmup_ratio=0.06,
         seed=config.seed,
         log_every=1,
+        eval_at_start=True,
+        eval_every=max(1, steps // CURVE_POINTS),
     )
-    trainer = Trainer(model, encoded, settings, pad_id=pad_id_of(tokenizer))
+    config.output.mkdir(parents=True, exist_ok=True)
+    data.write(config.output)
+    trainer = Trainer(model, encoded, settings, eval_data=curve, pad_id=exam.pad_id)
     try:
         return trainer.train()
     except TrainingInterrupted as stop:
         # The demo is short: it starts anew rather than going on.
         message = f"demo stopped after step {stop.step}; remove {config.output} before starting it again"
         raise TrainingInterrupted(message, stop.checkpoint, stop.step) from None
-
-
-def _say_data(data: DemoData, say: Callable[[str], None]) -> None:
-    say(data.about)
-    say(f"{len(data.train)} texts to learn from, {len(data.held_out)} others held out to measure on. Some:")
-    for record in _varied(data.train):
-        say(f"    {record.prompt or ''} ->{record.completion or ''}")
-
-
-def _say_model(model: Any, is_smollm2: bool, say: Callable[[str], None]) -> tuple[int, int]:
-    """Print and return the bytes of the model in 16 and in 4 bits."""
-    from minipeft.quantization import NF4Linear
-
-    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    linear = sum(module.in_features * module.out_features for module in packed)
-    rest = sum(p.numel() for p in model.parameters()) - sum(module.weight.numel() for module in packed)
-    bytes_16bit, bytes_4bit = 2 * (linear + rest), model.get_memory_footprint()
-    if is_smollm2:
-        say("SmolLM2-135M-Instruct. The file it came from holds weights rounded to 4 bits (Q4_1), so it is a little")
-        say("worse than the original.")
-    say(f"in 16 bits    {size(bytes_16bit):>9}   {linear + rest:,} parameters")
-    kept = str(model.dtype).removeprefix("torch.")
-    say(f"in 4 bits     {size(bytes_4bit):>9}   {linear:,} of them in NF4, the embeddings in {kept}")
-    return bytes_16bit, bytes_4bit
-
-
-def _say_before(before: Measurement, exam: Exam, say: Callable[[str], None]) -> None:
-    if before.accuracy is not None:
-        say(f"accuracy {_percent(before)}; always answering the same label: {100 * (exam.majority or 0):.1f} %")
-    say(f"loss {before.loss:.3f}, perplexity {before.perplexity:.1f} (on the answers)")
-
-
-def _say_after(before: Measurement, after: Measurement, exam: Exam, say: Callable[[str], None]) -> None:
-    say(f"{'on the held-out texts':<32}{'before':>16}{'after':>16}")
-    if before.accuracy is not None:
-        say(f"{'accuracy':<32}{_percent(before):>16}{_percent(after):>16}")
-        say(f"{'  always the same label':<32}{100 * (exam.majority or 0):>14.1f} %")
-    say(f"{'loss (nats per answer token)':<32}{before.loss:>16.3f}{after.loss:>16.3f}")
-    say(f"{'perplexity':<32}{before.perplexity:>16.2f}{after.perplexity:>16.2f}")
-    for record, old, new in zip(exam.samples, before.samples, after.samples, strict=True):
-        say(f"\n    prompt   {record.prompt}")
-        say(f"    before   {old}")
-        say(f"    after    {new}")
-        say(f"    wanted  {record.completion}")
-
-
-def _say_result(
-    report: DemoResult,
-    result: TrainResult,
-    base: str,
-    exam: Exam,
-    config: DemoConfig,
-    say: Callable[[str], None],
-) -> None:
-    rows = read_log(result.log_path)
-    held_out = [
-        {"step": 0, "eval_loss": report.before.loss},
-        {"step": result.steps, "eval_loss": report.after.loss},
-    ]
-    curve = plot_loss_curve([*rows, *held_out], config.output / "loss_curve.png", title="QLoRA demo")
-    say(f"adapter       {result.adapter_dir} ({size(report.adapter_bytes)})")
-    say(f"loss curve    {curve}")
-    say(f"all numbers   {config.output / 'report.json'}")
-    say(f"time          {report.seconds:.0f} s, peak memory {size(result.peak_memory)}")
-    prompt = exam.samples[-1].prompt if exam.samples else "..."
-    adapter = f"--model {base} --quantize nf4 --adapter {result.adapter_dir}"
-    say("\nUse it:")
-    say(f"  minipeft generate {adapter} --raw --prompt {_quoted(prompt or '')}")
-    say(f"  minipeft eval {adapter} --data {config.output / 'held_out.jsonl'}")
-    say(f"  minipeft merge {adapter} --output {config.output.with_name(config.output.name + '-merged')}")
-
-
-def _quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
-
-
-def _percent(measured: Measurement) -> str:
-    return f"{100 * (measured.accuracy or 0):.1f} % ± {100 * (measured.standard_error or 0):.1f}"

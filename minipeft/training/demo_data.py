@@ -12,7 +12,7 @@ from minipeft.files import write_text
 from minipeft.training.assets import RATED_SNIPPETS, fetch
 from minipeft.training.errors import DataError
 from minipeft.training.records import Record, make_records, read_jsonl
-from minipeft.training.task_sentiment import LABELS, make_task, read_snippets
+from minipeft.training.task_sentiment import LABELS, make_task, prompt, read_snippets
 
 # With more different completions than this they are taken for free text, not for labels.
 MOST_LABELS = 10
@@ -25,12 +25,14 @@ class DemoData:
     Attributes:
         labels: the completions there are, when there are few: the model is then also asked to choose one.
         about: one or two sentences on the task.
+        example: a prompt to try the trained model with; it is not in `train`.
     """
 
     train: list[Record]
     held_out: list[Record]
     labels: tuple[str, ...]
     about: str
+    example: str
 
     def write(self, directory: Path) -> None:
         """Write `train.jsonl` and `held_out.jsonl`, as `minipeft train` and `minipeft eval` read them."""
@@ -65,6 +67,7 @@ def sentiment_data(folder: Path, train_rows: int, held_out_rows: int, seed: int)
         labels=tuple(f" {label}" for label in LABELS),
         about="Does a snippet of a review, an editorial or a tweet sound terrible, bad, neutral, good or great?\n"
         "The answers are mean ratings of 20 people (Hutto and Gilbert 2014), every label equally often.",
+        example=prompt("I would watch it again tomorrow."),
     )
 
 
@@ -76,7 +79,8 @@ def own_data(path: str, train_rows: int, held_out_rows: int, seed: int) -> DemoD
     random.Random(seed).shuffle(records)
     held = min(held_out_rows, max(1, len(records) // 5))
     train, held_out = records[held : held + train_rows], records[:held]
-    return DemoData(train, held_out, _labels(train, held_out), f"Records of {path}.")
+    example = next((record.prompt for record in held_out if record.prompt is not None), "...")
+    return DemoData(train, held_out, _labels(train, held_out), f"Records of {path}.", example)
 
 
 def _labels(train: Sequence[Record], held_out: Sequence[Record]) -> tuple[str, ...]:

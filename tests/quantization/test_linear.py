@@ -6,6 +6,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from nf4_golden import golden
 from tolerances import TOLERANCES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -55,6 +56,20 @@ def test_forward_and_gradients_equal_the_dense_layer(shape: tuple[int, ...], bia
     if module.bias is not None:
         db = dy.double().reshape(-1, 48).sum(0)
         torch.testing.assert_close(module.bias.grad.double(), db, **TOLERANCES[dtype])
+
+
+def test_the_golden_layer_is_reproduced() -> None:
+    linear = nn.Linear(128, 48)
+    linear.weight.data, linear.bias.data = golden("linear.W"), golden("linear.bias")
+    module = NF4Linear.from_linear(linear)
+    assert torch.equal(module.weight.view(-1), golden("linear.packed"))
+    assert torch.equal(module.absmax, golden("linear.absmax"))
+    assert torch.equal(module.dequantize(), golden("linear.Wdq"))
+    x = golden("linear.x").requires_grad_()
+    y = module(x)
+    y.backward(golden("linear.g"))
+    torch.testing.assert_close(y, golden("linear.y"), **TOLERANCES[torch.float32])
+    torch.testing.assert_close(x.grad, golden("linear.grad_x"), **TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

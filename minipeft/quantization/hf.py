@@ -5,6 +5,9 @@
     model = AutoModelForCausalLM.from_pretrained(folder)         # packed as it is, also if bitsandbytes wrote it
     model = quantize_model(model, NF4Config())                   # a model that is in memory already
 
+A GGUF file is read by transformers, dequantized, and then goes through `quantize_model`:
+`from_pretrained(folder, gguf_file=f, quantization_config=GgufConfig(gguf_file=f, dequantize=True))`.
+
 Importing this module registers the quantizer, and makes transformers read 4-bit bitsandbytes checkpoints with
 it, so that no bitsandbytes is needed; `read_bitsandbytes_with("transformers")` hands them back. (A
 `transformers.BitsAndBytesConfig` that quantizes a dense checkpoint still goes to bitsandbytes.) The files:

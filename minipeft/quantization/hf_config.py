@@ -9,12 +9,15 @@ Source of the names and defaults: `transformers.utils.quantization_config.BitsAn
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from minipeft.kernels.nf4_quantize import check_blocksize
+
+logger = logging.getLogger("minipeft")
 
 METHOD = "minipeft_nf4"
 # The same packed bytes under another dtype; bitsandbytes offers these so that FSDP1 can flatten them.
@@ -111,8 +114,8 @@ def BitsAndBytesConfig(
 ) -> NF4Config:
     """`NF4Config` from the arguments of transformers' class of this name, with its defaults.
 
-    `bnb_4bit_quant_storage` is accepted and has no effect: the packed bytes are the same under every dtype,
-    and here they are always uint8. The compute dtype defaults to float32, as there.
+    `bnb_4bit_quant_storage` is accepted and has no effect, which a warning says: the packed bytes are the same
+    under every dtype, and here they are always uint8. The compute dtype defaults to float32, as there.
 
     Raises:
         ValueError: an option that asks for something else than NF4; the message says what to do.
@@ -129,6 +132,8 @@ def BitsAndBytesConfig(
     for name, value in unknown.items():
         raise ValueError(f"BitsAndBytesConfig got {name}={value!r}, an option minipeft does not know: leave it out")
     _check_storage(bnb_4bit_quant_storage)
+    if bnb_4bit_quant_storage is not None and _dtype_name(bnb_4bit_quant_storage) != "uint8":
+        logger.warning("bnb_4bit_quant_storage=%s has no effect: weights are kept as uint8", bnb_4bit_quant_storage)
     return NF4Config(
         double_quant=bnb_4bit_use_double_quant,
         compute_dtype=torch.float32 if bnb_4bit_compute_dtype is None else bnb_4bit_compute_dtype,

@@ -19,7 +19,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
-from transformers.utils import logging
 
 from minipeft.quantization.hf_config import NF4Config
 from minipeft.quantization.hf_load import PACKED_NAMES, LoadRecord, NF4Deserialize, NF4Quantize
@@ -33,8 +32,6 @@ from minipeft.quantization.hf_modules import (
     to_dense,
 )
 from minipeft.quantization.linear import NF4Linear
-
-logger = logging.get_logger(__name__)
 
 
 class NF4HfQuantizer(HfQuantizer):

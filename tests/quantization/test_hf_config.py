@@ -28,7 +28,7 @@ def test_bitsandbytes_config_has_transformers_defaults():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
-def test_bitsandbytes_config_takes_transformers_arguments(dtype):
+def test_bitsandbytes_config_takes_transformers_arguments(dtype, caplog):
     config = BitsAndBytesConfig(
         **BNB_4BIT,
         bnb_4bit_compute_dtype=dtype,
@@ -38,6 +38,7 @@ def test_bitsandbytes_config_takes_transformers_arguments(dtype):
     )
     assert config.double_quant and config.compute_dtype == torch.bfloat16
     assert config.skip_modules == ["lm_head"]
+    assert "bfloat16 has no effect: weights are kept as uint8" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from hf_helpers import LLAMA, edit_config, edit_tensors, logits, nf4_names, saved, tiny
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from minipeft.quantization import NF4Linear
 from minipeft.quantization.hf import NF4Config, quantize_model
@@ -71,6 +71,16 @@ def test_another_dtype_casts_the_dense_parts_and_no_scale(tmp_path):
     assert half.get_submodule(name).nested_absmax.dtype == torch.float32
     dequantized = [m.get_submodule(name).dequantize(torch.float32) for m in (model, half)]
     assert torch.equal(*dequantized)
+
+
+def test_modules_kept_in_float32_come_back_so(tmp_path):
+    sizes = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
+    folder = saved(tiny("t5", AutoModelForSeq2SeqLM, **sizes, decoder_start_token_id=0), tmp_path / "dense")
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, quantization_config=NF4Config(), dtype=torch.float16)
+    again = AutoModelForSeq2SeqLM.from_pretrained(saved(model, tmp_path / "packed"))
+    assert again.dtype == torch.float16
+    assert again.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_the_base_model_reads_the_checkpoint_of_the_full_one(tmp_path):

@@ -108,9 +108,11 @@ def test_checkpoint_of_another_directory_does_not_overwrite_a_run(tmp_path):
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path, uninterrupted):
     trainer(tmp_path / "run").train()
+    adapter = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
     run = trainer(tmp_path / "run")
     assert run.train(resume=True).steps == 7
     assert_same_run(run, uninterrupted)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
 
 
 def test_non_finite_run_resumes_from_its_last_checkpoint(tmp_path, uninterrupted):

@@ -113,6 +113,8 @@ def _check_weight(name: str, module: nn.Module) -> None:
     """Refuse what cannot be packed before anything is changed."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
+    if hasattr(module, "_hf_hook"):
+        raise ValueError(f"{name} is spread over devices: load the model with quantization_config=NF4Config() instead")
     if weight.is_meta:
         raise ValueError(f"{name}.weight is on the meta device: load the model before quantizing it")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -161,7 +161,22 @@ def _packed(stored: dict[str, torch.Tensor], linear: NF4Linear) -> NF4Weight:
     weight = NF4Weight.from_state(_with_float32_scales(stored))
     if tuple(weight.shape) != expected:
         raise ValueError(f"the packed weight is {tuple(weight.shape)}, the module expects {expected}")
+    _check_finite(weight)
     return weight
+
+
+def _check_finite(weight: NF4Weight) -> None:
+    """Scales come from finite weights: NaN or infinity in them is damage, and would spread from here."""
+    scales = {
+        "weight.absmax": weight.absmax,
+        "weight.quant_map": weight.quant_map,
+        "weight.nested_absmax": weight.nested_absmax,
+        "weight.nested_quant_map": weight.nested_quant_map,
+        "nested_offset": weight.offset,
+    }
+    for name, scale in scales.items():
+        if scale is not None and not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"{name} holds NaN or infinity")
 
 
 def _with_float32_scales(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -118,6 +118,11 @@ def test_a_fresh_quantization_with_transformers_own_config_is_left_to_bitsandbyt
     assert isinstance(model.model.layers[0].mlp.up_proj, bnb.nn.Linear4bit)
 
 
+def test_readers_have_two_names():
+    with pytest.raises(ValueError, match="library is 'bnb'; expected 'minipeft' or 'transformers'"):
+        read_bitsandbytes_with("bnb")
+
+
 def test_single_quantization_packs_the_same_bytes(tmp_path):
     folder = saved(tiny(), tmp_path / "dense")
     theirs = bnb_load(folder, bnb_config())

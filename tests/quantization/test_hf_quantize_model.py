@@ -123,6 +123,13 @@ def test_what_cannot_be_quantized_is_refused():
         quantize_model(nn.Sequential(nn.Linear(64, 64, device="meta")))
 
 
+def test_model_spread_over_devices_is_refused():
+    model = nn.Sequential(nn.Linear(64, 64))
+    model[0]._hf_hook = object()
+    with pytest.raises(ValueError, match="0 is spread over devices"):
+        quantize_model(model)
+
+
 def test_model_with_adapters_is_refused():
     model = tiny()
     model.peft_config = {"default": object()}

@@ -149,6 +149,14 @@ def test_a_tensor_of_another_size_is_refused_by_name(tmp_path, part):
         load(folder)
 
 
+@pytest.mark.parametrize("part", [".absmax", ".nested_absmax", ".quant_map"])
+def test_a_scale_that_is_not_finite_is_refused_by_name(tmp_path, part):
+    _, folder = packed(tmp_path, config=NF4Config(double_quant=part != ".absmax"))
+    edit_tensors(folder, lambda tensors: tensors[NAME + part][-1:].fill_(torch.nan))
+    with pytest.raises(ValueError, match=f"{NAME}: weight{part} holds NaN"):
+        load(folder)
+
+
 def test_packed_weight_of_another_shape_is_refused(tmp_path):
     _, folder = packed(tmp_path)
     other = NAME.replace("up_proj", "down_proj")

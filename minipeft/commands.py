@@ -58,7 +58,8 @@ def train(args: argparse.Namespace) -> None:
     if result.eval_end is not None:
         print(f"evaluation: {_loss_text(result.eval_end)}")
     print(f"adapter saved in {result.adapter_dir}")
-    print(f"use it: minipeft generate --model {config.model} --adapter {result.adapter_dir} --prompt '...'")
+    quantize = f" --quantize {config.quantize}" if config.quantize else ""
+    print(f"use it: minipeft generate --model {config.model}{quantize} --adapter {result.adapter_dir} --prompt '...'")
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -203,7 +204,7 @@ def load_model(args: argparse.Namespace) -> Any:
         return model
     from minipeft import PeftModel
 
-    with as_user_error(AdapterError, f"adapter {args.adapter}"):
+    with as_user_error(AdapterError, str(args.adapter)):
         return PeftModel.from_pretrained(model, args.adapter)
 
 
@@ -257,7 +258,7 @@ def as_user_error(kind: type[TrainingError], what: str | None = None) -> Iterato
         raise
     except (ValueError, TypeError, OSError) as error:
         message = " ".join(str(error).split())
-        raise kind(f"{what}: {message}" if what else message) from error
+        raise kind(f"{what}: {message}" if what and what not in message else message) from error
 
 
 @contextlib.contextmanager

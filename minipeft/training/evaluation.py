@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from minipeft.training.batches import Batch, collate, pad_id_of
 from minipeft.training.encoding import IGNORE, Example, encode_pair
 from minipeft.training.loss import at_least_float32, autocast, logits_at, token_loss_sum
+from minipeft.training.modes import eval_mode
 
 
 @dataclass(frozen=True)
@@ -192,14 +192,3 @@ def accuracy(predictions: Sequence[Hashable], truth: Sequence[Hashable]) -> Accu
     n = len(truth)
     p = sum(a == b for a, b in zip(predictions, truth, strict=True)) / n
     return Accuracy(p, math.sqrt(p * (1 - p) / n), Counter(truth).most_common(1)[0][1] / n, n)
-
-
-@contextlib.contextmanager
-def eval_mode(model: Any) -> Iterator[None]:
-    """`model.eval()` inside, the mode it was in afterwards."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -35,6 +35,7 @@ from minipeft.training.evaluation import EvalResult, evaluate_loss
 from minipeft.training.identity import run_identity
 from minipeft.training.loss import autocast, token_loss_sum
 from minipeft.training.metrics import RunLog, check_tensorboard, peak_memory_bytes, read_log
+from minipeft.training.modes import training_mode
 from minipeft.training.packing import check_isolation
 from minipeft.training.plots import check_matplotlib, plot_loss_curve
 from minipeft.training.report import Reporter
@@ -133,7 +134,8 @@ class Trainer:
         self._random = capture_random()
         self._identity = identity
         self._report = self._reporter()
-        with contextlib.closing(self._report), StopSignal() as self._stop, self._training_mode():
+        mode = training_mode(self.model, self.config.gradient_checkpointing)
+        with contextlib.closing(self._report), StopSignal() as self._stop, mode:
             return self._run()
 
     def evaluate(self) -> EvalResult | None:
@@ -306,32 +308,12 @@ class Trainer:
             on_log=self._on_log,
         )
 
-    @contextlib.contextmanager
-    def _training_mode(self) -> Iterator[None]:
-        """Dropout on, and gradient checkpointing where asked for; as it was afterwards."""
-        was_training = self.model.training
-        self.model.train()
-        if self.config.gradient_checkpointing:
-            enable_gradient_checkpointing(self.model)
-        try:
-            yield
-        finally:
-            if self.config.gradient_checkpointing:
-                self.model.activation_checkpointing_disable()
-            self.model.train(was_training)
-
 
 def total_steps(batches: int, config: TrainConfig) -> int:
     """Optimizer steps of a run over `batches` micro-batches an epoch."""
     if config.max_steps is not None:
         return config.max_steps
     return max(1, math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation)))
-
-
-def enable_gradient_checkpointing(model: Any) -> None:
-    """Recompute activations in backward, the non-reentrant way: the other one needs inputs with gradients."""
-    # The name that transformers 5.23 gave it; at gradient_checkpointing_enable it warns.
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _logged_evaluation(rows: list[dict[str, Any]], step: int) -> EvalResult | None:

@@ -9,8 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 from minipeft.training import Batches, ConfigError, Example
 from minipeft.training.batches import collate, collate_packed
 from minipeft.training.encoding import IGNORE
-from minipeft.training.loop import enable_gradient_checkpointing
 from minipeft.training.loss import token_loss_sum
+from minipeft.training.modes import eval_mode, training_mode
 from minipeft.training.packing import check_isolation, pack_lengths
 
 
@@ -42,11 +42,9 @@ def test_packed_logits_equal_those_of_each_document_alone(attention, mode):
     rows = [documents(5, 7, 4), documents(6), documents(1, 2, 9)]  # batch of 3, two rows padded
     with torch.no_grad():
         alone = [[model(torch.tensor([d.input_ids])).logits[0] for d in row] for row in rows]
-    model.train(mode != "eval")
-    if mode == "checkpointing":
-        enable_gradient_checkpointing(model)
     batch = collate_packed(rows, pad_id=0)
-    packed = model(**batch.inputs, use_cache=False).logits
+    with eval_mode(model) if mode == "eval" else training_mode(model, mode == "checkpointing"):
+        packed = model(**batch.inputs, use_cache=False).logits
     for row, expected in enumerate(alone):
         at = 0
         for logits in expected:

@@ -169,6 +169,18 @@ def test_scale_codes_are_the_exact_nearest_entries(blocks: int, exponent: float,
         assert torch.equal(codes[start : start + 256].long(), distances.argmin(1))  # the first of equals
 
 
+def test_the_last_bit_of_a_scaled_scale_is_that_of_a_product_with_the_reciprocal() -> None:
+    absmax = torch.rand(1 << 20)
+    codes, nested, offset = quantize_absmax(absmax)
+    centred = (absmax - offset).view(-1, 256)
+    entries = dynamic_map().double()
+    midpoints = (entries[1:] + entries[:-1]) / 2
+    product = torch.bucketize((centred * (1 / nested.unsqueeze(1))).double(), midpoints)
+    quotient = torch.bucketize((centred / nested.unsqueeze(1)).double(), midpoints)
+    assert not torch.equal(product, quotient)  # the cases tell the two apart
+    assert torch.equal(codes, product.view(-1).to(torch.uint8))
+
+
 def test_scales_that_are_all_equal_have_nested_scale_zero() -> None:
     codes, nested, offset = quantize_absmax(torch.full((300,), 0.25))
     assert offset == 0.25 and nested.tolist() == [0, 0] and (codes == 0).all()

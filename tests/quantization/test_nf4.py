@@ -137,6 +137,29 @@ def test_any_weight_is_quantized_as_the_installed_bitsandbytes_does(
         assert_is_bitsandbytes(w, blocksize, double_quant)
 
 
+def near_boundaries(blocks: int, size: int) -> Tensor:
+    """(blocks, size) whose first column is the scale and the rest lie within 3 ulps of a boundary of it."""
+    scale = 1 + torch.rand(blocks, 1)
+    near = NF4_BOUNDARIES[torch.randint(15, (blocks, size - 1))] * scale
+    near = (near.view(torch.int32) + torch.randint(-3, 4, near.shape, dtype=torch.int32)).view(torch.float32)
+    return torch.cat([scale, near], dim=1)
+
+
+def test_the_last_bit_of_a_full_block_is_that_of_a_product_with_the_reciprocal() -> None:
+    w = near_boundaries(500, 64)
+    product = torch.bucketize(w * (1 / w[:, :1]), NF4_BOUNDARIES)
+    assert not torch.equal(product, torch.bucketize(w / w[:, :1], NF4_BOUNDARIES))  # the cases tell the two apart
+    assert_is_bitsandbytes(w, 64, double_quant=False)
+
+
+def test_the_last_bit_of_a_short_block_is_that_of_a_quotient() -> None:
+    w = near_boundaries(100, 62)
+    quotient = torch.bucketize(w / w[:, :1], NF4_BOUNDARIES)
+    assert not torch.equal(quotient, torch.bucketize(w * (1 / w[:, :1]), NF4_BOUNDARIES))
+    for row in w:
+        assert_is_bitsandbytes(row, 64, double_quant=False)
+
+
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_matrix_of_many_blocks_is_bitsandbytes(dtype: torch.dtype, blocksize: int) -> None:

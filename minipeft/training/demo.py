@@ -7,6 +7,7 @@ loss, perplexity and accuracy are measured before and after on texts that were n
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -106,7 +107,7 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = say_now) -> DemoRe
     say_after(before, after, exam, say)
 
     say("\n[6/6] The result")
-    title = f"QLoRA demo: loss on the answers of the training texts and of {CURVE_TEXTS} held-out ones"
+    title = f"QLoRA demo (evaluation: {CURVE_TEXTS} held-out texts)"
     plot_loss_curve(read_log(result.log_path), config.output / "loss_curve.png", title=title)
     report = DemoResult(
         before=before,
@@ -177,7 +178,7 @@ def _train(
         seed=config.seed,
         log_every=1,
         eval_at_start=True,
-        eval_every=max(1, steps // CURVE_POINTS),
+        eval_every=math.ceil(steps / CURVE_POINTS),
     )
     config.output.mkdir(parents=True, exist_ok=True)
     data.write(config.output)

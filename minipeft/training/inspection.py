@@ -51,10 +51,6 @@ def describe(path: str | Path) -> str:
     for marker, about in _KINDS:
         if (path / marker).is_file():
             return "\n".join(about(path))
-    # A checkpoint keeps its adapter in a folder of its own.
-    inner = path / "adapter"
-    if (inner / "adapter_config.json").is_file():
-        return "\n".join([f"{path}: {_files(path)}", *_about_adapter(inner)])
     markers = ", ".join(marker for marker, _ in _KINDS)
     raise InspectError(f"{path} is no adapter, checkpoint, run or model: it holds none of {markers}")
 
@@ -109,6 +105,19 @@ def _about_adapter(path: Path) -> Iterator[str]:
     yield from _tensor_lines(tensors)
 
 
+def _about_checkpoint(path: Path) -> Iterator[str]:
+    state = _read_json(path / "training_state.json")
+    progress = state.get("progress")
+    done = progress if isinstance(progress, dict) else {}
+    yield f"{path}: checkpoint of a training run"
+    yield f"  steps done        {done.get('step', '?')}"
+    yield f"  tokens trained on {done.get('tokens', '?')}"
+    saved = read_header(path / "training_state.safetensors")
+    yield f"  optimizer state   {size(sum(tensor.nbytes for tensor in saved.values()))}"
+    yield ""
+    yield from _about_adapter(path)
+
+
 def _about_model(path: Path) -> Iterator[str]:
     config = _read_json(path / "config.json")
     tensors = _model_tensors(path)
@@ -147,7 +156,9 @@ def _about_run(path: Path) -> Iterator[str]:
         yield "  adapter                 none yet: the run is not finished"
 
 
+# The first of these files that a directory holds says what it is.
 _KINDS = (
+    ("training_state.json", _about_checkpoint),
     ("adapter_config.json", _about_adapter),
     ("run.json", _about_run),
     ("config.json", _about_model),
@@ -212,10 +223,6 @@ def _log_rows(file: Path) -> list[dict[str, Any]]:
     from minipeft.training.metrics import read_log
 
     return read_log(file) if file.is_file() else []
-
-
-def _files(path: Path) -> str:
-    return ", ".join(f"{p.name} ({size(p.stat().st_size)})" for p in sorted(path.iterdir()) if p.is_file())
 
 
 def _short(value: Any) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 from minipeft.files import atomic_path
 from minipeft.training.errors import MissingExtraError
 
-
 # Above this many rows the training loss is drawn as a running mean, over so many neighbours on either side.
 FEW_ROWS, REACH = 20, 2
 

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minipeft import set_peft_model_state_dict
+from minipeft.files import atomic_path, write_text
 from minipeft.training.directories import atomic_directory, remove_directory
 from minipeft.training.errors import CheckpointError
 from minipeft.training.identity import parameters_digest
@@ -94,9 +95,11 @@ def save_checkpoint(
     }
     with atomic_directory(target) as temporary:
         model.save_pretrained(str(temporary))
-        save_file(tensors, str(temporary / "training_state.safetensors"))
+        # Through atomic_path for the permissions only: safetensors writes files that nobody else may read.
+        with atomic_path(temporary / "training_state.safetensors") as path:
+            save_file(tensors, str(path))
         text = json.dumps(state, indent=2, sort_keys=True, allow_nan=False)
-        (temporary / "training_state.json").write_text(text + "\n", encoding="utf-8")
+        write_text(temporary / "training_state.json", text + "\n")
     return target
 
 

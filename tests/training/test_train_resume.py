@@ -292,6 +292,8 @@ def test_checkpoints_hold_no_pickle_and_only_the_adapter(tmp_path):
     path = stopped_run(tmp_path)
     suffixes = {p.suffix for p in path.iterdir()}
     assert suffixes <= {".safetensors", ".json", ".md"}
+    (tmp_path / "plain").write_text("")
+    assert {p.stat().st_mode for p in path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
     state = json.loads((path / "training_state.json").read_text())
     assert state["progress"]["step"] == 1
     model_bytes = sum(p.numel() * p.element_size() for p in make_model().parameters())

@@ -1,6 +1,7 @@
 """Loading in NF4 never holds the dense model: measured in a fresh process on a model of 204 million parameters."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -15,7 +16,8 @@ MIB = 2**20
 # heap and tensors. File pages are left out: transformers maps the checkpoint, and those pages are the kernel's
 # cache, which it drops at need. For that reason the bfloat16 checkpoint is loaded in float32: every weight is
 # then a copy on the heap before it is packed, and the dense model, loaded last, shows that the measure sees it.
-# A small model is loaded first, so that imports and caches are in the baseline.
+# A small model is loaded first, so that imports and caches are in the baseline. glibc is told to give freed blocks
+# of 64 KiB and more back at once: it would keep some of them, a different lot each time.
 MEASURE = """
 import gc, json, sys, threading, time
 import torch
@@ -93,13 +95,19 @@ def write_llama(folder, layers, hidden, intermediate, vocab):
     return sum(t.numel() for shard in shards for t in shard.values())
 
 
-def test_peak_above_final_size_stays_under_one_layer(tmp_path):
+def test_peak_is_the_packed_model_and_one_dense_weight(tmp_path):
     torch.manual_seed(0)
     write_llama(tmp_path / "small", layers=1, hidden=64, intermediate=64, vocab=64)
     parameters = write_llama(tmp_path / "large", LAYERS, HIDDEN, INTERMEDIATE, VOCAB)
     assert parameters >= 200e6
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")],
+        env={
+            **os.environ,
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
         timeout=300,
@@ -108,10 +116,8 @@ def test_peak_above_final_size_stays_under_one_layer(tmp_path):
     measured = json.loads(run.stdout.splitlines()[-1])
     print({k: f"{v / MIB:.1f} MiB" for k, v in measured.items() if k in ("peak", "final", "model", "dense")})
     assert measured["layer"].startswith("NF4Linear") and measured["samples"] > 100
-    # less than 4 bytes a parameter: freed heap of the first load is used again
-    assert measured["dense"] > 0.8 * 4 * parameters, "the measure must see a dense model"
-    one_layer = 4 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE)
-    assert measured["peak"] - measured["final"] < one_layer
-    # and absolutely, so that nothing else is kept either: the packed weights are an eighth of the dense ones
+    assert measured["dense"] > 0.95 * 4 * parameters, "the measure must see a dense model"
+    # 4 bits, not 32; and beside the model itself, one weight in float32 and 8 MiB for everything else
     assert measured["model"] < 4 * parameters / 7
-    assert measured["peak"] < measured["model"] + one_layer
+    assert measured["final"] < measured["model"] + 8 * MIB
+    assert measured["peak"] < measured["final"] + 4 * HIDDEN * INTERMEDIATE + 8 * MIB

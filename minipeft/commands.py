@@ -14,6 +14,7 @@ from typing import Any
 
 from minipeft.training.config import TrainConfig, config_values
 from minipeft.training.errors import ConfigError, OutputDirError, TrainingError
+from minipeft.training.quiet import without_bars
 
 # What `--method` may say, and the settings that it stands for.
 METHODS: dict[str, dict[str, str]] = {"lora": {}, "qlora": {"quantize": "nf4"}}
@@ -47,7 +48,7 @@ def train(args: argparse.Namespace) -> None:
     for notice in data.notices:
         print(notice)
     print(f"{len(data)} records, {data.tokens:,} tokens, of which {data.loss_tokens:,} are learned")
-    with quiet_loading():
+    with without_bars():
         model = load_base_model(config.model, quantize=config.quantize, dtype=config.dtype, device=config.device)
     seed_everything(config.seed)
     model = attach(model, adapter_config)
@@ -121,7 +122,7 @@ def merge(args: argparse.Namespace) -> None:
         raise ConfigError("--requantize needs a 4-bit base: add --quantize nf4, or give a 4-bit model folder")
     with as_user_error(AdapterError):
         model = model.merge_and_unload(**({"requantize": True} if args.requantize else {}))
-    with atomic_directory(output) as temporary:
+    with atomic_directory(output) as temporary, without_bars():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     if args.requantize:
@@ -198,7 +199,7 @@ def load_model(args: argparse.Namespace) -> Any:
 
     if args.adapter is not None:
         check_adapter_path(Path(args.adapter))
-    with quiet_loading():
+    with without_bars():
         model = load_base_model(args.model, quantize=args.quantize, dtype=args.dtype, device=args.device)
     if args.adapter is None:
         return model
@@ -259,20 +260,6 @@ def as_user_error(kind: type[TrainingError], what: str | None = None) -> Iterato
     except (ValueError, TypeError, OSError) as error:
         message = " ".join(str(error).split())
         raise kind(f"{what}: {message}" if what and what not in message else message) from error
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """No bars of transformers' while a model is loaded: ours is for training."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
 
 
 def _loss_text(result: Any) -> str:

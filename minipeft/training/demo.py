@@ -28,6 +28,7 @@ from minipeft.training.loop import Trainer, TrainResult
 from minipeft.training.metrics import read_log
 from minipeft.training.models import load_base_model, load_tokenizer, seed_everything
 from minipeft.training.plots import check_matplotlib, plot_loss_curve
+from minipeft.training.quiet import without_bars
 from minipeft.training.smollm2 import smollm2_folder
 
 # Two packed rows make a step: about 13 texts, 74 steps. Accuracy after one pass: 54.8 % so, 52.2 % with three rows, and
@@ -131,13 +132,12 @@ def load_quantized(base: str) -> Any:
     On a CPU what is not 4-bit is float32 unless the processor multiplies bfloat16: emulated, that is many times
     slower than float32.
     """
-    from transformers.utils import logging
-
     from minipeft.kernels.arithmetic import arithmetic_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    logging.disable_progress_bar()
-    return load_base_model(base, quantize="nf4", dtype=arithmetic_dtype(torch.bfloat16, device), device=device)
+    dtype = arithmetic_dtype(torch.bfloat16, device)
+    with without_bars():
+        return load_base_model(base, quantize="nf4", dtype=dtype, device=device)
 
 
 def attach_lora(model: Any) -> Any:

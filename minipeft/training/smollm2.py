@@ -13,6 +13,7 @@ from typing import Any
 
 from minipeft.training.assets import SMOLLM2_GGUF, build_folder, cache_dir, fetch, file_sha256, find_damage
 from minipeft.training.errors import MissingExtraError
+from minipeft.training.quiet import without_bars
 
 FOLDER = "SmolLM2-135M-Instruct"
 
@@ -38,7 +39,8 @@ def smollm2_folder(say: Callable[[str], None] = print) -> Path:
         raise MissingExtraError(f"reading a GGUF file needs {' and '.join(missing)}: run pip install 'minipeft[demo]'")
     gguf = fetch(SMOLLM2_GGUF, say)
     say(f"Converting the GGUF file once, to {folder} (20 to 30 s)")
-    return build_folder(folder, lambda staging: _convert(gguf, SMOLLM2_GGUF.members[0].name, staging))
+    with without_bars():
+        return build_folder(folder, lambda staging: _convert(gguf, SMOLLM2_GGUF.members[0].name, staging))
 
 
 def is_whole(folder: Path) -> bool:

@@ -22,7 +22,7 @@ LABELS = ("terrible", "bad", "neutral", "good", "great")
 BOUNDS = (-2.0, -0.5, 0.5, 2.0)
 
 # Characters. Short snippets make many rows in a minute of CPU time.
-MIN_LENGTH, MAX_LENGTH = 20, 80
+MIN_LENGTH, MAX_LENGTH = 30, 80
 
 # Texts that share this much of their words (Jaccard index) count as the same text.
 SAME_TEXT = 0.6

@@ -7,7 +7,7 @@ import pytest
 
 from minipeft.training.demo_data import own_data, sentiment_data
 from minipeft.training.errors import DataError
-from minipeft.training.task_sentiment import LABELS, Snippet, make_task, prompt, read_snippets
+from minipeft.training.task_sentiment import LABELS, MAX_LENGTH, MIN_LENGTH, Snippet, make_task, prompt, read_snippets
 
 RATINGS = {"terrible": -3.0, "bad": -1.0, "neutral": 0.0, "good": 1.0, "great": 3.0}
 
@@ -75,7 +75,7 @@ def test_texts_too_short_or_too_long_are_left_out():
         Snippet("w " * 60, r, "a/2") for r in RATINGS.values()
     ]
     task = make_task([*snippets(), *odd], 1000, 25, seed=0)
-    assert all(20 <= len(s.text) <= 80 for s in (*task.train, *task.held_out))
+    assert all(MIN_LENGTH <= len(s.text) <= MAX_LENGTH for s in (*task.train, *task.held_out))
 
 
 def test_too_few_snippets_are_refused():

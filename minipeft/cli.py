@@ -125,7 +125,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", help="model directory or hub name to use instead of SmolLM2-135M-Instruct")
     parser.add_argument("--data", help="JSONL file of prompt/completion records to use instead of the rated snippets")
     parser.add_argument("--steps", type=_positive, help="optimizer steps (default: one pass over the data)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--seed", type=_not_negative, default=0, help="seed of everything random (default: 0)")
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -167,7 +167,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
     parser.add_argument("--top-k", type=int, default=0, help="draw from this many likeliest tokens (0: all)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the drawing (default: 0)")
+    parser.add_argument("--seed", type=_not_negative, default=0, help="seed of the drawing (default: 0)")
     parser.add_argument("--stream", action="store_true", help="print the text as it comes")
 
 
@@ -202,10 +202,17 @@ def _add_model(parser: Parser, adapter_required: bool = False) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or greater, got {value}")
-    return value
+    return _whole_number(text, least=1)
+
+
+def _not_negative(text: str) -> int:
+    return _whole_number(text, least=0)
+
+
+def _whole_number(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of {least} or greater, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def train(args: argparse.Namespace) -> None:
     config = train_config(args)
     resume = args.resume
     check_output_path(Path(config.output_dir), may_exist=True)
+    check_device(config.device)
 
     from minipeft.training import (
         Trainer,
@@ -197,6 +198,7 @@ def load_model(args: argparse.Namespace) -> Any:
     """
     from minipeft.training import load_base_model
 
+    check_device(args.device)
     if args.adapter is not None:
         check_adapter_path(Path(args.adapter))
     with without_bars():
@@ -207,6 +209,14 @@ def load_model(args: argparse.Namespace) -> Any:
 
     with as_user_error(AdapterError, str(args.adapter)):
         return PeftModel.from_pretrained(model, args.adapter)
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError for a device that there is not."""
+    from minipeft.training import resolve_device
+
+    with as_user_error(ConfigError):
+        resolve_device(device)
 
 
 def is_packed(model: Any) -> bool:

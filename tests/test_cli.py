@@ -339,14 +339,26 @@ def test_bad_yaml(base, data, tmp_path):
         (["generate", "--model", "m"], "--prompt"),
         (["generate", "--model", "m", "--prompt", "a", "--top-p", "2"], "top_p must be in (0, 1]"),
         (["generate", "--model", "m", "--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens"),
-        (["eval", "--model", "m", "--data", "d", "--batch-size", "0"], "must be 1 or greater"),
-        (["demo", "--steps", "none"], "--steps"),
+        (
+            ["eval", "--model", "m", "--data", "d", "--batch-size", "0"],
+            "must be a whole number of 1 or greater, got '0'",
+        ),
+        (["demo", "--steps", "none"], "argument --steps: must be a whole number"),
+        (["demo", "--seed", "-1"], "argument --seed"),
         (["inspect", "no/such/place"], "does not exist"),
         (["inspect", "x", "--wat"], "--wat"),
     ],
 )
 def test_a_wrong_command_line(arguments, expected):
     assert expected in refused(*arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device here")
+def test_a_device_that_there_is_not(base, data, tmp_path):
+    for arguments in (["train", "--output", tmp_path / "o"], ["eval"]):
+        for device, expected in (("cuda", "torch sees no CUDA device"), ("gpu", "device must be auto")):
+            assert expected in refused(*arguments, "--model", base, "--data", data, "--device", device)
+    assert tree(tmp_path) == []
 
 
 def test_an_empty_prompt_and_a_missing_chat_template(base, tmp_path):

@@ -139,12 +139,12 @@ def encode_record(record: Record, tokenizer: Any) -> Example:
     if record.messages is not None:
         example = _encode_messages(record, tokenizer)
     elif record.text is not None:
-        ids = [*encode_prompt(tokenizer, record.text), *_eos(tokenizer)]
+        ids = _ended(tokenizer, encode_prompt(tokenizer, record.text))
         example = Example(ids, list(ids))
     else:
         assert record.prompt is not None and record.completion is not None
         prompt, completion = encode_pair(tokenizer, record.prompt, record.completion)
-        completion = [*completion, *_eos(tokenizer)]
+        completion = _ended(tokenizer, completion)
         example = Example(prompt + completion, [IGNORE] * len(prompt) + completion)
     if not example.loss_tokens:
         raise record.error("expected something to learn, found no token that a token precedes")
@@ -212,9 +212,8 @@ def _encode_messages(record: Record, tokenizer: Any) -> Example:
             labels += [*ids[len(labels) :]] if learned else [IGNORE] * (len(ids) - len(labels))
             done = stop
     # What follows the last assistant turn is never learned from, so it is left out.
-    eos = _eos(tokenizer)
-    if ids[-1:] != eos:
-        ids, labels = ids + eos, labels + eos
+    ids = _ended(tokenizer, ids)
+    labels += ids[len(labels) :]
     return Example(ids, labels)
 
 
@@ -255,8 +254,10 @@ def _render(tokenizer: Any, messages: Sequence[Any], **options: Any) -> str:
     return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
 
 
-def _eos(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """`ids` with the end-of-sequence token, if the tokenizer has one, exactly once at the end."""
+    eos = tokenizer.eos_token_id
+    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
 def _too_long_message(length: int, max_length: int) -> str:

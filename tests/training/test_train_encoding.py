@@ -62,6 +62,12 @@ def test_text_is_learned_whole(tokenizer):
     assert example.loss_tokens == len(example) - 1
 
 
+def test_end_token_that_is_there_is_not_doubled(tokenizer):
+    for obj in ({"text": "The film<|im_end|>"}, {"prompt": "The", "completion": " film<|im_end|>"}):
+        ids = encode(obj, tokenizer).input_ids
+        assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+
+
 def chat(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Importing it lets transformers read 4-bit checkpoints, so a script that uses adapters can load its base model.
+import minipeft.quantization.hf  # noqa: F401
 from minipeft.adapter_files import AdapterFiles
 from minipeft.configs import PeftConfig
 from minipeft.methods.base import Switch, mix_in, mix_out

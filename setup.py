@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-DEMO = ["gguf>=0.17", "accelerate>=1.10", "matplotlib>=3.8"]
+DEMO = ["gguf>=0.18", "accelerate>=1.10", "matplotlib>=3.8"]
 TEST = [
     *DEMO,
     "pytest>=8",
@@ -26,10 +26,11 @@ setup(
     package_dir={"minipeft.kernels": "kernels/ops"},
     package_data={"minipeft": ["py.typed"]},
     install_requires=[
-        "torch>=2.8",
-        'triton>=3.4; sys_platform == "linux"',
+        # Each lower bound is the oldest release that the tests were run with.
+        "torch>=2.13",
+        'triton>=3.7; sys_platform == "linux"',
         "transformers>=5.23",
-        "safetensors>=0.6",
+        "safetensors>=0.8",
         "numpy>=1.26",
         "tqdm>=4.66",
         "PyYAML>=6.0",

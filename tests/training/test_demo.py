@@ -108,6 +108,22 @@ def test_the_command_runs_it(base, data, tmp_path, capsys):
     assert "not empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("load", "variables", "used"), [(3.5, {}, 1), (2.9, {}, 2), (0.0, {}, 2), (3.5, {"OMP_NUM_THREADS": "2"}, 2)]
+)
+def test_a_busy_machine_gets_fewer_threads(load, variables, used, monkeypatch):
+    threads, said = [2], []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    demo.leave_busy_cores(said.append)
+    assert threads[-1] == used and len(said) == (used == 1)
+
+
 def test_bfloat16_is_used_only_where_the_processor_has_it(base, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("a GPU multiplies bfloat16")

@@ -15,6 +15,13 @@ from minipeft.training.demo import DemoConfig, run_demo
 from minipeft.training.errors import TrainingInterrupted
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _threads_as_they_were():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("models") / "base")

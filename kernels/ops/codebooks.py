@@ -45,18 +45,37 @@ DYNAMIC_DECADES = 7
 
 
 @functools.cache
-def dynamic_map() -> Tensor:
-    """The signed 8-bit map of the block scales.
+def dynamic_map(signed: bool = True) -> Tensor:
+    """The 8-bit map of the block scales, and of an optimizer's moments: the unsigned one is for what is never negative.
 
-    Decade i (from 1e-6 up) holds the 2^i midpoints of an even division of [0.1, 1] and their negatives; 0 and 1
-    make 256. Entry 127 is 0 and entry 255 is 1; there is no -1: the most negative entry is -0.993.
+    Decade i (from 1e-6 up) of the signed map holds the 2^i midpoints of an even division of [0.1, 1] and their
+    negatives; of the unsigned one 2^(i+1) midpoints. 0 and 1 make 256. In the signed map entry 127 is 0 and entry 255
+    is 1; there is no -1: the most negative entry is -0.993.
 
     Returns:
         (256,) float32, ascending. The tensor is shared by all callers: do not write to it.
     """
     points = [0.0, 1.0]
     for decade in range(DYNAMIC_DECADES):
-        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32, device="cpu")
+        intervals = 2**decade if signed else 2 ** (decade + 1)
+        edges = torch.linspace(0.1, 1.0, intervals + 1, dtype=torch.float32, device="cpu")
         middles = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (decade - DYNAMIC_DECADES + 1)
-        points += middles.tolist() + (-middles).tolist()
+        points += middles.tolist() + ((-middles).tolist() if signed else [])
     return torch.tensor(sorted(points), dtype=torch.float32, device="cpu")
+
+
+def exact_thresholds(entries: Tensor) -> Tensor:
+    """Float32 numbers that divide a map as the exact midpoints do: the nearest entry is the count of those below.
+
+    A midpoint of two float32 entries may need one bit more than a float32 has. It is rounded down: no float32 lies
+    between the two.
+
+    Args:
+        entries: (n,) float32, ascending.
+
+    Returns:
+        (n - 1,) float32.
+    """
+    exact = (entries[1:].double() + entries[:-1].double()) / 2
+    rounded = exact.float()
+    return torch.where(rounded.double() > exact, rounded.nextafter(rounded.new_tensor(-torch.inf)), rounded)

@@ -1,0 +1,251 @@
+"""AdamW's update (Loshchilov and Hutter 2019, algorithm 2) of many tensors at once, in place.
+
+    m <- beta1 m + (1 - beta1) g                       first moment
+    v <- beta2 v + (1 - beta2) g^2                     second moment
+    p <- (1 - lr weight_decay) p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+The arithmetic is float32 whatever the parameter's dtype, and the parameter is rounded once; on float32 parameters the
+reference is torch.optim.AdamW's own sequence of operations. `adamw_8bit_` keeps m and v in 8 bits (Dettmers et al.
+2022, "8-bit Optimizers via Block-wise Quantization"): 2 bytes of state a parameter instead of 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adamw_8bit import STATE_BLOCKSIZE, dequantize_state, quantize_state
+from .dispatch import use_triton
+from .registration import define_op
+
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Elements updated at a time by the reference, so that its passes over them stay in the cache.
+CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class AdamWNumbers:
+    """The numbers of one step, from its hyperparameters in double precision."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    decay: float  # 1 - lr weight_decay
+    step_size: float  # lr / (1 - beta1^t)
+    bias2_sqrt: float  # sqrt(1 - beta2^t)
+
+    @classmethod
+    def of_step(cls, step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float) -> AdamWNumbers:
+        return cls(
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            decay=1 - lr * weight_decay,
+            step_size=lr / (1 - beta1**step),
+            bias2_sqrt=(1 - beta2**step) ** 0.5,
+        )
+
+
+def adamw_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, numbers: AdamWNumbers) -> None:
+    """The update itself, of float32 tensors of one shape, in place on all but g."""
+    p.mul_(numbers.decay)
+    m.lerp_(g, 1 - numbers.beta1)
+    v.mul_(numbers.beta2).addcmul_(g, g, value=1 - numbers.beta2)
+    denominator = v.sqrt().div_(numbers.bias2_sqrt).add_(numbers.eps)
+    p.addcdiv_(m, denominator, value=-numbers.step_size)
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> None:
+    """Update `params`, and the two moments of each, in place. On a GPU: one launch for each pair of dtypes.
+
+    Args:
+        params: any shapes, float32, bfloat16 or float16, all on one device.
+        grads: of the same shapes; their dtypes may be others of the three.
+        exp_avgs, exp_avg_sqs: m and v, float32, of the same shapes.
+        step: t, from 1, common to all.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+
+    Raises:
+        ValueError, TypeError: the lists do not fit each other; names the position.
+    """
+    _check(params, grads, step)
+    for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        _check_state(name, params, states, torch.float32, [tuple(p.shape) for p in params])
+    _adamw_op(params, grads, exp_avgs, exp_avg_sqs, step, lr, *betas, eps, weight_decay)
+
+
+def adamw_8bit_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_codes: Sequence[Tensor],
+    exp_avg_absmax: Sequence[Tensor],
+    exp_avg_sq_codes: Sequence[Tensor],
+    exp_avg_sq_absmax: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+) -> None:
+    """`adamw_` with the moments in blocks of 256 8-bit codes.
+
+    Args:
+        exp_avg_codes, exp_avg_sq_codes: uint8, of the parameters' shapes: entries of the signed and of the unsigned
+            dynamic map, as `adamw_8bit.initial_state` makes them.
+        exp_avg_absmax, exp_avg_sq_absmax: float32 (ceil(numel/256),), the scale of each block.
+        The rest as `adamw_`.
+    """
+    _check(params, grads, step)
+    for name, codes in (("exp_avg_codes", exp_avg_codes), ("exp_avg_sq_codes", exp_avg_sq_codes)):
+        _check_state(name, params, codes, torch.uint8, [tuple(p.shape) for p in params])
+    for name, scales in (("exp_avg_absmax", exp_avg_absmax), ("exp_avg_sq_absmax", exp_avg_sq_absmax)):
+        _check_state(name, params, scales, torch.float32, [(-(-p.numel() // STATE_BLOCKSIZE),) for p in params])
+    states = (exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax)
+    _adamw_8bit_op(params, grads, *states, step, lr, *betas, eps, weight_decay)
+
+
+def _check(params: Sequence[Tensor], grads: Sequence[Tensor], step: int) -> None:
+    if step < 1:
+        raise ValueError(f"step counts from 1, got {step}")
+    if len(grads) != len(params):
+        raise ValueError(f"{len(params)} params and {len(grads)} grads: one for each is needed")
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        for name, t in (("params", p), ("grads", g)):
+            if t.dtype not in PARAMETER_DTYPES or t.layout != torch.strided:
+                raise TypeError(f"{name}[{i}] must be dense float32, bfloat16 or float16, got {t.dtype}, {t.layout}")
+        if g.shape != p.shape or g.device != p.device or p.device != params[0].device:
+            raise ValueError(
+                f"grads[{i}] {tuple(g.shape)} on {g.device} does not fit params[{i}] {tuple(p.shape)} on {p.device}, "
+                f"or the params are not all on {params[0].device}"
+            )
+
+
+def _check_state(
+    name: str, params: Sequence[Tensor], states: Sequence[Tensor], dtype: torch.dtype, shapes: list[tuple[int, ...]]
+) -> None:
+    if len(states) != len(params):
+        raise ValueError(f"{len(params)} params and {len(states)} {name}: one for each is needed")
+    for i, (p, s, shape) in enumerate(zip(params, states, shapes, strict=True)):
+        if s.dtype != dtype or tuple(s.shape) != shape or s.device != p.device:
+            raise ValueError(
+                f"{name}[{i}] should be {dtype} {shape} on {p.device}, and is {s.dtype} {tuple(s.shape)} on {s.device}"
+            )
+
+
+def adamw_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    numbers: AdamWNumbers,
+) -> None:
+    """`adamw_` in PyTorch, tensor by tensor and chunk by chunk."""
+    for tensors in zip(grads, params, exp_avgs, exp_avg_sqs, strict=True):
+        for g, p, m, v in _chunks(*tensors):
+            wide = p.float()
+            adamw_update(wide, g.float(), m, v, numbers)
+            if wide is not p:
+                p.copy_(wide)
+
+
+def adamw_8bit_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_codes: Sequence[Tensor],
+    exp_avg_absmax: Sequence[Tensor],
+    exp_avg_sq_codes: Sequence[Tensor],
+    exp_avg_sq_absmax: Sequence[Tensor],
+    numbers: AdamWNumbers,
+) -> None:
+    """`adamw_8bit_` in PyTorch: decode a chunk, update it, encode it."""
+    scales = zip(exp_avg_absmax, exp_avg_sq_absmax, strict=True)
+    for *tensors, (m_scales, v_scales) in zip(grads, params, exp_avg_codes, exp_avg_sq_codes, scales, strict=True):
+        for i, (g, p, m_codes, v_codes) in enumerate(_chunks(*tensors)):
+            blocks = slice(i * CHUNK // STATE_BLOCKSIZE, (i + 1) * CHUNK // STATE_BLOCKSIZE)
+            m = dequantize_state(m_codes, m_scales[blocks], signed=True)
+            v = dequantize_state(v_codes, v_scales[blocks], signed=False)
+            wide = p.float()
+            # The parameter moves by the moments before they are rounded to 8 bits.
+            adamw_update(wide, g.float(), m, v, numbers)
+            if wide is not p:
+                p.copy_(wide)
+            quantize_state(m, m_codes, m_scales[blocks], signed=True)
+            quantize_state(v, v_codes, v_scales[blocks], signed=False)
+
+
+def _chunks(read: Tensor, *written: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat pieces of tensors of one shape, together; what is not contiguous is copied, and written back at the end."""
+    flat = [t.contiguous().view(-1) for t in (read, *written)]
+    for start in range(0, read.numel(), CHUNK):
+        yield tuple(t[start : start + CHUNK] for t in flat)
+    for t, copy in zip(written, flat[1:], strict=True):
+        if not t.is_contiguous():
+            t.copy_(copy.view(t.shape))
+
+
+def _run_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *hyperparameters: Any,
+) -> None:
+    if not params:
+        return
+    numbers = AdamWNumbers.of_step(*hyperparameters)
+    if use_triton(params[0]):
+        from .adamw_triton import launch_adamw as update
+    else:
+        update = adamw_reference
+    update(params, grads, exp_avgs, exp_avg_sqs, numbers)
+
+
+def _run_adamw_8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg_codes: list[Tensor],
+    exp_avg_absmax: list[Tensor],
+    exp_avg_sq_codes: list[Tensor],
+    exp_avg_sq_absmax: list[Tensor],
+    *hyperparameters: Any,
+) -> None:
+    if not params:
+        return
+    numbers = AdamWNumbers.of_step(*hyperparameters)
+    if use_triton(params[0]):
+        from .adamw_triton import launch_adamw_8bit as update
+    else:
+        update = adamw_8bit_reference
+    update(params, grads, exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax, numbers)
+
+
+_HYPERPARAMETERS = "SymInt step, float lr, float beta1, float beta2, float eps, float weight_decay"
+
+_adamw_op = define_op(
+    f"adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, {_HYPERPARAMETERS})"
+    " -> ()",
+    _run_adamw,
+    fake=lambda *args: None,
+)
+_adamw_8bit_op = define_op(
+    "adamw_8bit_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg_codes, Tensor(c!)[] exp_avg_absmax, "
+    f"Tensor(d!)[] exp_avg_sq_codes, Tensor(e!)[] exp_avg_sq_absmax, {_HYPERPARAMETERS}) -> ()",
+    _run_adamw_8bit,
+    fake=lambda *args: None,
+)

@@ -1,0 +1,81 @@
+"""Which of an operation's two forms runs: the PyTorch reference or the Triton kernel. Nothing else decides it.
+
+Tensors on a GPU that Triton compiles for go to the kernel, tensors on a CPU to the reference. With
+TRITON_INTERPRET=1, which Triton reads when its kernels are defined, they go to the kernel on a CPU too, run by
+Triton's interpreter: that is how kernels are tested without a GPU. MINIPEFT_BACKEND=reference or =triton forces one,
+and is read at every call; a forced kernel that cannot run is an error.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("minipeft")
+
+VARIABLE = "MINIPEFT_BACKEND"
+BACKENDS = ("reference", "triton")
+# Triton compiles for NVIDIA and AMD, which PyTorch both calls "cuda", and for Intel.
+GPUS = ("cuda", "xpu")
+# The oldest NVIDIA GPUs that Triton supports, and the first with bfloat16.
+MIN_CAPABILITY = (8, 0)
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether an operation on `tensor` runs as a Triton kernel.
+
+    Raises:
+        ValueError: MINIPEFT_BACKEND has another value than the two it may have.
+        RuntimeError: it asks for Triton, which cannot run on the tensor's device; says why.
+    """
+    forced = os.environ.get(VARIABLE, "")
+    if forced == "reference":
+        return False
+    if forced not in ("", "triton"):
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, or unset, got {forced!r}")
+    obstacle = triton_obstacle(tensor.device)
+    if not obstacle:
+        return True
+    if forced:
+        raise RuntimeError(f"{VARIABLE}=triton, but {obstacle}")
+    return False
+
+
+@functools.cache
+def triton_obstacle(device: torch.device) -> str:
+    """Why Triton cannot run on `device`, or "" if it can. On a GPU the reason is also logged, once."""
+    obstacle = _find_obstacle(device)
+    if obstacle and device.type in GPUS:
+        logger.warning("%s: minipeft's operations run in plain PyTorch there", obstacle)
+    return obstacle
+
+
+def _find_obstacle(device: torch.device) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if interpreting():
+        return "" if device.type in ("cpu", *GPUS) else f"the interpreter does not run on device type {device.type}"
+    if device.type == "cpu":
+        return "on a CPU a Triton kernel needs the interpreter: set TRITON_INTERPRET=1 before Python starts"
+    if device.type not in GPUS:
+        return f"Triton does not compile for device type {device.type}"
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < MIN_CAPABILITY:
+            return f"Triton needs an NVIDIA GPU of compute capability 8.0, and {device} has {major}.{minor}"
+    return ""
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter. Fixed by the first call, as kernels are by their definition."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context in which kernels are launched on the tensor's GPU: Triton launches on the current one."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()

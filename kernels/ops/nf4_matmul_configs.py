@@ -1,0 +1,112 @@
+"""Which tile a product with a packed weight runs in, how many programs share one, and where fusing stops paying.
+
+**Nothing here was timed.** The tiles were chosen by their machine code (`offline.py`: instructions a weight, registers,
+no spills), the numbers of programs and the crossovers come from the model in kernels/README.md. They wait to be
+measured; this file is the one place to change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CHUNK = 64
+"""Weights of a row that a tile takes at once: the smallest blocksize that the kernels read."""
+
+SPLITS = (1, 2, 4, 8, 16)
+"""How many programs may share a tile: few values, since each compiles a kernel of its own."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One shipped configuration of a kernel.
+
+    Attributes:
+        kernel: "direct" (decoded in the tensor core's registers) or "staged" (through shared memory).
+        rows: rows of x in a tile (BM). bn: rows of W.
+        nb: chunks of 64 weights a step, for "direct".
+        warps, stages: of the program; stages of asynchronous copies.
+    """
+
+    kernel: str
+    rows: int
+    bn: int
+    nb: int
+    warps: int
+    stages: int
+
+
+# Two warps, not four: with four, Hopper's and Blackwell's own matrix instructions are taken, which want the packed
+# bytes in single-byte loads. Counted on sm_90, 16 rows: 5.5 instructions a weight against 4.2.
+_DIRECT = (
+    Tile("direct", rows=8, bn=64, nb=4, warps=2, stages=3),
+    Tile("direct", rows=16, bn=64, nb=4, warps=2, stages=3),
+    Tile("direct", rows=32, bn=64, nb=2, warps=2, stages=3),
+)
+_STAGED_SMALL = (
+    Tile("staged", rows=8, bn=64, nb=1, warps=2, stages=3),
+    Tile("staged", rows=16, bn=64, nb=1, warps=2, stages=3),
+)
+_STAGED_32 = Tile("staged", rows=32, bn=128, nb=1, warps=4, stages=3)
+_STAGED_64 = Tile("staged", rows=64, bn=128, nb=1, warps=4, stages=3)
+# Blackwell's tensor memory costs more than it saves at these sizes: two warps again.
+_BLACKWELL_32 = Tile("staged", rows=32, bn=64, nb=1, warps=2, stages=3)
+_BLACKWELL_64 = Tile("staged", rows=64, bn=64, nb=1, warps=2, stages=2)
+# With 64 rows of W its registers spill.
+_BLACKWELL_GRAD_64 = Tile("staged", rows=64, bn=32, nb=1, warps=2, stages=2)
+
+FORWARD = (*_DIRECT, _STAGED_64)
+INPUT_GRAD = (*_STAGED_SMALL, _STAGED_32, _STAGED_64)
+BLACKWELL_FORWARD = (*_DIRECT, _BLACKWELL_64)
+BLACKWELL_INPUT_GRAD = (*_STAGED_SMALL, _BLACKWELL_32, _BLACKWELL_GRAD_64)
+
+# float32 has no 16-bit levels to permute: the table is read by pointer and the product is on the ordinary cores.
+FLOAT32_FORWARD = (Tile("direct", rows=16, bn=32, nb=1, warps=4, stages=2),)
+FLOAT32_INPUT_GRAD = (Tile("staged", rows=16, bn=32, nb=1, warps=4, stages=2),)
+
+# From the model, unmeasured: rows up to which one fused kernel beats one dequantization and the vendor's product.
+# Above, the weight is decoded once into a buffer that is used again. None: at every size, since consumer cards have
+# little bandwidth for their arithmetic, and a dense copy of the weight costs nine times the packed bytes.
+FUSED_MAX_ROWS: dict[int, int | None] = {80: 128, 86: None, 87: 128, 89: None, 90: 64, 100: 64, 103: 64, 120: None}
+DEFAULT_FUSED_MAX_ROWS = 64
+FLOAT32_FUSED_MAX_ROWS = 16
+
+# From the model, unmeasured: warps a multiprocessor should have in flight to cover the latency of its loads.
+WARPS_PER_MULTIPROCESSOR = 8
+
+
+def tile_for(rows: int, grad: bool, capability: int, wide: bool) -> Tile:
+    """The tile for a product of `rows` rows.
+
+    Args:
+        rows: of x or dy. grad: for the input gradient.
+        capability: of the GPU, 80 for 8.0. wide: x is float32.
+    """
+    if wide:
+        table = FLOAT32_INPUT_GRAD if grad else FLOAT32_FORWARD
+    elif 100 <= capability < 120:
+        table = BLACKWELL_INPUT_GRAD if grad else BLACKWELL_FORWARD
+    else:
+        table = INPUT_GRAD if grad else FORWARD
+    return next((tile for tile in table if rows <= tile.rows), table[-1])
+
+
+def split_for(tiles: int, steps: int, warps: int, multiprocessors: int) -> int:
+    """How many programs share a tile: enough to fill the GPU, while each keeps two steps or more.
+
+    Args:
+        tiles: of the output. steps: of the loop in one tile. warps: a program. multiprocessors: of the GPU.
+    """
+    wanted = WARPS_PER_MULTIPROCESSOR * multiprocessors
+    split = 1
+    for candidate in SPLITS[1:]:
+        if tiles * split * warps >= wanted or steps // candidate < 2:
+            break
+        split = candidate
+    return split
+
+
+def fused_max_rows(capability: int, wide: bool) -> int | None:
+    """Rows up to which the fused kernels are expected to win, None for any number; from the model, unmeasured."""
+    if wide:
+        return FLOAT32_FUSED_MAX_ROWS
+    return FUSED_MAX_ROWS.get(capability, DEFAULT_FUSED_MAX_ROWS)

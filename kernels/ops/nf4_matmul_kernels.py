@@ -1,0 +1,309 @@
+"""The two Triton kernels of products with a packed NF4 weight; `nf4_matmul_triton` launches them.
+
+Both compute the product transposed: W is the left operand of the tensor core, whose tile is 16 rows of W by 8 rows of
+x, so that one row of x wastes an eighth of what it would waste on the other side.
+"""
+# Device code has no Python types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+import triton
+import triton.language as tl
+
+from .nf4_decode_triton import (
+    _add_low_rank,
+    _block_scales,
+    _byte_planes,
+    _dot,
+    _pairs_from_bytes,
+    _pairs_from_words,
+    _portable_levels,
+    _scale_pairs,
+    _store_or_reduce,
+    _unpack_pairs,
+)
+from .rounding_triton import _round_to
+
+
+@triton.jit
+def _nf4_matmul_direct_kernel(
+    x,
+    codes,
+    absmax,
+    levels,
+    nested_absmax,
+    nested_map,
+    offset,
+    bias,
+    low,
+    up,
+    y,
+    workspace,
+    counters,
+    M,
+    N,
+    row_chunks,
+    x_stride,
+    rank,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SHIFT: tl.constexpr,
+    NB: tl.constexpr,
+    SPLIT: tl.constexpr,
+    RT: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRMT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """y = x W^T + bias + low up^T for few rows: packed bytes go to the tensor core's registers and are decoded there.
+
+    A program holds a (BN, BM) float32 tile of y^T and walks along K, NB chunks of CHUNK weights at a step:
+
+        codes   [n0: w0w1 w2w3 .. | chunk 1 .. | .. ]   CHUNK/2 bytes a chunk and row, K/2 bytes a row
+                [n1: ..                             ]
+        absmax  [n0: s0 s1 ..  n1: .. ]                 1 byte (float32: 4) a block of 2^SHIFT chunks
+        x       [m0: K values  ] .. [m(BM-1)]           read transposed, (CHUNK, BM)
+
+    A scale belongs to one row and one chunk, so it multiplies the chunk's partial product, BM values a row, instead of
+    its CHUNK weights: BM / CHUNK operations a weight, and the weight is the level itself rounded to 16 bits.
+    Bytes: N K / 2 + N K / blocksize once, x once per column of tiles, y. Operations: 2 M N K.
+    SPLIT programs share a tile's K. EVEN: row_chunks divides by NB.
+    """
+    dtype: tl.constexpr = x.dtype.element_ty
+    tiles_n = tl.cdiv(N, BN)
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    n = (tile % tiles_n) * BN + tl.arange(0, BN)
+    m = (tile // tiles_n) * BM + tl.arange(0, BM)
+    in_n = n < N
+    in_m = m < M
+
+    acc = tl.zeros([BN, BM], tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < tl.where(part == 0, N, 0), other=0.0).to(tl.float32)[:, None]
+    if RT > 0:
+        ranks = tl.where(part == 0, rank, 0)
+        acc = _add_low_rank(acc, up, n.to(tl.int64) * rank, 1, low, m, in_n, in_m, ranks, dtype, RT, UPCAST)
+
+    share = tl.cdiv(tl.cdiv(row_chunks, NB), SPLIT) * NB
+    first = part * share
+    last = tl.minimum(first + share, row_chunks)
+    q_at = codes + n[:, None].to(tl.int64) * (row_chunks * (CHUNK // 2)) + first * (CHUNK // 2)
+    q_at += tl.arange(0, CHUNK // 2)[None, :]
+    x_at = x + m[None, :].to(tl.int64) * x_stride + first * CHUNK + tl.arange(0, CHUNK)[:, None]
+    row_scales = n * (row_chunks >> SHIFT)
+    shift = 0.0
+    if DOUBLE:
+        shift = tl.load(offset)
+    if PRMT:
+        planes = _byte_planes(levels, dtype == tl.bfloat16, (1, 1))
+
+    for b in range(first, last, NB):
+        nested = 0.0
+        if DOUBLE and EVEN:
+            # The scales of NB chunks, from a multiple of NB on, have one nested block of 256 in common.
+            nested = tl.load(nested_absmax + ((row_scales + (b >> SHIFT)) >> 8), mask=in_n, other=0.0)
+        for j in tl.static_range(NB):
+            block = row_scales + ((b + j) >> SHIFT)
+            inside_n = in_n
+            inside_m = in_m
+            if not EVEN:
+                inside_n = n < tl.where(b + j < last, N, 0)
+                inside_m = m < tl.where(b + j < last, M, 0)
+                if DOUBLE:
+                    nested = tl.load(nested_absmax + (block >> 8), mask=inside_n, other=0.0)
+            q = tl.load(q_at + j * (CHUNK // 2), mask=inside_n[:, None], other=0)
+            xt = tl.load(x_at + j * CHUNK, mask=inside_m[None, :], other=0.0)
+            stored = tl.load(absmax + block, mask=inside_n, other=0)
+            scale = _block_scales(stored, nested, nested_map, shift, DOUBLE)
+            if PRMT:
+                w = _unpack_pairs(_pairs_from_bytes(q, planes), dtype)
+            else:
+                w = _round_to(_portable_levels(q, levels), dtype)
+            acc += _dot(w, xt, tl.zeros([BN, BM], tl.float32), UPCAST) * scale[:, None]
+        q_at += NB * (CHUNK // 2)
+        x_at += NB * CHUNK
+
+    out = y + m[None, :].to(tl.int64) * N + n[:, None]
+    _store_or_reduce(acc, out, in_n[:, None] & in_m[None, :], workspace, counters, tile, part, SPLIT)
+
+
+@triton.jit
+def _scaled_tile(
+    q,
+    stored,
+    nested,
+    nested_map,
+    shift,
+    levels,
+    planes,
+    dtype: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    PRMT: tl.constexpr,
+):
+    """One chunk of each of R rows, decoded and scaled: int32 pairs (R, CHUNK/2), or without PRMT (R, CHUNK)."""
+    scale = _block_scales(stored, nested, nested_map, shift, DOUBLE)[:, None]
+    if PRMT:
+        return _scale_pairs(_pairs_from_words(q, planes), scale, dtype == tl.bfloat16)
+    else:
+        return _round_to(_portable_levels(q, levels) * scale, dtype)
+
+
+@triton.jit
+def _nf4_matmul_staged_kernel(
+    x,
+    codes,
+    absmax,
+    levels,
+    nested_absmax,
+    nested_map,
+    offset,
+    bias,
+    low,
+    up,
+    y,
+    workspace,
+    counters,
+    M,
+    N,
+    row_chunks,
+    x_stride,
+    rank,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    RT: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    GRAD: tl.constexpr,
+    PRMT: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """x W^T (many rows), or with GRAD dy W, where x is dy and y is dx: a decoded tile goes through shared memory.
+
+    W's tile is BN rows by one chunk of CHUNK columns, from the same packed buffer both ways:
+
+                    forward: walks along K ->                GRAD: walks down N
+        codes   n0  [chunk b][b + 1] ..              n0      [chunk b]
+                ..  [       ]                        ..      [BN rows]
+                n0 + BN                              n0 + BN [then the next BN]
+        y^T (BN, BM) += tile x^T (CHUNK, BM)         dx^T (CHUNK, BM) += tile^T dy^T (BN, BM)
+
+    The transpose costs nothing: the tensor core's operand is read from shared memory by a transposing load. Packed
+    words are read into registers two steps ahead and decoded one step ahead of the product that needs them, so a step
+    is: product (tile from the last step), decode (words from the last step), load (for the next but one).
+    Each weight is scaled: a scale belongs to a row, which in GRAD is summed over.
+    Bytes: N K / 2 + N K / blocksize once, x once per column of tiles, y. Operations: 2 M N K.
+    EVEN: N divides by BN.
+    """
+    dtype: tl.constexpr = x.dtype.element_ty
+    # Weights in one element of q.
+    WORD: tl.constexpr = 8 if PRMT else 2
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    if GRAD:
+        tiles = row_chunks
+    else:
+        tiles = tl.cdiv(N, BN)
+    column = tile % tiles
+    m = (tile // tiles) * BM + tl.arange(0, BM)
+    in_m = m < M
+    if GRAD:
+        share = tl.cdiv(tl.cdiv(N, BN), SPLIT) * BN
+        first = part * share
+        last = tl.minimum(first + share, N)
+        row = first + tl.arange(0, BN)
+        in_row = row < last
+        b = column
+        o = column * CHUNK + tl.arange(0, CHUNK)
+        width = row_chunks * CHUNK
+        walked = first + tl.arange(0, BN)
+        STEP: tl.constexpr = BN
+    else:
+        share = tl.cdiv(row_chunks, SPLIT)
+        first = part * share
+        last = tl.minimum(first + share, row_chunks)
+        row = column * BN + tl.arange(0, BN)
+        in_row = row < N
+        b = first
+        o = row
+        width = N
+        walked = first * CHUNK + tl.arange(0, CHUNK)
+        STEP: tl.constexpr = 1
+    in_o = o < width
+
+    acc = tl.zeros([CHUNK if GRAD else BN, BM], tl.float32)
+    if HAS_BIAS:
+        acc += tl.load(bias + o, mask=o < tl.where(part == 0, width, 0), other=0.0).to(tl.float32)[:, None]
+    if RT > 0:
+        ranks = tl.where(part == 0, rank, 0)
+        if GRAD:
+            acc = _add_low_rank(acc, up, o, width, low, m, in_o, in_m, ranks, dtype, RT, UPCAST)
+        else:
+            acc = _add_low_rank(acc, up, o.to(tl.int64) * rank, 1, low, m, in_o, in_m, ranks, dtype, RT, UPCAST)
+
+    if PRMT:
+        q_at = codes.to(tl.pointer_type(tl.int32))
+        planes = _byte_planes(levels, dtype == tl.bfloat16, ())
+    else:
+        q_at = codes
+        planes = 0
+    pitch = row_chunks * (CHUNK // WORD)
+    q_at += row[:, None].to(tl.int64) * pitch + b * (CHUNK // WORD) + tl.arange(0, CHUNK // WORD)[None, :]
+    x_at = x + m[None, :].to(tl.int64) * x_stride + walked[:, None]
+    row_scales = row * (row_chunks >> SHIFT)
+    block = row_scales + (b >> SHIFT)
+    q_step = BN * pitch if GRAD else CHUNK // WORD
+    block_step = BN * (row_chunks >> SHIFT)
+    shift = 0.0
+    nested = 0.0
+    if DOUBLE:
+        shift = tl.load(offset)
+
+    # Two tiles of packed words before the loop: the first is decoded at once, the second waits.
+    inside = in_row if GRAD else row < tl.where(first < last, N, 0)
+    q = tl.load(q_at, mask=inside[:, None], other=0)
+    stored = tl.load(absmax + block, mask=inside, other=0)
+    if DOUBLE:
+        nested = tl.load(nested_absmax + (block >> 8), mask=inside, other=0.0)
+    w = _scaled_tile(q, stored, nested, nested_map, shift, levels, planes, dtype, DOUBLE, PRMT)
+    q_at += q_step
+    block = block + block_step if GRAD else row_scales + ((first + 1) >> SHIFT)
+    inside = (row + BN < last) if GRAD else row < tl.where(first + 1 < last, N, 0)
+    q = tl.load(q_at, mask=inside[:, None], other=0)
+    stored = tl.load(absmax + block, mask=inside, other=0)
+    if DOUBLE:
+        nested = tl.load(nested_absmax + (block >> 8), mask=inside, other=0.0)
+
+    for i in range(first, last, STEP):
+        if GRAD and not EVEN:
+            xt = tl.load(x_at, mask=in_m[None, :] & (i + tl.arange(0, BN) < last)[:, None], other=0.0)
+        else:
+            xt = tl.load(x_at, mask=in_m[None, :], other=0.0)
+        if PRMT:
+            wide = _unpack_pairs(w, dtype)
+        else:
+            wide = w
+        acc = _dot(tl.trans(wide) if GRAD else wide, xt, acc, UPCAST)
+        w = _scaled_tile(q, stored, nested, nested_map, shift, levels, planes, dtype, DOUBLE, PRMT)
+        q_at += q_step
+        block = block + block_step if GRAD else row_scales + ((i + 2) >> SHIFT)
+        if GRAD and not EVEN:
+            inside = i + 2 * BN + tl.arange(0, BN) < last
+        elif GRAD:
+            inside = row < tl.where(i + 2 * BN < last, last, 0)
+        else:
+            inside = row < tl.where(i + 2 < last, N, 0)
+        q = tl.load(q_at, mask=inside[:, None], other=0)
+        stored = tl.load(absmax + block, mask=inside, other=0)
+        if DOUBLE:
+            nested = tl.load(nested_absmax + (block >> 8), mask=inside, other=0.0)
+        x_at += BN if GRAD else CHUNK
+
+    out = y + m[None, :].to(tl.int64) * width + o[:, None]
+    _store_or_reduce(acc, out, in_o[:, None] & in_m[None, :], workspace, counters, tile, part, SPLIT)

@@ -83,7 +83,7 @@ class Exam:
         return [" ".join(text.split()) for text in texts]
 
 
-def varied(records: list[Record], count: int = 3) -> list[Record]:
+def varied(records: list[Record], count: int = 5) -> list[Record]:
     """Some records with a prompt, with different completions while there are such."""
     with_prompt = [record for record in records if record.prompt is not None]
     by_completion: dict[str | None, Record] = {}

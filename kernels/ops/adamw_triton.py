@@ -248,9 +248,8 @@ def _launch(
         grad, param = tensors[:2]
         if grad.numel():
             groups.setdefault((param.dtype, grad.dtype, _is_aligned(tensors)), []).append(tensors)
-    rest1, rest2 = 1 - numbers.beta1, 1 - numbers.beta2
-    scalars = (numbers.beta1, rest1, numbers.beta2, rest2, numbers.eps, numbers.decay)
-    scalars += (numbers.step_size, numbers.bias2_sqrt)
+    beta1, beta2 = numbers.beta1, numbers.beta2
+    scalars = [beta1, 1 - beta1, beta2, 1 - beta2, numbers.eps, numbers.decay, numbers.step_size, numbers.bias2_sqrt]
     for (param_dtype, grad_dtype, aligned), group in groups.items():
         flat = [tuple(t.contiguous() for t in tensors) for tensors in group]
         device = flat[0][0].device

@@ -22,7 +22,7 @@ BACKENDS = ("reference", "triton")
 # Triton compiles for NVIDIA and AMD, which PyTorch both calls "cuda", and for Intel.
 GPUS = ("cuda", "xpu")
 # The oldest NVIDIA GPUs that Triton supports, and the first with bfloat16.
-MIN_CAPABILITY = (8, 0)
+MIN_CAPABILITY = 80
 
 
 def use_triton(tensor: Tensor) -> bool:
@@ -63,10 +63,8 @@ def _find_obstacle(device: torch.device) -> str:
         return "on a CPU a Triton kernel needs the interpreter: set TRITON_INTERPRET=1 before Python starts"
     if device.type not in GPUS:
         return f"Triton does not compile for device type {device.type}"
-    if device.type == "cuda" and torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) < MIN_CAPABILITY:
-            return f"Triton needs an NVIDIA GPU of compute capability 8.0, and {device} has {major}.{minor}"
+    if capability(device) < MIN_CAPABILITY:
+        return f"Triton needs an NVIDIA GPU of compute capability 8.0, and {device} has {capability(device) / 10}"
     return ""
 
 
@@ -74,6 +72,15 @@ def _find_obstacle(device: torch.device) -> str:
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter. Fixed by the first call, as kernels are by their definition."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """The compute capability of an NVIDIA GPU, 90 for 9.0; 80 for what is none, and has no row in any table."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

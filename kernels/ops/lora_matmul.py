@@ -1,8 +1,8 @@
-"""The low-rank update of LoRA: s (x A^T) B^T, with a backward that keeps no copy of its input.
+"""LoRA's products: the low-rank update s (x A^T) B^T, and a layer with a packed base and the update in one operation.
 
 Autograd through two `F.linear` calls would keep, for every layer, the input cast to the adapter's float32: over a
 16-bit model that doubles the activations. Here x is saved as it came (the layer's own input, which autograd holds
-once for all the projections that read it) and cast again in the backward.
+once for all the projections that read it) and cast again in the backward. Beside it, x A^T alone is kept.
 """
 
 from __future__ import annotations
@@ -12,6 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .arithmetic import arithmetic_dtype
+from .dispatch import use_triton
+from .nf4_matmul import (
+    PACKED_SCHEMA,
+    SIZES_SCHEMA,
+    Packed,
+    Sizes,
+    as_rows,
+    bias_gradient,
+    check_input,
+    multiply,
+    multiply_back,
+    without_autocast,
+)
+from .registration import below_autograd, define_op
 
 
 def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -26,12 +42,53 @@ def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Te
     Returns:
         (..., out_features), in autocast's dtype under autocast, else in the wider of x's and lora_A's.
     """
+    return _LoraUpdate.apply(x, lora_A, lora_B, scaling, _adapter_dtype(x, lora_A))
+
+
+def lora_matmul(
+    x: Tensor,
+    packed: Packed,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    out_features: int,
+    in_features: int,
+    blocksize: int,
+    nested_blocksize: int = 256,
+    bias: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x W^T + s (x A^T) B^T + b with W in NF4 (Dettmers et al. 2023, equation 5): differentiable in x, A, B and b.
+
+    x is read once for both products, the update is added where the base product is summed, and the sum is rounded
+    once. For x alike in both: where dropout acts on the update's x, that is not so.
+
+    Args:
+        x: (..., in_features), float32, bfloat16 or float16.
+        packed, out_features, in_features, blocksize, nested_blocksize, bias, compute_dtype: as `nf4_matmul`'s.
+        lora_A: (r, in_features). lora_B: (out_features, r). x A^T is in autocast's dtype under autocast, else in the
+            wider of x's and lora_A's; on a CPU that lacks it, in float32.
+        scaling: s.
+
+    Returns:
+        (..., out_features) in x's dtype.
+
+    Raises:
+        TypeError: another dtype. ValueError: x has not in_features columns.
+    """
+    check_input(x, in_features)
+    sizes = (out_features, in_features, blocksize, nested_blocksize)
+    adapter_dtype = arithmetic_dtype(_adapter_dtype(x, lora_A), x.device)
+    dtypes = (compute_dtype or x.dtype, adapter_dtype)
+    out: Tensor = _lora_matmul_op(x, lora_A, lora_B, bias, scaling, *packed, *sizes, *dtypes)[0]
+    return out
+
+
+def _adapter_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
     device = x.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = torch.promote_types(x.dtype, lora_A.dtype)
-    return _LoraUpdate.apply(x, lora_A, lora_B, scaling, dtype)
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(x.dtype, lora_A.dtype)
 
 
 class _LoraUpdate(torch.autograd.Function):
@@ -55,11 +112,126 @@ class _LoraUpdate(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = (grad_low @ lora_A.to(ctx.dtype)).to(x.dtype)
             if ctx.needs_input_grad[1]:
-                grad_A = (_rows(grad_low).T @ _rows(x.to(ctx.dtype))).to(lora_A.dtype)
+                grad_A = (as_rows(grad_low).T @ as_rows(x.to(ctx.dtype))).to(lora_A.dtype)
             if ctx.needs_input_grad[2]:
-                grad_B = (_rows(grad).T @ _rows(low)).to(lora_B.dtype)
+                grad_B = (as_rows(grad).T @ as_rows(low)).to(lora_B.dtype)
         return grad_x, grad_A, grad_B, None, None
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])  # (..., n) -> (rows, n)
+class _LoraMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, *args: Any
+    ) -> tuple[Tensor, Tensor]:
+        with below_autograd():
+            y, low = _lora_matmul_op(x, lora_A, lora_B, bias, scaling, *args)
+        ctx.mark_non_differentiable(low)
+        ctx.set_materialize_grads(False)
+        kept = x if ctx.needs_input_grad[1] else None  # dA alone is made from x
+        ctx.save_for_backward(kept, lora_A, lora_B, low, *args[:6])
+        ctx.scaling, ctx.rest = scaling, args[6:]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y, low
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 17
+        x, lora_A, lora_B, low, *packed = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        grads = _lora_matmul_backward_op(dy, x, lora_A, lora_B, low, ctx.scaling, *packed, *ctx.rest, list(needed))
+        db = bias_gradient(dy, ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+        return (*(g if n else None for g, n in zip(grads, needed, strict=True)), db, *(None,) * 13)
+
+
+def _run_lora_matmul(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, *args: Any
+) -> tuple[Tensor, Tensor]:
+    packed, sizes, (compute_dtype, dtype) = args[:6], args[6:10], args[10:12]
+    rows = as_rows(x)
+    with without_autocast(x.device.type):
+        low = (rows.to(dtype) @ lora_A.to(dtype).T).mul_(scaling)  # (M, r)
+        if use_triton(x):
+            from .nf4_route_triton import multiply as multiply_triton
+
+            y = multiply_triton(rows.to(compute_dtype), packed, sizes, bias, (low, lora_B))
+        else:
+            y = multiply(rows.to(arithmetic_dtype(compute_dtype, x.device)), packed, sizes)
+            y = _add_product(y, low, lora_B.to(dtype).T)
+            if bias is not None:
+                y += bias.to(y.dtype)
+    return y.view(*x.shape[:-1], sizes[0]).to(x.dtype), low
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b: in place where the dtypes agree, else in the wider of them."""
+    return total.addmm_(a, b) if total.dtype == a.dtype else total + a @ b
+
+
+def _run_lora_matmul_backward(
+    dy: Tensor, x: Tensor | None, lora_A: Tensor, lora_B: Tensor, low: Tensor, scaling: float, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dA and dB; one that is not needed is empty.
+
+    dy B, of r columns, comes first: dx and dA are made from it, so that no product is larger than the base's own.
+    """
+    packed, sizes, (compute_dtype, dtype), needed = args[:6], args[6:10], args[10:12], args[12]
+    dx, dA, dB = dy.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+    with without_autocast(dy.device.type):
+        rows = as_rows(dy)
+        wide = rows.to(dtype)
+        if needed[0] or needed[1]:
+            grad_low = (wide @ lora_B.to(dtype)).mul_(scaling)  # (M, r)
+        if needed[0]:
+            dx = _input_gradient(rows, grad_low, lora_A, packed, sizes, compute_dtype)
+            dx = dx.to(dy.dtype).view(*dy.shape[:-1], sizes[1])
+        if needed[1]:
+            assert x is not None
+            dA = (grad_low.T @ as_rows(x).to(dtype)).to(lora_A.dtype)
+        if needed[2]:
+            dB = (wide.T @ low).to(lora_B.dtype)
+    return dx, dA, dB
+
+
+def _input_gradient(
+    rows: Tensor, grad_low: Tensor, lora_A: Tensor, packed: Packed, sizes: Sizes, compute_dtype: torch.dtype
+) -> Tensor:
+    """rows W + grad_low A: (M, N) and (M, r) -> (M, K)."""
+    if use_triton(rows):
+        from .nf4_route_triton import multiply_back as multiply_back_triton
+
+        return multiply_back_triton(rows.to(compute_dtype), packed, sizes, (grad_low, lora_A))
+    dx = multiply_back(rows.to(arithmetic_dtype(compute_dtype, rows.device)), packed, sizes)
+    return _add_product(dx, grad_low, lora_A.to(grad_low.dtype))
+
+
+def _fake_lora_matmul(x: Tensor, lora_A: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    rows, out_features, dtype = x.shape[:-1].numel(), args[9], args[14]
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(rows, lora_A.shape[0], dtype=dtype)
+
+
+def _fake_lora_matmul_backward(
+    dy: Tensor, x: Tensor | None, lora_A: Tensor, lora_B: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    in_features, needed = args[9], args[14]
+    dx = dy.new_empty(*dy.shape[:-1], in_features) if needed[0] else dy.new_empty(0)
+    dA, dB = (t.new_empty(t.shape if n else 0) for t, n in zip((lora_A, lora_B), needed[1:], strict=True))
+    return dx, dA, dB
+
+
+_DTYPES_SCHEMA = "ScalarType compute_dtype, ScalarType adapter_dtype"
+
+_lora_matmul_op = define_op(
+    f"lora_matmul(Tensor x, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, {PACKED_SCHEMA}, "
+    f"{SIZES_SCHEMA}, {_DTYPES_SCHEMA}) -> (Tensor y, Tensor low)",
+    _run_lora_matmul,
+    fake=_fake_lora_matmul,
+    autograd=_LoraMatmul,
+)
+_lora_matmul_backward_op = define_op(
+    f"lora_matmul_backward(Tensor dy, Tensor? x, Tensor lora_A, Tensor lora_B, Tensor low, float scaling, "
+    f"{PACKED_SCHEMA}, {SIZES_SCHEMA}, {_DTYPES_SCHEMA}, bool[3] needed) -> (Tensor dx, Tensor dA, Tensor dB)",
+    _run_lora_matmul_backward,
+    fake=_fake_lora_matmul_backward,
+)

@@ -1,7 +1,9 @@
 """y = x W^T + b with W in NF4, and its input gradient dx = dy W (Dettmers et al. 2023, equation 5).
 
-W is decoded a few rows at a time, so the float matrix never exists whole, forward or backward. Only the packed weight
-is kept between the two; W is frozen, so x is not needed again.
+The reference decodes W a few rows at a time, so the float matrix never exists whole, forward or backward. Only the
+packed weight is kept between the two; W is frozen, so x is not needed again. The kernels read the packed weight
+itself: `nf4_matmul_triton` says how, `nf4_route_triton` when. Their smallest tiles are for decoding a token at a time
+(a product of one row), so there is no operation of its own for that.
 """
 
 from collections.abc import Iterator
@@ -13,11 +15,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arithmetic import arithmetic_dtype
+from .dispatch import use_triton
 from .nf4_dequantize import decode_into, dequantize_absmax, level_pairs
 from .nf4_quantize import WEIGHT_DTYPES
+from .registration import below_autograd, define_op
 
 # codes, absmax, quant_map, nested_absmax, nested_map, offset: the tensors that an NF4 weight is.
 Packed = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# out_features, in_features, blocksize, nested_blocksize
+Sizes = tuple[int, int, int, int]
+
+PACKED_SCHEMA = (
+    "Tensor codes, Tensor absmax, Tensor quant_map, Tensor? nested_absmax, Tensor? nested_map, Tensor? offset"
+)
+SIZES_SCHEMA = "SymInt out_features, SymInt in_features, int blocksize, int nested_blocksize"
 
 # Weights decoded at a time, as whole rows of W. 4096x4096 float32, M = 16, forward on one thread: 15.3 ms at 2^17,
 # 13.0 at 2^19, 12.9 at 2^20, 14.6 at 2^21, and 41 with W decoded whole; with M = 256 it is 98 at 2^20 and 122 whole.
@@ -58,71 +69,43 @@ def nf4_matmul(
     Raises:
         TypeError: another dtype. ValueError: x has not in_features columns.
     """
+    check_input(x, in_features)
+    packed = (codes, absmax, quant_map, nested_absmax, nested_map, offset)
+    sizes = (out_features, in_features, blocksize, nested_blocksize)
+    out: Tensor = _nf4_matmul_op(x, bias, *packed, *sizes, compute_dtype or x.dtype)
+    return out
+
+
+def check_input(x: Tensor, in_features: int) -> None:
+    """Raise unless x can be multiplied by an NF4 weight of so many columns."""
     if x.dtype not in WEIGHT_DTYPES:
         raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}: convert it, for example with .float()")
     if x.shape[-1] != in_features:
         raise ValueError(f"x's last dimension ({x.shape[-1]}) must be in_features ({in_features})")
-    arithmetic = arithmetic_dtype(compute_dtype or x.dtype, x.device)
-    packed = (codes, absmax, quant_map, nested_absmax, nested_map, offset)
-    out: Tensor = _NF4Matmul.apply(x, bias, *packed, out_features, blocksize, nested_blocksize, arithmetic)
-    return out
 
 
-class _NF4Matmul(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        codes: Tensor,
-        absmax: Tensor,
-        quant_map: Tensor,
-        nested_absmax: Tensor | None,
-        nested_map: Tensor | None,
-        offset: Tensor | None,
-        out_features: int,
-        blocksize: int,
-        nested_blocksize: int,
-        arithmetic: torch.dtype,
-    ) -> Tensor:
-        packed = (codes, absmax, quant_map, nested_absmax, nested_map, offset)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(*packed)
-        ctx.sizes = (out_features, x.shape[-1], blocksize, nested_blocksize)
-        ctx.dtypes = (x.dtype, None if bias is None else bias.dtype, arithmetic)
+def multiply(rows: Tensor, packed: Packed, sizes: Sizes) -> Tensor:
+    """rows W^T in PyTorch, W decoded a chunk at a time: (M, K) -> (M, N), in the dtype of rows."""
+    y = rows.new_zeros(rows.shape[0], sizes[0])
+    for start, stop, w in decoded_rows(packed, sizes, rows.dtype):
+        torch.mm(rows, w.t(), out=y[:, start:stop])
+    return y
 
-        m = x.shape[:-1].numel()
-        with without_autocast(x.device.type):
-            rows = x.reshape(m, x.shape[-1]).to(arithmetic)  # (..., K) -> (M, K)
-            y = rows.new_zeros(m, out_features)
-            for start, stop, w in decoded_rows(packed, ctx.sizes, arithmetic):
-                torch.mm(rows, w.t(), out=y[:, start:stop])
-            if bias is not None:
-                y += bias.to(arithmetic)
-        return y.view(*x.shape[:-1], out_features).to(x.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x_dtype, bias_dtype, arithmetic = ctx.dtypes
-        out_features, in_features = ctx.sizes[:2]
-        m = grad.shape[:-1].numel()
-        dy = grad.reshape(m, out_features)  # (..., N) -> (M, N)
-        dx = db = None
-        if ctx.needs_input_grad[0]:
-            # The sum over rows of W is cut into chunks: add the chunks up in float32.
-            total = dy.new_zeros(m, in_features, dtype=torch.float32)
-            with without_autocast(grad.device.type):
-                cast = dy.to(arithmetic)
-                for start, stop, w in decoded_rows(ctx.saved_tensors, ctx.sizes, arithmetic):
-                    if arithmetic == torch.float32:
-                        total.addmm_(cast[:, start:stop], w)
-                    else:
-                        total += cast[:, start:stop] @ w
-            dx = total.to(x_dtype).view(*grad.shape[:-1], in_features)
-        if ctx.needs_input_grad[1]:
-            db = dy.sum(0, dtype=torch.float32).to(bias_dtype)
-        return dx, db, *(None,) * 10
+def multiply_back(rows: Tensor, packed: Packed, sizes: Sizes) -> Tensor:
+    """rows W in PyTorch: (M, N) -> (M, K) float32. The sum over W's rows is cut into chunks: they add up in float32."""
+    total = rows.new_zeros(rows.shape[0], sizes[1], dtype=torch.float32)
+    for start, stop, w in decoded_rows(packed, sizes, rows.dtype):
+        if rows.dtype == torch.float32:
+            total.addmm_(rows[:, start:stop], w)
+        else:
+            total += rows[:, start:stop] @ w
+    return total
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., n) -> (rows, n); -1 would not do where n is 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -132,9 +115,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def decoded_rows(
-    packed: Packed, sizes: tuple[int, int, int, int], dtype: torch.dtype
-) -> Iterator[tuple[int, int, Tensor]]:
+def decoded_rows(packed: Packed, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (first row, last row + 1, those rows of W in `dtype`), a chunk at a time in buffers used again."""
     codes, absmax, quant_map, nested_absmax, nested_map, offset = packed
     out_features, in_features, blocksize, nested_blocksize = sizes
@@ -143,7 +124,7 @@ def decoded_rows(
         absmax = dequantize_absmax(absmax, nested_absmax, nested_map, offset, nested_blocksize)
     if out_features * in_features == 0:
         return
-    flat = codes.view(-1)
+    flat = codes.reshape(-1)
     pairs = level_pairs(quant_map)
     step = max(1, CHUNK // in_features)
     # Rows need not start or end where a block does: up to two more blocks are decoded, and the rows cut out.
@@ -162,3 +143,67 @@ def decoded_rows(
         if cast is not None:
             w = cast[: w.numel()].copy_(w)
         yield start, stop, w.view(-1, in_features)
+
+
+class _NF4Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(*args[:6])
+        ctx.rest = (*args[6:], x.dtype)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        with below_autograd():
+            y: Tensor = _nf4_matmul_op(x, bias, *args)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = _nf4_matmul_input_grad_op(dy, *ctx.saved_tensors, *ctx.rest) if ctx.needs_input_grad[0] else None
+        db = bias_gradient(dy, ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        return dx, db, *(None,) * 11
+
+
+def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., N) -> (N,): the sum over rows, added up in float32."""
+    return as_rows(dy).sum(0, dtype=torch.float32).to(dtype)
+
+
+def _run_nf4_matmul(x: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    packed, sizes, compute_dtype = args[:6], args[6:10], args[10]
+    with without_autocast(x.device.type):
+        if use_triton(x):
+            from .nf4_route_triton import multiply as multiply_triton
+
+            y = multiply_triton(as_rows(x).to(compute_dtype), packed, sizes, bias)
+        else:
+            y = multiply(as_rows(x).to(arithmetic_dtype(compute_dtype, x.device)), packed, sizes)
+            if bias is not None:
+                y += bias.to(y.dtype)
+    return y.view(*x.shape[:-1], sizes[0]).to(x.dtype)
+
+
+def _run_nf4_matmul_input_grad(dy: Tensor, *args: Any) -> Tensor:
+    packed, sizes, compute_dtype, dtype = args[:6], args[6:10], args[10], args[11]
+    with without_autocast(dy.device.type):
+        if use_triton(dy):
+            from .nf4_route_triton import multiply_back as multiply_back_triton
+
+            dx = multiply_back_triton(as_rows(dy).to(compute_dtype), packed, sizes)
+        else:
+            dx = multiply_back(as_rows(dy).to(arithmetic_dtype(compute_dtype, dy.device)), packed, sizes)
+    return dx.to(dtype).view(*dy.shape[:-1], sizes[1])
+
+
+_nf4_matmul_op = define_op(
+    f"nf4_matmul(Tensor x, Tensor? bias, {PACKED_SCHEMA}, {SIZES_SCHEMA}, ScalarType compute_dtype) -> Tensor",
+    _run_nf4_matmul,
+    fake=lambda x, bias, *args: x.new_empty(*x.shape[:-1], args[6]),
+    autograd=_NF4Matmul,
+)
+_nf4_matmul_input_grad_op = define_op(
+    f"nf4_matmul_input_grad(Tensor dy, {PACKED_SCHEMA}, {SIZES_SCHEMA}, ScalarType compute_dtype, ScalarType dtype)"
+    " -> Tensor",
+    _run_nf4_matmul_input_grad,
+    fake=lambda dy, *args: dy.new_empty(*dy.shape[:-1], args[7], dtype=args[11]),
+)

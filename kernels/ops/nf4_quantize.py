@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .codebooks import NF4_BOUNDARIES, NF4_ZERO_CODE, dynamic_map
+from .dispatch import use_triton
+from .registration import define_op
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
@@ -42,17 +44,39 @@ def nf4_quantize(w: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
             f"NF4 quantizes float32, bfloat16 and float16 weights, got {w.dtype}: convert the weight first, "
             "for example with .float()"
         )
-    flat = w.detach().reshape(-1)
+    codes, absmax = _nf4_quantize_op(w, blocksize)
+    return codes, absmax
+
+
+def nf4_quantize_reference(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """`nf4_quantize` in PyTorch, a chunk at a time; a weight that is not finite is not looked for."""
+    flat = w.reshape(-1)
     n = flat.numel()
-    codes = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device=w.device)
+    codes, absmax = _empty_codes(w, blocksize)
     for start in range(0, n, CHUNK):
         chunk = flat[start : start + CHUNK].float()
         scales = absmax[start // blocksize : -(-(start + chunk.numel()) // blocksize)]
         scaled = _scale_blocks(chunk, scales, blocksize)
-        _pack(_nearest_codes(scaled), codes[start // 2 : (start + CHUNK) // 2])
-    _check_finite(w, flat, absmax, blocksize)
-    return codes.unsqueeze(1), absmax
+        _pack(_nearest_codes(scaled), codes.view(-1)[start // 2 : (start + CHUNK) // 2])
+    return codes, absmax
+
+
+def _empty_codes(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    n = w.numel()
+    codes = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=w.device)
+    return codes, torch.empty(-(-n // blocksize), dtype=torch.float32, device=w.device)
+
+
+def _run_nf4_quantize(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    if use_triton(w):
+        from .nf4_quantize_triton import quantize_into
+
+        codes, absmax = _empty_codes(w, blocksize)
+        quantize_into(w.contiguous(), codes, absmax, blocksize)
+    else:
+        codes, absmax = nf4_quantize_reference(w, blocksize)
+    _check_finite(w, absmax, blocksize)
+    return codes, absmax
 
 
 def check_blocksize(blocksize: int) -> None:
@@ -113,11 +137,12 @@ def _pack(codes: Tensor, out: Tensor) -> None:
     torch.bitwise_or(codes[0::2] << 4, codes[1::2], out=out)
 
 
-def _check_finite(w: Tensor, flat: Tensor, absmax: Tensor, blocksize: int) -> None:
+def _check_finite(w: Tensor, absmax: Tensor, blocksize: int) -> None:
     """A block with a NaN or an infinity has such an absmax: look for the weight only then."""
     bad = ~torch.isfinite(absmax)
     if not bool(bad.any()):
         return
+    flat = w.reshape(-1)
     start = int(bad.nonzero()[0, 0]) * blocksize
     block = flat[start : start + blocksize]
     position = start + int((~torch.isfinite(block)).nonzero()[0, 0])
@@ -140,14 +165,12 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: the mean passes the range of float32.
     """
-    if absmax.numel() == 0:
-        return absmax.to(torch.uint8), absmax.clone(), absmax.new_zeros(())
-    offset = absmax.mean()
-    if not bool(torch.isfinite(offset)):
-        raise ValueError(
-            f"the mean of the block scales passes float32 (largest scale {absmax.max().item():g}): "
-            "quantize with double_quant=False"
-        )
+    codes, nested, offset = _quantize_absmax_op(absmax)
+    return codes, nested, offset
+
+
+def quantize_absmax_reference(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes and nested absmax of `quantize_absmax`, in PyTorch."""
     blocks = -(-absmax.numel() // NESTED_BLOCKSIZE)
     centred = absmax.new_zeros(blocks * NESTED_BLOCKSIZE)
     torch.sub(absmax, offset, out=centred[: absmax.numel()])
@@ -159,4 +182,37 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     entries = dynamic_map().double()
     midpoints = ((entries[1:] + entries[:-1]) / 2).to(absmax.device)
     codes = torch.bucketize(scaled.double(), midpoints).to(torch.uint8)
-    return codes.view(-1)[: absmax.numel()].clone(), nested, offset
+    return codes.view(-1)[: absmax.numel()].clone(), nested
+
+
+def _run_quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if absmax.numel() == 0:
+        return absmax.to(torch.uint8), absmax.clone(), absmax.new_zeros(())
+    offset = absmax.mean()
+    if not bool(torch.isfinite(offset)):
+        raise ValueError(
+            f"the mean of the block scales passes float32 (largest scale {absmax.max().item():g}): "
+            "quantize with double_quant=False"
+        )
+    if not use_triton(absmax):
+        return *quantize_absmax_reference(absmax, offset), offset
+    from .nf4_quantize_triton import quantize_absmax_into
+
+    codes, nested, _ = _fake_quantize_absmax(absmax)
+    quantize_absmax_into(absmax.contiguous(), offset, codes, nested)
+    return codes, nested, offset
+
+
+def _fake_quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    codes = torch.empty(absmax.numel(), dtype=torch.uint8, device=absmax.device)
+    return codes, absmax.new_empty(-(-absmax.numel() // NESTED_BLOCKSIZE)), absmax.new_empty(())
+
+
+_nf4_quantize_op = define_op(
+    "nf4_quantize(Tensor w, int blocksize) -> (Tensor codes, Tensor absmax)", _run_nf4_quantize, fake=_empty_codes
+)
+_quantize_absmax_op = define_op(
+    "quantize_absmax(Tensor absmax) -> (Tensor codes, Tensor nested_absmax, Tensor offset)",
+    _run_quantize_absmax,
+    fake=_fake_quantize_absmax,
+)

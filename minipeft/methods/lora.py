@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.kernels.lora_matmul import lora_update
+from minipeft.kernels.lora_matmul import lora_matmul, lora_update
+from minipeft.kernels.nf4_matmul import Packed, Sizes
 from minipeft.methods.lora_config import LoraConfig
 from minipeft.methods.trained_copies import TrainedBias
 from minipeft.quantization import NF4Linear, NF4Weight
@@ -222,6 +223,10 @@ class LoraNF4Linear(LoraLayer):
     in_features: int
     out_features: int
     dense_merged: Tensor | None
+    compute_dtype: torch.dtype | None
+    autocast: Callable[[Tensor], Tensor]
+    packed: Callable[[], Packed]
+    sizes: Callable[[], Sizes]
     dequantize: Callable[[torch.dtype], Tensor]
     nf4_weight: Callable[[], NF4Weight]
     set_weight: Callable[[NF4Weight], None]
@@ -232,9 +237,22 @@ class LoraNF4Linear(LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.dense_merged is None:
-            return super().forward(x, *args, **kwargs)
+            adapter = self._fused_adapter()
+            return super().forward(x, *args, **kwargs) if adapter is None else self._fused_forward(adapter, x)
         bias = None if self.bias is None else self.bias.to(self.dense_merged.dtype)
         return F.linear(x.to(self.dense_merged.dtype), self.dense_merged, bias).to(x.dtype)
+
+    def _fused_adapter(self) -> str | None:
+        """The adapter whose update is made in one operation with the base product: it acts alone, on the same x."""
+        acting = [] if self.merged_adapters else [a for a in self.switch.acting if a in self.scaling]
+        if len(acting) != 1 or acting[0] in self.lora_magnitude_vector:
+            return None
+        dropout = self.lora_dropout[acting[0]]
+        return None if isinstance(dropout, nn.Dropout) and dropout.training else acting[0]
+
+    def _fused_forward(self, adapter: str, x: Tensor) -> Tensor:
+        factors = (*self._factors(adapter), self.scaling[adapter])
+        return lora_matmul(self.autocast(x), self.packed(), *factors, *self.sizes(), self.bias, self.compute_dtype)
 
     def unmerge(self) -> None:
         super().unmerge()

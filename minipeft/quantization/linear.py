@@ -136,24 +136,23 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in x's dtype, or under autocast in autocast's."""
+        return nf4_matmul(self.autocast(x), *self.packed(), *self.sizes(), self.bias, self.compute_dtype)
+
+    def autocast(self, x: Tensor) -> Tensor:
+        """x as the product takes it: in autocast's dtype under autocast, as nn.Linear would have it."""
         kind = x.device.type
         if x.dtype in WEIGHT_DTYPES and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        return nf4_matmul(
-            x,
-            self.weight,
-            self.absmax,
-            self.quant_map,
-            self.nested_absmax,
-            self.nested_quant_map,
-            self.offset,
-            out_features=self.out_features,
-            in_features=self.in_features,
-            blocksize=self.blocksize,
-            nested_blocksize=self.nested_blocksize,
-            bias=self.bias,
-            compute_dtype=self.compute_dtype,
-        )
+            return x.to(torch.get_autocast_dtype(kind))
+        return x
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The tensors of the weight, in the order in which the operations take them."""
+        nested = (self.nested_absmax, self.nested_quant_map, self.offset)
+        return self.weight, self.absmax, self.quant_map, *nested
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """out_features, in_features, blocksize, nested_blocksize: likewise."""
+        return self.out_features, self.in_features, self.blocksize, self.nested_blocksize
 
     def extra_repr(self) -> str:
         w = self.nf4_weight()

@@ -100,7 +100,16 @@ class NF4Weight:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in `dtype`, by default the original's; computed in float32 and rounded once."""
         return nf4_dequantize(
-            self.codes, self.scales(), self.quant_map, self.shape, self.blocksize, dtype or self.dtype
+            self.codes,
+            self.absmax,
+            self.quant_map,
+            self.shape,
+            self.blocksize,
+            dtype or self.dtype,
+            self.nested_absmax,
+            self.nested_quant_map,
+            self.offset,
+            self.nested_blocksize,
         )
 
     def to(self, device: torch.device | str) -> "NF4Weight":

@@ -78,7 +78,7 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = say_now) -> DemoRe
     """
     started = time.perf_counter()
     check_matplotlib()
-    leave_busy_cores(say)
+    cores = Cores(say)
 
     say("[1/6] The data")
     data = load_demo_data(config.data, config.train_rows, config.held_out_rows, config.seed, say)
@@ -92,6 +92,7 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = say_now) -> DemoRe
 
     say("\n[3/6] Before training")
     most = min(MOST_TOKENS, model_position_limit(model) or MOST_TOKENS)
+    cores.share()
     exam = Exam(tokenizer, data, encode_records(data.held_out, tokenizer, most, too_long="drop"))
     before = exam.take(model)
     say_before(before, exam, say)
@@ -102,10 +103,12 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = say_now) -> DemoRe
     trainable, parameters = model.get_nb_trainable_parameters()
     share = f"{trainable:,} of {parameters:,} parameters ({100 * trainable / parameters:.2f} %)"
     say(f"LoRA of rank {RANK} on all linear layers: {share} are trained, the 4-bit rest stays as it is.")
+    cores.share()
     result = _train(model, exam, data, base, config, say)
     say(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s")
 
     say("\n[5/6] After training")
+    cores.share()
     after = exam.take(model)
     say_after(before, after, exam, say)
 
@@ -128,17 +131,26 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = say_now) -> DemoRe
     return report
 
 
-def leave_busy_cores(say: Callable[[str], None]) -> None:
-    """Use half the cores of a machine that others keep busy, unless OMP_NUM_THREADS says how many to use.
+class Cores:
+    """Uses half the threads while others keep the machine busy, unless OMP_NUM_THREADS says how many to use.
 
-    Threads meet after every operation, so one that has to wait for a core holds up all: a step took 22 to 45 s with
-    two threads on two cores under a load of 5, and 3 s with one.
+    Threads meet after every operation, so one that has to wait for a core holds up all: on two cores under a load of
+    5 from others, a step took 22 to 45 s with two threads and 3 s with one.
     """
-    threads = torch.get_num_threads()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if threads > 1 and load > 1.5 * (os.cpu_count() or 1) and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads // 2)
-        say(f"This machine is busy (load {load:.1f}): using {threads // 2} of {threads} threads.\n")
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.all, self.own, self.say = torch.get_num_threads(), 0, say
+
+    def share(self) -> None:
+        """Decide again; between the phases, because others come and go."""
+        if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "getloadavg") or self.all == 1:
+            return
+        others = os.getloadavg()[0] - self.own
+        threads = self.all // 2 if others > 0.9 * (os.cpu_count() or 1) else self.all
+        if threads != torch.get_num_threads():
+            self.say(f"(others load this machine with {max(others, 0):.1f}: {threads} of {self.all} threads from here)")
+            torch.set_num_threads(threads)
+        self.own = threads
 
 
 def load_quantized(base: str) -> Any:

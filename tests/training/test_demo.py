@@ -115,20 +115,34 @@ def test_the_command_runs_it(base, data, tmp_path, capsys):
     assert "not empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("load", "variables", "used"), [(3.5, {}, 1), (2.9, {}, 2), (0.0, {}, 2), (3.5, {"OMP_NUM_THREADS": "2"}, 2)]
-)
-def test_a_busy_machine_gets_fewer_threads(load, variables, used, monkeypatch):
-    threads, said = [2], []
+@pytest.fixture
+def two_cores(monkeypatch):
+    """A machine whose load the test decides; what torch is told."""
+    machine = {"load": 0.0, "threads": 2}
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("os.getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr("os.getloadavg", lambda: (machine["load"], 9.0, 9.0))
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    demo.leave_busy_cores(said.append)
-    assert threads[-1] == used and len(said) == (used == 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: machine["threads"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: machine.update(threads=threads))
+    return machine
+
+
+def test_threads_give_way_to_others_and_come_back(two_cores):
+    said = []
+    cores = demo.Cores(said.append)
+    # The load of other programs, and of our own threads from the second look on.
+    for load, used in ((1.5, 2), (3.5, 2), (4.5, 1), (3.5, 1), (1.5, 2)):
+        two_cores["load"] = load
+        cores.share()
+        assert two_cores["threads"] == used, load
+    assert len(said) == 2
+
+
+def test_threads_that_the_user_chose_are_kept(two_cores, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    two_cores["load"] = 9.0
+    demo.Cores(print).share()
+    assert two_cores["threads"] == 2
 
 
 def test_bfloat16_is_used_only_where_the_processor_has_it(base, monkeypatch):

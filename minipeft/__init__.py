@@ -18,6 +18,7 @@ _HOME = {
     "get_peft_model": "minipeft.model",
     "get_peft_model_state_dict": "minipeft.state_dict",
     "inject_adapter_in_model": "minipeft.model",
+    "PagedAdamW": "minipeft.optim",
     "prepare_model_for_kbit_training": "minipeft.model",
     "set_peft_model_state_dict": "minipeft.state_dict",
     "get_layer_status": "minipeft.status",

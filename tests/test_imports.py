@@ -15,6 +15,7 @@ ALLOWED = {
     "minipeft.files": [],
     "minipeft.configs": [],
     "minipeft.quantization": ["minipeft.kernels"],
+    "minipeft.optim": ["minipeft.kernels", "minipeft.files"],
     "minipeft.methods": ["minipeft.quantization", "minipeft.kernels", "minipeft.configs"],
     "minipeft.patching": ["minipeft.methods", "minipeft.quantization", "minipeft.configs"],
     "minipeft.state_dict": ["minipeft.patching", "minipeft.methods", "minipeft.configs"],

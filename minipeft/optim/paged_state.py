@@ -1,0 +1,211 @@
+"""Optimizer state in pages: where each parameter's state lies, which memory it may take, and sweeps over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipeft.optim.errors import PagingError
+from minipeft.optim.pager import Pager
+from minipeft.optim.pages import LAYOUTS, PAGE_UNIT, PageTable, Segment
+from minipeft.optim.spill import SpillFile
+from minipeft.optim.tiers import CudaDevice, MemoryTier, SimulatedDevice, Tier
+
+# Large enough that a copy runs at full speed (a disk's and PCIe's rates level off near 1 MiB), small enough that two
+# of them are no burden.
+DEFAULT_PAGE_BYTES = 4 << 20
+LEAST_PAGES = 2
+
+DeviceFactory = Callable[[str, int, int], MemoryTier]
+Views = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What memory the state may take.
+
+    Attributes:
+        page_bytes: size of a page, a multiple of 4096; None: 4 MiB, or less if a budget asks for it.
+        device_budget: bytes on the parameters' device, None: no limit. For parameters in host memory it is a part of
+            that, which stands for a device: with it the movements of a device can be watched without one.
+        host_budget: bytes of host memory, None: no limit.
+        spill_dir: directory of the file that takes what the budgets do not hold.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    page_bytes: int | None = None
+    device_budget: int | None = None
+    host_budget: int | None = None
+    spill_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        size = self.resolved_page_bytes
+        if size < PAGE_UNIT or size % PAGE_UNIT:
+            raise ValueError(f"page_bytes ({size}) must be a multiple of {PAGE_UNIT}")
+        for name in ("device_budget", "host_budget"):
+            budget = getattr(self, name)
+            if budget is not None and budget < LEAST_PAGES * size:
+                raise ValueError(f"{name} ({budget}) must hold {LEAST_PAGES} pages of page_bytes ({size})")
+
+    @property
+    def resolved_page_bytes(self) -> int:
+        if self.page_bytes is not None:
+            return self.page_bytes
+        # An eighth of a budget, so that it is used to within an eighth and copies overlap with arithmetic.
+        eighths = [b // 8 // PAGE_UNIT * PAGE_UNIT for b in (self.device_budget, self.host_budget) if b is not None]
+        return max(PAGE_UNIT, min([DEFAULT_PAGE_BYTES, *eighths]))
+
+
+class PagedState:
+    """The state of numbered parameters.
+
+    Args:
+        bits: 32 or 8.
+        memory: the budgets.
+        simulate: makes the tier that stands for a device.
+    """
+
+    def __init__(self, bits: int, memory: Memory, simulate: DeviceFactory = SimulatedDevice) -> None:
+        self.memory = memory
+        self.table = PageTable(LAYOUTS[bits], memory.resolved_page_bytes)
+        self.device: torch.device | None = None
+        self._simulate = simulate
+        self._pager: Pager | None = None
+        self._closed = False
+        self._backward = False
+        self._views: dict[int, tuple[int, list[Views]]] = {}
+
+    @property
+    def pager(self) -> Pager:
+        assert self._pager is not None
+        return self._pager
+
+    def prepare(self, device: torch.device) -> None:
+        """Have room for all parameters that were added, with the arithmetic on `device`.
+
+        Raises:
+            ValueError: the budgets do not hold the state and there is no spill_dir; the state is elsewhere already.
+            PagingError: the disk has no room.
+        """
+        if self._closed:
+            raise PagingError("the optimizer is closed, its state is gone")
+        if self._pager is not None and device != self.device:
+            if self._pager.in_use:
+                raise ValueError(f"the parameters are on {device}, their optimizer state is on {self.device}")
+            self._pager.close()
+            self._pager = None
+        self.device = device
+        slots = self._slots(device)
+        if self._pager is None:
+            self._pager = Pager(self._tiers(device))
+        for tier, count in zip(self._pager.tiers, slots, strict=True):
+            tier.grow(count)
+        self._pager.grow(len(self.table))
+
+    def sweep(self, numbers: Iterable[int]) -> Iterator[list[tuple[Segment, Views]]]:
+        """Bring the state of these parameters, page by page; each page stays while the loop is at it.
+
+        The direction alternates: what was used last is still there, and is used first. (Always in one direction, with
+        room for k of n pages, whatever was used longest ago has just left when it is needed.)
+        """
+        wanted = set(numbers)
+        pages = sorted({segment.page for number in wanted for segment in self.table.of_parameter[number]})
+        order = pages[::-1] if self._backward else pages
+        self._backward = not self._backward
+        self.pager.begin_sweep(order, order[::-1])
+        for page in order:
+            with self.pager.use(page) as buffer:
+                segments = self.table.of_page[page]
+                yield [pair for pair in zip(segments, self._views_of(page, buffer), strict=True)
+                       if pair[0].parameter in wanted]  # fmt: skip
+
+    def visit(self, number: int) -> Iterator[tuple[Segment, Views]]:
+        """Bring the state of one parameter, outside a sweep of its own."""
+        for segment in self.table.of_parameter[number]:
+            with self.pager.use(segment.page) as buffer:
+                index = self.table.of_page[segment.page].index(segment)
+                yield segment, self._views_of(segment.page, buffer)[index]
+
+    def pages_of(self, number: int) -> Sequence[int]:
+        return [segment.page for segment in self.table.of_parameter[number]]
+
+    def stats(self) -> dict[str, Any]:
+        if self._pager is None:
+            return {}
+        counts = self._pager.stats
+        return {
+            "page_bytes": self.table.page_bytes,
+            "pages": len(self.table),
+            "state_bytes": self.table.state_bytes,
+            "tiers": self._pager.bytes_by_tier(),
+            "page_ins": counts.page_ins,
+            "page_outs": counts.page_outs,
+            "bytes_in": counts.bytes_in,
+            "bytes_out": counts.bytes_out,
+            "bytes_moved": counts.bytes_in + counts.bytes_out,
+            "bytes_by_link": dict(counts.by_link),
+            "stall_seconds": counts.stall_seconds,
+        }
+
+    def close(self) -> None:
+        self._closed = True
+        self._views.clear()
+        if self._pager is not None:
+            self._pager.close()
+
+    def _views_of(self, page: int, buffer: Tensor) -> list[Views]:
+        address = buffer.data_ptr()
+        if page not in self._views or self._views[page][0] != address:
+            views = [segment.views(buffer, self.table.layout) for segment in self.table.of_page[page]]
+            self._views[page] = (address, views)
+        return self._views[page][1]
+
+    def _slots(self, device: torch.device) -> list[int]:
+        """How many slots each tier needs."""
+        pages, memory = len(self.table), self.memory
+        if not self._has_device_tier(device):
+            first = min(pages, self._slots_within(memory.host_budget))
+            return self._with_disk([first], pages, disk=pages > first)
+        first = min(pages, self._slots_within(memory.device_budget))
+        if pages == first:
+            return self._with_disk([first, 0], pages, disk=False)
+        # One is in transit between the tiers, and one is kept free for the next.
+        host = min(pages - first + 2, self._slots_within(memory.host_budget))
+        return self._with_disk([first, host], pages, disk=host < pages - first + 2)
+
+    def _with_disk(self, slots: list[int], pages: int, disk: bool) -> list[int]:
+        if self.memory.spill_dir is not None:
+            return [*slots, min(pages, pages - sum(slots) + 4) if disk else 0]
+        if disk:
+            raise ValueError(
+                f"the optimizer's state takes {pages} pages of {self.table.page_bytes:,} bytes, and device_budget "
+                f"({self.memory.device_budget}) and host_budget ({self.memory.host_budget}) hold {max(slots[-1], 0)} "
+                "of them in host memory: raise a budget, or give spill_dir"
+            )
+        return slots
+
+    def _tiers(self, device: torch.device) -> list[Tier]:
+        size = self.table.page_bytes
+        tiers: list[Tier] = []
+        if device.type == "cuda":
+            tiers = [CudaDevice("device", 0, size, device), MemoryTier("host", 0, size, pinned=True)]
+        elif self._has_device_tier(device):
+            tiers = [self._simulate("device", 0, size), MemoryTier("host", 0, size)]
+        else:
+            tiers = [MemoryTier("host", 0, size)]
+        if self.memory.spill_dir is not None:
+            tiers.append(SpillFile("disk", 0, size, self.memory.spill_dir))
+        return tiers
+
+    def _has_device_tier(self, device: torch.device) -> bool:
+        return device.type != "cpu" or self.memory.device_budget is not None
+
+    def _slots_within(self, budget: int | None) -> int:
+        return 1 << 40 if budget is None else budget // self.table.page_bytes

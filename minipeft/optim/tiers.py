@@ -1,0 +1,183 @@
+"""Kinds of memory that pages of optimizer state lie in: host memory, a CUDA device, and a device that is simulated.
+
+A tier is a fixed number of slots, each the size of a page: that number is its budget, so no instant exists at which
+more of it is in use. Tiers are stacked: the first is where the arithmetic happens, and each page moves between
+neighbours, of which one is always host memory. So a tier that is not host memory needs two verbs only: `get` copies a
+slot into a host buffer, `put` a host buffer into a slot; both return when the data has arrived.
+"""
+
+from __future__ import annotations
+
+import heapq
+import mmap
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class Tier:
+    """Slots of one kind of memory. Which are in use is counted here; who uses them is the pager's affair."""
+
+    def __init__(self, name: str, slots: int, page_bytes: int) -> None:
+        self.name, self.slots, self.page_bytes = name, slots, page_bytes
+        self.peak = 0
+        self._free = list(range(slots))
+
+    @property
+    def used(self) -> int:
+        return self.slots - len(self._free)
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def take(self) -> int:
+        """A free slot, the lowest: so memory that was never needed is never touched."""
+        slot = heapq.heappop(self._free)
+        self.peak = max(self.peak, self.used)
+        return slot
+
+    def give_back(self, slot: int) -> None:
+        heapq.heappush(self._free, slot)
+
+    def grow(self, slots: int) -> None:
+        """Have `slots` slots in all."""
+        for slot in range(self.slots, slots):
+            heapq.heappush(self._free, slot)
+        self.slots = max(self.slots, slots)
+
+    def get(self, slot: int, page: int, buffer: Tensor) -> None:
+        """Copy a slot into `buffer`, uint8 (page_bytes,) in host memory. `page` is the number of what lies there."""
+        raise NotImplementedError
+
+    def put(self, slot: int, page: int, buffer: Tensor) -> None:
+        """Copy `buffer` into a slot."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give the memory back."""
+
+
+class MemoryTier(Tier):
+    """A tier that arithmetic can be done in: its slots are tensors. Host memory, unless a subclass says otherwise."""
+
+    is_host = True
+
+    def __init__(self, name: str, slots: int, page_bytes: int, *, pinned: bool = False) -> None:
+        super().__init__(name, 0, page_bytes)
+        self._pinned = pinned
+        self._views: list[Tensor] = []
+        self.grow(slots)
+
+    def view(self, slot: int) -> Tensor:
+        """uint8 (page_bytes,)"""
+        return self._views[slot]
+
+    def clear(self, slot: int) -> None:
+        self._views[slot].zero_()
+
+    def mark_used(self, slot: int) -> None:
+        """The arithmetic on a slot has been asked for: what reads it from here on must come after."""
+
+    def grow(self, slots: int) -> None:
+        if slots > self.slots:
+            block = self._allocate((slots - self.slots) * self.page_bytes)
+            self._views += block.split(self.page_bytes)
+        super().grow(slots)
+
+    def close(self) -> None:
+        self._views.clear()
+
+    def _allocate(self, size: int) -> Tensor:
+        if self._pinned:
+            return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+        # Straight from the operating system: aligned to its pages for direct files, zero until it is first touched,
+        # which is when it begins to count, and given back whole.
+        memory = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class SimulatedDevice(MemoryTier):
+    """Stands for a device that is not there: its own memory, within RAM, with copies that take time and may fail.
+
+    Args:
+        bytes_per_second: how fast copies are (None: as fast as they go).
+        on_copy: called before every copy with "get" or "put" and the page; may raise, or wait.
+    """
+
+    is_host = False
+
+    def __init__(
+        self,
+        name: str,
+        slots: int,
+        page_bytes: int,
+        *,
+        bytes_per_second: float | None = None,
+        on_copy: Callable[[str, int], None] = lambda direction, page: None,
+    ) -> None:
+        super().__init__(name, slots, page_bytes)
+        self.bytes_per_second, self.on_copy = bytes_per_second, on_copy
+
+    def get(self, slot: int, page: int, buffer: Tensor) -> None:
+        self._transfer("get", page, buffer, self.view(slot))
+
+    def put(self, slot: int, page: int, buffer: Tensor) -> None:
+        self._transfer("put", page, self.view(slot), buffer)
+
+    def _transfer(self, direction: str, page: int, to: Tensor, source: Tensor) -> None:
+        self.on_copy(direction, page)
+        if self.bytes_per_second:
+            time.sleep(self.page_bytes / self.bytes_per_second)
+        to.copy_(source)
+
+
+class CudaDevice(MemoryTier):
+    """Memory of a CUDA device, copied to and from pinned host memory on a stream of its own.
+
+    The copies wait, on the device, for the arithmetic on their page; the thread that asks for them waits for them,
+    which is the pager's thread and not the one that launches the arithmetic. So training never synchronizes with the
+    device, and a page said to be there is there.
+    """
+
+    is_host = False
+
+    def __init__(self, name: str, slots: int, page_bytes: int, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._used: dict[int, torch.cuda.Event] = {}
+        super().__init__(name, slots, page_bytes)
+
+    def mark_used(self, slot: int) -> None:
+        event = self._used.setdefault(slot, torch.cuda.Event())
+        event.record(torch.cuda.current_stream(self._device))
+
+    def clear(self, slot: int) -> None:
+        with torch.cuda.stream(self._stream):
+            super().clear(slot)
+        self._stream.synchronize()
+
+    def get(self, slot: int, page: int, buffer: Tensor) -> None:
+        self._transfer(slot, buffer, self.view(slot))
+
+    def put(self, slot: int, page: int, buffer: Tensor) -> None:
+        self._transfer(slot, self.view(slot), buffer)
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self._device)
+        super().close()
+
+    def _transfer(self, slot: int, to: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            if slot in self._used:
+                self._stream.wait_event(self._used[slot])
+            to.copy_(source, non_blocking=True)
+        # Only the copies are on this stream, so this waits for nothing else but the arithmetic on this page.
+        self._stream.synchronize()
+
+    def _allocate(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self._device)

@@ -68,6 +68,8 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
+    # Whether an adapter of this method can be folded into the base weights.
+    mergeable: ClassVar[bool] = False
     # Field -> the values under which it asks for nothing. Filled in by each method.
     unsupported: ClassVar[Mapping[str, tuple]] = {}
 

@@ -176,7 +176,10 @@ class PeftModel(AdapterFiles):
         """
         names = self._switch.active if adapter_names is None else tuple(adapter_names)
         for name in names:
-            self._config_of(name)
+            config = self._config_of(name)
+            if not config.mergeable:
+                kind = type(config).__name__.removesuffix("Config")
+                raise ValueError(f"adapter {name!r} cannot be merged: {kind} changes more than the weights")
         self._check_compatible(names)
         self.unmerge_adapter()
         if safe_merge:

@@ -77,7 +77,7 @@ def set_peft_model_state_dict(
 def adapter_state(model: nn.Module, adapter: str, prefix: str = KEY_PREFIX) -> dict[str, Tensor]:
     """The live tensors of `adapter` in `model`, by their names on disk."""
     return {
-        f"{prefix}{path}.{name}": tensor
+        name[1:] if name.startswith("/") else f"{prefix}{path}.{name}": tensor
         for path, module in adapter_modules(model)
         for name, tensor in module.adapter_state(adapter).items()
     }

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from minipeft import LoraConfig, NF4Config, get_peft_model, inject_adapter_in_model, quantize_model
-from minipeft.patching import match_targets
+from minipeft.methods.lora import LORA
 
 
 def targets(model: nn.Module, **config: Any) -> list[str]:
-    return match_targets(model, LoraConfig(**config))
+    return LORA.find(model, LoraConfig(**config), [])
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,11 @@ def mix_out(obj: Any) -> None:
     obj.__class__ = obj._plain_class
 
 
+def own_attributes(module: Any) -> list[str]:
+    """What adapting has added to `module`, by all the mixins in front of it."""
+    return [name for cls in type(module).__mro__ for name in vars(cls).get("_own_attributes", ())]
+
+
 @dataclasses.dataclass
 class Switch:
     """Which adapters act, shared by reference by a model and all its adapted modules."""
@@ -56,15 +61,17 @@ class Switch:
 class AdapterModule(_Base):
     """A module that holds the tensors of some adapters, and can be asked about them.
 
-    Subclasses say which tensors are an adapter's (`adapter_state`), how it is removed (`delete_adapter`) and, where
-    the method can, how it is folded into the base tensors (`merge`). Merging never writes into a base tensor: it
-    puts a new one in its place and keeps the original, so `unmerge` is exact in every dtype, and a tensor that
-    another module shares (tied embeddings) is left alone.
+    A subclass says which tensors are an adapter's (`adapter_state`), how one comes and goes (`add_adapter`,
+    `delete_adapter`) and, where the method can, how it is folded into the base tensors (`merge`). Two mixins may stand
+    in front of one module, for adapters of two methods: so every method here passes on to `super()`.
+
+    Merging never writes into a base tensor: it puts a new one in its place and keeps the original, so `unmerge` is
+    exact in every dtype, and a tensor that another module shares (tied embeddings) is left alone.
     """
 
     # An adapted `Linear` is shown as `<name_prefix>Linear`.
     name_prefix: ClassVar[str]
-    # Attributes that attaching added to the module, removed when it becomes plain again.
+    # Attributes that this class adds to the module, removed when it becomes plain again.
     _own_attributes: ClassVar[tuple[str, ...]] = ("switch", "merged_adapters", "_originals")
 
     switch: Switch
@@ -72,36 +79,40 @@ class AdapterModule(_Base):
     _originals: dict[str, nn.Parameter | None]
 
     def attach(self, switch: Switch) -> None:
-        """Set the module up, once, right after its class was changed."""
-        self.switch = switch
-        self.merged_adapters = ()
-        self._originals = {}
+        """Set up what is not there yet, right after the module's class was changed."""
+        if not hasattr(self, "switch"):
+            self.switch = switch
+            self.merged_adapters = ()
+            self._originals = {}
 
     def detach(self) -> None:
-        """Make the module plain again. What was merged stays; adapters are gone."""
-        for name in self._own_attributes:
+        """Make the module plain again, whatever was in front of it. What was merged stays; adapters are gone."""
+        for name in own_attributes(self):
             delattr(self, name)
-        mix_out(self)
+        while "_plain_class" in vars(type(self)):
+            mix_out(self)
 
     def adapter_names(self) -> set[str]:
         """The adapters that have tensors here."""
-        raise NotImplementedError
+        return set()
 
     def adapter_state(self, adapter: str) -> dict[str, torch.Tensor]:
-        """The tensors of `adapter` here (none if it has none), by PEFT's names relative to this module."""
-        raise NotImplementedError
+        """The tensors of `adapter` here (none if it has none), by PEFT's names relative to this module.
+
+        A name that starts with "/" is the whole name on disk, for methods whose files do not name modules.
+        """
+        return {}
 
     def replaced_tensors(self, adapter: str) -> list[str]:
         """The base parameters that `adapter` replaces by its own: two adapters that do so cannot act together."""
-        raise NotImplementedError
+        return []
 
     def delete_adapter(self, adapter: str) -> None:
         """Forget the tensors of `adapter`; nothing happens if it has none here."""
-        raise NotImplementedError
 
     def merge(self, adapters: tuple[str, ...]) -> None:
         """Fold `adapters` into the base tensors, so that the plain forward gives the adapted output."""
-        raise NotImplementedError
+        self.merged_adapters = adapters
 
     def unmerge(self) -> None:
         """Put the original base tensors back, bit for bit. Nothing happens if nothing is merged."""
@@ -127,3 +138,18 @@ class AdapterModule(_Base):
             if original is not None:
                 original.data = fn(original.data)
         return super()._apply(fn, recurse)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How adapters of one method find their modules.
+
+    Attributes:
+        find: (model, config, paths to leave alone) -> dotted names of the modules to adapt. Fills in what the config
+            left open, and raises ValueError when something in it matches nothing.
+        mixin_for: the mixin that adapts a module, or None if the method cannot. The mixin has a method
+            `add_adapter(adapter, config, path, dtype, init)`.
+    """
+
+    find: Callable[[Any, Any, list[str]], list[str]]
+    mixin_for: Callable[[nn.Module], Any]

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from minipeft.kernels.lora_matmul import lora_matmul, lora_update
 from minipeft.kernels.nf4_matmul import Packed, Sizes
+from minipeft.methods.base import Method
 from minipeft.methods.lora_config import LoraConfig
-from minipeft.methods.trained_copies import TrainedBias
+from minipeft.methods.matching import is_conv1d, match_targets, shortest_names
+from minipeft.methods.trained_copies import TrainedBias, TrainedModule
 from minipeft.quantization import NF4Linear, NF4Weight
 
 
@@ -36,7 +38,6 @@ class LoraLayer(TrainedBias):
 
     name_prefix: ClassVar[str] = "Lora"
     _own_attributes: ClassVar[tuple[str, ...]] = (
-        *TrainedBias._own_attributes,
         *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "r", "lora_alpha", "scaling"),
     )
 
@@ -47,6 +48,8 @@ class LoraLayer(TrainedBias):
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
+        if hasattr(self, "scaling"):
+            return
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ParameterDict()
@@ -218,7 +221,7 @@ class LoraNF4Linear(LoraLayer):
     the weight had before it was quantized, beside the packed codes that `unmerge` goes back to.
     """
 
-    _own_attributes: ClassVar[tuple[str, ...]] = (*LoraLayer._own_attributes, "dense_merged")
+    _own_attributes: ClassVar[tuple[str, ...]] = ("dense_merged",)
 
     in_features: int
     out_features: int
@@ -233,7 +236,8 @@ class LoraNF4Linear(LoraLayer):
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
-        self.register_buffer("dense_merged", None, persistent=False)
+        if not hasattr(self, "dense_merged"):
+            self.register_buffer("dense_merged", None, persistent=False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.dense_merged is None:
@@ -291,10 +295,7 @@ class LoraEmbedding(LoraLayer):
     A starts at zero and B random, so that the start is the identity.
     """
 
-    _own_attributes: ClassVar[tuple[str, ...]] = (
-        *LoraLayer._own_attributes,
-        *("lora_embedding_A", "lora_embedding_B"),
-    )
+    _own_attributes: ClassVar[tuple[str, ...]] = ("lora_embedding_A", "lora_embedding_B")
 
     weight: nn.Parameter
     lora_embedding_A: nn.ParameterDict
@@ -302,6 +303,8 @@ class LoraEmbedding(LoraLayer):
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
+        if hasattr(self, "lora_embedding_A"):
+            return
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
@@ -364,9 +367,23 @@ def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
     return None
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D (told by its name: methods do not import transformers)."""
-    return any(c.__name__ == "Conv1D" and "transformers" in c.__module__ for c in type(module).__mro__)
+def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
+    targets = match_targets(model, config, lambda module: lora_mixin_for(module) is not None, skip)
+    for path in targets:
+        module = model.get_submodule(path)
+        if isinstance(module, TrainedModule):
+            raise ValueError(f"target_modules: {path!r} is another adapter's modules_to_save")
+        if lora_mixin_for(module) is None:
+            raise ValueError(
+                f"target_modules: {path!r} is a {type(module).__module__}.{type(module).__name__}; LoRA adapts "
+                "torch.nn.Linear, torch.nn.Embedding, transformers' Conv1D and minipeft's NF4Linear"
+            )
+    if config.target_modules == "all-linear":
+        config.target_modules = shortest_names(model, targets)
+    return targets
+
+
+LORA = Method(find=_find_targets, mixin_for=lora_mixin_for)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -80,6 +80,7 @@ class LoraConfig(PeftConfig):
     kasa_config: dict | None = None
     ensure_weight_tying: bool = False
 
+    mergeable: ClassVar[bool] = True
     unsupported: ClassVar[Mapping[str, tuple]] = {
         **dict.fromkeys(_UNSUPPORTED, ()),
         # They only say something beside a field that is refused.

@@ -24,13 +24,14 @@ class TrainedBias(AdapterModule):
     """
 
     name_prefix: ClassVar[str] = "BiasTrained"
-    _own_attributes: ClassVar[tuple[str, ...]] = (*AdapterModule._own_attributes, "trained_bias")
+    _own_attributes: ClassVar[tuple[str, ...]] = ("trained_bias",)
 
     trained_bias: nn.ParameterDict
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
-        self.trained_bias = nn.ParameterDict()
+        if not hasattr(self, "trained_bias"):
+            self.trained_bias = nn.ParameterDict()
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -49,20 +50,22 @@ class TrainedBias(AdapterModule):
         self.trained_bias[adapter] = nn.Parameter(base.detach().clone().to(dtype or base.dtype))
 
     def adapter_names(self) -> set[str]:
-        return set(self.trained_bias)
+        return super().adapter_names() | set(self.trained_bias)
 
     def adapter_state(self, adapter: str) -> dict[str, torch.Tensor]:
-        return {"bias": self.trained_bias[adapter]} if adapter in self.trained_bias else {}
+        own = {"bias": self.trained_bias[adapter]} if adapter in self.trained_bias else {}
+        return {**super().adapter_state(adapter), **own}
 
     def replaced_tensors(self, adapter: str) -> list[str]:
-        return ["bias"] if adapter in self.trained_bias else []
+        return [*super().replaced_tensors(adapter), *(["bias"] if adapter in self.trained_bias else [])]
 
     def delete_adapter(self, adapter: str) -> None:
+        super().delete_adapter(adapter)
         if adapter in self.trained_bias:
             del self.trained_bias[adapter]
 
     def merge(self, adapters: tuple[str, ...]) -> None:
-        self.merged_adapters = adapters
+        super().merge(adapters)
         for adapter in adapters:
             if adapter in self.trained_bias:
                 base = self._parameters["bias"]
@@ -77,13 +80,14 @@ class TrainedModule(AdapterModule):
     """
 
     name_prefix: ClassVar[str] = "Trained"
-    _own_attributes: ClassVar[tuple[str, ...]] = (*AdapterModule._own_attributes, "modules_to_save")
+    _own_attributes: ClassVar[tuple[str, ...]] = ("modules_to_save",)
 
     modules_to_save: nn.ModuleDict
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
-        self.modules_to_save = nn.ModuleDict()
+        if not hasattr(self, "modules_to_save"):
+            self.modules_to_save = nn.ModuleDict()
 
     def add_copy(self, adapter: str, dtype: torch.dtype | None = None) -> None:
         """Give `adapter` a trainable copy of this module (its parameters in `dtype` if given)."""
@@ -112,20 +116,24 @@ class TrainedModule(AdapterModule):
         return out.to(base) if torch.is_tensor(out) else out
 
     def adapter_names(self) -> set[str]:
-        return set(self.modules_to_save)
+        return super().adapter_names() | set(self.modules_to_save)
 
     def adapter_state(self, adapter: str) -> dict[str, torch.Tensor]:
-        return self.modules_to_save[adapter].state_dict(keep_vars=True) if adapter in self.modules_to_save else {}
+        if adapter not in self.modules_to_save:
+            return super().adapter_state(adapter)
+        return {**super().adapter_state(adapter), **self.modules_to_save[adapter].state_dict(keep_vars=True)}
 
     def replaced_tensors(self, adapter: str) -> list[str]:
-        return list(self.adapter_state(adapter))
+        own = self.modules_to_save[adapter].state_dict() if adapter in self.modules_to_save else ()
+        return [*super().replaced_tensors(adapter), *own]
 
     def delete_adapter(self, adapter: str) -> None:
+        super().delete_adapter(adapter)
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
 
     def merge(self, adapters: tuple[str, ...]) -> None:
-        self.merged_adapters = adapters
+        super().merge(adapters)
         for adapter in adapters:
             if adapter not in self.modules_to_save:
                 continue

@@ -1,0 +1,192 @@
+"""Which modules of a model an adapter goes to: PEFT's rules for `target_modules` and `modules_to_save`.
+
+A target is a name, the end of a dotted name, a regular expression that matches a whole name, or "all-linear". Unlike
+PEFT, every name that is given must match something: a misspelt target would otherwise train nothing in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from minipeft.configs import TaskType
+from minipeft.methods.base import AdapterModule, own_attributes
+from minipeft.quantization import NF4Linear
+
+# What PEFT targets when target_modules is not given, by transformers' `config.model_type`.
+DEFAULT_TARGETS = {
+    "llama": ["q_proj", "v_proj"],
+    "mistral": ["q_proj", "v_proj"],
+    "mixtral": ["q_proj", "v_proj"],
+    "qwen2": ["q_proj", "v_proj"],
+    "qwen3": ["q_proj", "v_proj"],
+    "gemma": ["q_proj", "v_proj"],
+    "gemma2": ["q_proj", "v_proj"],
+    "gemma3": ["q_proj", "v_proj"],
+    "gemma3_text": ["q_proj", "v_proj"],
+    "smollm3": ["q_proj", "v_proj"],
+    "olmo2": ["q_proj", "v_proj"],
+    "granite": ["q_proj", "v_proj"],
+    "phi3": ["qkv_proj"],
+    "gpt2": ["c_attn"],
+    "opt": ["q_proj", "v_proj"],
+    "gpt_neox": ["query_key_value"],
+    "bert": ["query", "value"],
+    "roberta": ["query", "value"],
+    "t5": ["q", "v"],
+}
+
+# Heads that start out random in these tasks, so that an adapter without them would be useless: saved whole.
+TASK_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+
+
+def match_targets(
+    model: nn.Module, config: Any, adaptable: Callable[[nn.Module], bool], skip: Iterable[str] = ()
+) -> list[str]:
+    """The dotted names of the modules that `config` adapts, in the model's order.
+
+    Args:
+        config: Its target_modules, exclude_modules, layers_to_transform and layers_pattern are looked at; what was left
+            to us ("all-linear", None) is filled in.
+        adaptable: Whether the method can adapt a module.
+        skip: Dotted names that are no targets, with all that lies under them.
+
+    Raises ValueError when a name in target_modules matches nothing, a module that it matches cannot be adapted, or
+    nothing is left after the exclusions.
+    """
+    names = plain_module_names(model)
+    targets = _targets_or_default(model, config)
+    if targets == "all-linear":
+        found = [name for name in names if _is_inner_linear(model, name, adaptable)]
+    elif isinstance(targets, str):
+        found = [name for name in names if re.fullmatch(targets, name)]
+    else:
+        for target in targets:
+            if not any(ends_with(name, target) for name in names):
+                raise ValueError(_no_match("target_modules", target, names, model, adaptable))
+        found = [name for name in names if any(ends_with(name, target) for target in targets)]
+    if not found:
+        raise ValueError(_no_match("target_modules", str(targets), names, model, adaptable))
+    left = [name for name in found if not _excluded(name, config, skip) and _in_layers(name, config)]
+    if not left:
+        raise ValueError(
+            f"target_modules {targets!r} matches {len(found)} modules, but exclude_modules, modules_to_save and "
+            "layers_to_transform leave none of them"
+        )
+    return left
+
+
+def plain_module_names(model: nn.Module) -> list[str]:
+    """Names of the model's own modules: what adapters added is left out."""
+    inside: list[str] = []
+    names = []
+    for name, module in model.named_modules():
+        if not name or any(name.startswith(prefix) for prefix in inside):
+            continue
+        names.append(name)
+        if isinstance(module, AdapterModule):
+            inside += [f"{name}.{own}" for own in own_attributes(module)]
+    return names
+
+
+def _targets_or_default(model: nn.Module, config: Any) -> list[str] | str:
+    if config.target_modules is None:
+        family = getattr(getattr(model, "config", None), "model_type", None)
+        if family not in DEFAULT_TARGETS:
+            raise ValueError(f"target_modules must be given: there is no usual choice for model type {family!r}")
+        config.target_modules = list(DEFAULT_TARGETS[family])
+    if not config.target_modules:
+        raise ValueError("target_modules is empty: name the modules to adapt, or give 'all-linear'")
+    return config.target_modules
+
+
+def _is_inner_linear(model: Any, name: str, adaptable: Callable[[nn.Module], bool]) -> bool:
+    """Whether "all-linear" takes this module: linear, and not the output head."""
+    module = model.get_submodule(name)
+    if not (isinstance(module, nn.Linear | NF4Linear) or is_conv1d(module)) or not adaptable(module):
+        return False
+    heads = {head for heads in TASK_HEADS.values() for head in heads}
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return module is not output and name.rpartition(".")[2] not in heads
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D (told by its name: methods do not import transformers)."""
+    return any(c.__name__ == "Conv1D" and "transformers" in c.__module__ for c in type(module).__mro__)
+
+
+def ends_with(name: str, target: str) -> bool:
+    """Whether `target` is `name` or its end after a dot."""
+    return name == target or name.endswith("." + target)
+
+
+def _excluded(name: str, config: Any, skip: Iterable[str]) -> bool:
+    if any(name == path or name.startswith(path + ".") for path in skip):
+        return True
+    if isinstance(config.exclude_modules, str):
+        return re.fullmatch(config.exclude_modules, name) is not None
+    return any(ends_with(name, exclude) for exclude in config.exclude_modules or ())
+
+
+def _in_layers(name: str, config: Any) -> bool:
+    if config.layers_to_transform is None:
+        return True
+    wanted = config.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for pattern in patterns or [r"[^.]*"]:
+        number = re.match(rf".*\.{pattern}\.(\d+)\.", name) or re.match(rf"{pattern}\.(\d+)\.", name)
+        if number:
+            return int(number.group(1)) in wanted
+    return False
+
+
+def _no_match(
+    field: str, target: str, names: list[str], model: nn.Module, adaptable: Callable[[nn.Module], bool]
+) -> str:
+    message = f"{field}: {target!r} matches no module of {type(model).__name__}"
+    parameters = [name for name, _ in model.named_parameters() if ends_with(name, target)]
+    if parameters:
+        return f"{message}: {parameters[0]} is a parameter, not a module, and cannot be a target here"
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    words = [leaf for leaf in leaves if not leaf.isdigit()]
+    near = difflib.get_close_matches(target.rpartition(".")[2], words, n=3, cutoff=0.5)
+    if near:
+        return f"{message}; the nearest names are {', '.join(near)}"
+    linear = dict.fromkeys(n.rpartition(".")[2] for n in names if adaptable(model.get_submodule(n)))
+    return f"{message}; modules that can be adapted: {', '.join(linear) or 'none'}"
+
+
+def shortest_names(model: nn.Module, targets: list[str]) -> list[str]:
+    """Names that select exactly `targets`: last parts where those suffice, whole names elsewhere."""
+    names, chosen = plain_module_names(model), set(targets)
+    taken: dict[str, bool] = {}
+    for name in names:
+        leaf = name.rpartition(".")[2]
+        taken[leaf] = taken.get(leaf, True) and name in chosen
+    return sorted({t.rpartition(".")[2] if taken[t.rpartition(".")[2]] else t for t in targets})
+
+
+def modules_to_save(model: nn.Module, config: Any) -> list[str]:
+    """The dotted names of the modules that `config` trains whole; a task's heads are added to its list.
+
+    Raises ValueError when a name matches nothing.
+    """
+    if not hasattr(config, "modules_to_save"):
+        return []
+    names = plain_module_names(model)
+    for wanted in config.modules_to_save or ():
+        if not any(ends_with(name, wanted) for name in names):
+            raise ValueError(_no_match("modules_to_save", wanted, names, model, lambda module: True))
+    heads = [h for h in TASK_HEADS.get(config.task_type, ()) if any(ends_with(name, h) for name in names)]
+    if heads:
+        config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or ()), *heads])]
+    return [name for name in names if any(ends_with(name, w) for w in config.modules_to_save or ())]

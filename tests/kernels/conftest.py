@@ -1,0 +1,18 @@
+"""The kernels' tests run in Triton's interpreter, which a machine without a GPU has too.
+
+Triton reads TRITON_INTERPRET when a kernel is defined, so it is set before any is. The rest of the suite, in the same
+process, stays with the PyTorch references: a test that means the kernels takes the fixture `kernels`.
+"""
+
+import os
+
+import pytest
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("MINIPEFT_BACKEND", "reference")
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations run as Triton kernels; a kernel that cannot run is an error."""
+    monkeypatch.setenv("MINIPEFT_BACKEND", "triton")

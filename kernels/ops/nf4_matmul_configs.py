@@ -81,6 +81,7 @@ def tile_for(rows: int, grad: bool, capability: int, wide: bool) -> Tile:
         rows: of x or dy. grad: for the input gradient.
         capability: of the GPU, 80 for 8.0. wide: x is float32.
     """
+    table: tuple[Tile, ...]
     if wide:
         table = FLOAT32_INPUT_GRAD if grad else FLOAT32_FORWARD
     elif 100 <= capability < 120:
@@ -90,16 +91,20 @@ def tile_for(rows: int, grad: bool, capability: int, wide: bool) -> Tile:
     return next((tile for tile in table if rows <= tile.rows), table[-1])
 
 
-def split_for(tiles: int, steps: int, warps: int, multiprocessors: int) -> int:
+def split_for(tiles: int, steps: int, rows: int, depth: int, warps: int, multiprocessors: int) -> int:
     """How many programs share a tile: enough to fill the GPU, while each keeps two steps or more.
 
     Args:
-        tiles: of the output. steps: of the loop in one tile. warps: a program. multiprocessors: of the GPU.
+        tiles: of the output. steps: of the loop in one tile. rows: of x. depth: length of what is summed over.
+        warps: a program. multiprocessors: of the GPU.
     """
     wanted = WARPS_PER_MULTIPROCESSOR * multiprocessors
     split = 1
     for candidate in SPLITS[1:]:
-        if tiles * split * warps >= wanted or steps // candidate < 2:
+        # Written and read, `candidate` float32 sums of each of `rows` outputs, against `depth` packed weights of half
+        # a byte: beyond, the partial sums move more bytes than the weight.
+        heavy = 16 * candidate * rows > depth
+        if tiles * split * warps >= wanted or steps // candidate < 2 or heavy:
             break
         split = candidate
     return split

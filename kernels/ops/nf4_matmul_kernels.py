@@ -223,7 +223,6 @@ def _nf4_matmul_staged_kernel(
         o = column * CHUNK + tl.arange(0, CHUNK)
         width = row_chunks * CHUNK
         walked = first + tl.arange(0, BN)
-        STEP: tl.constexpr = BN
     else:
         share = tl.cdiv(row_chunks, SPLIT)
         first = part * share
@@ -234,7 +233,6 @@ def _nf4_matmul_staged_kernel(
         o = row
         width = N
         walked = first * CHUNK + tl.arange(0, CHUNK)
-        STEP: tl.constexpr = 1
     in_o = o < width
 
     acc = tl.zeros([CHUNK if GRAD else BN, BM], tl.float32)
@@ -280,7 +278,7 @@ def _nf4_matmul_staged_kernel(
     if DOUBLE:
         nested = tl.load(nested_absmax + (block >> 8), mask=inside, other=0.0)
 
-    for i in range(first, last, STEP):
+    for i in range(first, last, BN if GRAD else 1):
         if GRAD and not EVEN:
             xt = tl.load(x_at, mask=in_m[None, :] & (i + tl.arange(0, BN) < last)[:, None], other=0.0)
         else:

@@ -125,7 +125,7 @@ def _launch(
     chunks = in_features // CHUNK
     tile = tile_for(m, grad, capability_of(x.device), x.dtype == torch.float32)
     tiles, steps = grid_of(tile, m, out_features, chunks, grad)
-    split = split_for(tiles, steps, tile.warps, _multiprocessors(x.device))
+    split = split_for(tiles, steps, m, depth, tile.warps, _multiprocessors(x.device))
     size = tile.rows * (CHUNK if grad else tile.bn)
     low, up = lora or (x, x)
     arguments: tuple[Any, ...] = (
@@ -203,7 +203,7 @@ def capability_of(device: torch.device) -> int:
     """The compute capability of an NVIDIA GPU, 80 for 8.0; 80 for whatever else runs Triton."""
     if device.type != "cuda" or torch.version.hip is not None:
         return 80
-    major, minor = torch.cuda.get_devicecapability_of(device)
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 

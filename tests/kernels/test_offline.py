@@ -1,0 +1,111 @@
+"""The machine code of what is shipped: no spills, tensor cores used, each weight decoded once and within its budget."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+
+from minipeft.kernels.offline import capability_of, main
+from minipeft.kernels.roofline import MULTIPROCESSORS
+
+# Instructions a weight that the shipped tiles may take, by (input gradient, rows of x): what was counted and a tenth.
+BUDGETS = {
+    **{(False, 8): 4.1, (False, 16): 4.7, (False, 32): 6.1, (False, 64): 7.0},
+    **{(True, 8): 5.2, (True, 16): 5.4, (True, 32): 6.3, (True, 64): 7.5},
+}
+TARGETS = ("sm_80", "sm_90")
+
+# Compiling takes half a second a kernel, and a process in which kernels are not interpreted.
+COMPILE = """
+import json, sys
+from dataclasses import asdict
+from minipeft.kernels.catalogue import matmul_kernels
+from minipeft.kernels.offline import inspect, main
+text = main(["--target", sys.argv[1], "--json", sys.argv[2], *sys.argv[4:]])
+result = json.load(open(sys.argv[2]))
+# The smallest tiles and the largest with an update of low rank, the smallest with other operands.
+variants = [*matmul_kernels(80, "bf16", rank=16)[::3], matmul_kernels(80, "fp16", double=False)[0]]
+result["variants"] = [asdict(inspect(k, "sm_80")) for k in variants] if sys.argv[3] == "variants" else []
+json.dump(result | {"text": text}, open(sys.argv[2], "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What `minipeft kernels` reports for a target."""
+    folder = tmp_path_factory.mktemp("kernels")
+
+    @cache
+    def compiled(target: str) -> Any:
+        file = str(folder / f"{target}.json")
+        more = ["variants", "--against", "bitsandbytes"] if target == "sm_80" else ["shipped"]
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        command = [sys.executable, "-c", COMPILE, target, file, *more]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        with open(file) as opened:
+            return json.load(opened)
+
+    return compiled
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_shipped_kernel_spills_registers(target: str, report: Any) -> None:
+    kernels = report(target)["kernels"] + report(target)["variants"]
+    assert {k["name"]: k["spilled_bytes"] for k in kernels if k["spilled_bytes"]} == {}
+    assert len(kernels) >= 13
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_shared_memory_fits_the_smallest_gpu_with_the_same_tiles(target: str, report: Any) -> None:
+    """Tiles of sm_80 also run on sm_86 and sm_89, whose blocks have 99 KB."""
+    room = min(MULTIPROCESSORS[c].shared_block for c in ((80, 86, 89) if target == "sm_80" else (90,)))
+    for kernel in report(target)["kernels"]:
+        assert kernel["shared_bytes"] <= room and kernel["resident_warps"] >= 8, kernel["name"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_use_tensor_cores_and_decode_each_weight_once(target: str, report: Any) -> None:
+    products = [k for k in report(target)["kernels"] + report(target)["variants"] if k["rows"]]
+    assert len(products) >= 8
+    for kernel in products:
+        assert kernel["tensor_instructions"], kernel["name"]
+        # Sixteen permutes decode eight weights; a second decode, or a copy between layouts, would show here.
+        assert kernel["permutes_per_element"] == pytest.approx(2, abs=0.1), kernel["name"]
+        if "HMMA" in kernel["tensor_instructions"]:
+            # 16 x 8 x 16 for each weight and row: the turn of the loop is the one that was thought of.
+            assert kernel["tensor_instructions"]["HMMA"] * 64 / kernel["rows"] == kernel["elements"], kernel["name"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_stay_within_their_instructions_a_weight(target: str, report: Any) -> None:
+    counted = {(k["grad"], k["rows"]): k["per_element"] for k in report(target)["kernels"] if k["rows"]}
+    assert {key: counted[key] <= limit for key, limit in BUDGETS.items()} == dict.fromkeys(BUDGETS, True)
+
+
+def test_the_report_has_the_peer_beside_us(report: Any) -> None:
+    written = report("sm_80")
+    for part in ("x W^T bf16 8x64x256 direct", "tensor cores 32x64x128", "A100", "unmeasured"):
+        assert part in written["text"]
+    ours = min(k["per_element"] for k in written["kernels"] if k["rows"] and not k["grad"])
+    theirs = {k["name"]: k["per_weight"] for k in written["bitsandbytes"]}
+    # As counted in the wheel of bitsandbytes 0.50.2.
+    assert theirs["tensor cores 32x64x128"] == pytest.approx(8.2, abs=0.3)
+    assert theirs["a warp a column, M = 1"] == pytest.approx(8.4, abs=0.4)
+    assert ours < 5 < min(theirs.values())
+    assert {f["m"] for f in written["floors"]} == {1, 8, 16, 32, 64}
+
+
+@pytest.mark.parametrize("target", ["sm_42", "gfx942", ""])
+def test_an_unknown_target_is_named(target: str) -> None:
+    with pytest.raises(ValueError, match=rf"target must be one of sm_80, .* got '{target}'"):
+        capability_of(target)
+
+
+def test_interpreted_kernels_cannot_be_read() -> None:
+    with pytest.raises(RuntimeError, match="unset it to read machine code"):
+        main(["--target", "sm_80"])

@@ -1,0 +1,210 @@
+"""The fused products against float64, by the code of the kernels: portable, and with the byte permutes simulated."""
+
+from typing import Any
+
+import inline_asm
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import TOLERANCES
+from triton.runtime.interpreter import InterpreterBuilder
+
+from minipeft.kernels import nf4_matmul_configs as configs
+from minipeft.kernels import nf4_matmul_triton as module
+from minipeft.kernels.codebooks import NF4_LEVELS, dynamic_map
+from minipeft.kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize
+from minipeft.kernels.nf4_quantize import nf4_quantize, quantize_absmax
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GUARD = 64
+
+
+class Weight:
+    """A random (n, k) weight: the tensors that the launchers take, and the dense float64 matrix they stand for."""
+
+    def __init__(self, n: int, k: int, blocksize: int = 64, double: bool = True) -> None:
+        codes, absmax = nf4_quantize(torch.randn(n, k) / max(k, 1) ** 0.5, blocksize)
+        self.tensors: list[torch.Tensor | None] = [codes, absmax, NF4_LEVELS.clone(), None, None, None]
+        scales = absmax
+        if double:
+            stored, nested, offset = quantize_absmax(absmax)
+            scales = dequantize_absmax(stored, nested, dynamic_map(), offset)
+            self.tensors[1:] = [stored, NF4_LEVELS.clone(), nested, dynamic_map().clone(), offset]
+        self.sizes = (n, k, blocksize)
+        self.dense = nf4_dequantize(codes, scales, NF4_LEVELS, torch.Size((n, k)), blocksize, torch.float64)
+
+
+@pytest.fixture
+def few_processors(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets how many multiprocessors there seem to be, and so how many programs share a tile."""
+    return lambda count: monkeypatch.setattr(module, "_multiprocessors", lambda device: count)
+
+
+@pytest.fixture
+def permutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of NVIDIA hardware: inline assembly, run by `inline_asm.py`."""
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", inline_asm.create_inline_asm)
+    monkeypatch.setattr(module, "can_permute", lambda x: x.element_size() == 2)
+
+
+def check(m: int, weight: Weight, dtype: torch.dtype, bias: bool = False, rank: int = 0) -> None:
+    """y and dx against float64, each operand as the kernel rounds it."""
+    n, k, _ = weight.sizes
+    x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    b = torch.randn(n).to(dtype) if bias else None
+    low, up, down = torch.randn(m, rank) * 0.3, torch.randn(n, rank) * 0.3, torch.randn(rank, k) * 0.3
+    low, up, down = (t.to(dtype).float() for t in (low, up, down))
+    y = module.nf4_matmul_forward(x, *weight.tensors, *weight.sizes, bias=b, lora=(low, up) if rank else None)
+    dx = module.nf4_matmul_input_grad(dy, *weight.tensors, *weight.sizes, lora=(low, down) if rank else None)
+    right_y = x.double() @ weight.dense.t() + low.double() @ up.t().double() + (0 if b is None else b.double())
+    right_dx = dy.double() @ weight.dense + low.double() @ down.double()
+    for ours, right in ((y, right_y), (dx, right_dx)):
+        assert ours.dtype == dtype and ours.shape == right.shape
+        torch.testing.assert_close(ours.double(), right, **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("blocksize", [64, 128])
+def test_products_equal_float64(dtype: torch.dtype, double: bool, blocksize: int) -> None:
+    check(5, Weight(70, 384, blocksize, double), dtype, bias=True, rank=4)
+
+
+@pytest.mark.usefixtures("permutes")
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 64, 256), (9, 65, 320), (20, 130, 128), (70, 33, 192)])
+def test_products_by_byte_permutes_equal_float64(dtype: torch.dtype, m: int, n: int, k: int) -> None:
+    """One row count for each shipped tile, forward and backward."""
+    check(m, Weight(n, k), dtype, bias=True, rank=3)
+
+
+@pytest.mark.parametrize("m", [1, 8, 9, 16, 17, 33, 65, 130])
+def test_each_tile_takes_ragged_rows(m: int) -> None:
+    check(m, Weight(131, 192), torch.bfloat16)
+
+
+@pytest.mark.parametrize("processors", [4, 64])
+@pytest.mark.parametrize("m", [1, 33])
+def test_shared_tiles_add_up(m: int, processors: int, few_processors: Any) -> None:
+    few_processors(processors)
+    check(m, Weight(70, 1024), torch.float32, bias=True, rank=5)
+    check(m, Weight(520, 128), torch.bfloat16, bias=True, rank=5)
+
+
+def test_the_order_of_programs_does_not_change_a_bit(few_processors: Any) -> None:
+    weight = Weight(64, 2048)
+    x = torch.randn(2, 2048)
+    few_processors(64)
+    first = module.nf4_matmul_forward(x, *weight.tensors, *weight.sizes)
+    assert torch.equal(first, module.nf4_matmul_forward(x, *weight.tensors, *weight.sizes))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_shape_equals_float64(data: st.DataObject) -> None:
+    blocksize = data.draw(st.sampled_from([64, 128, 256]))
+    k = blocksize * data.draw(st.integers(1, 512 // blocksize))
+    n, m = data.draw(st.integers(1, 140)), data.draw(st.integers(1, 70))
+    weight = Weight(n, k, blocksize, data.draw(st.booleans()))
+    check(m, weight, data.draw(st.sampled_from(DTYPES)), data.draw(st.booleans()), data.draw(st.integers(0, 20)))
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 3, 64), (2, 0, 64), (0, 0, 128)])
+def test_empty_products_have_the_right_shape(m: int, n: int, k: int) -> None:
+    weight = Weight(n, k)
+    assert module.nf4_matmul_forward(torch.randn(m, k), *weight.tensors, *weight.sizes).shape == (m, n)
+    assert module.nf4_matmul_input_grad(torch.randn(m, n), *weight.tensors, *weight.sizes).shape == (m, k)
+
+
+def test_a_sum_of_nothing_is_the_bias() -> None:
+    """No columns at all forward, no rows of W backward."""
+    bias = torch.randn(5)
+    empty = Weight(5, 0)
+    assert torch.equal(
+        module.nf4_matmul_forward(torch.randn(3, 0), *empty.tensors, *empty.sizes, bias=bias), bias.expand(3, 5)
+    )
+    empty = Weight(0, 64)
+    assert not module.nf4_matmul_input_grad(torch.randn(3, 0), *empty.tensors, *empty.sizes).any()
+
+
+def guarded(t: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A copy of t inside a larger buffer whose other elements show if they are read or written, and the buffer."""
+    poison = float("nan") if t.is_floating_point() else 0xA5 if t.dtype == torch.uint8 else 0
+    buffer = torch.full((GUARD + offset + t.numel() + GUARD,), poison, dtype=t.dtype)
+    view = buffer[GUARD + offset : GUARD + offset + t.numel()].view(t.shape)
+    view.copy_(t)
+    return view, buffer
+
+
+@pytest.mark.parametrize("m", [3, 40])
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_nothing_outside_the_tensors_is_read_or_written(
+    m: int, offset: int, few_processors: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and workspace start as NaN, all tensors stand between guards, at addresses of any alignment."""
+    few_processors(32)
+    weight = Weight(67, 320)
+    pairs = [guarded(t, offset) for t in weight.tensors if t is not None]
+    x, x_buffer = guarded(torch.randn(m, 320).bfloat16(), offset)
+    dy, dy_buffer = guarded(torch.randn(m, 67).bfloat16(), offset)
+    buffers = [b for _, b in pairs] + [x_buffer, dy_buffer]
+    before = [b.clone() for b in buffers]
+    made: list[torch.Tensor] = []
+
+    def nan_empty(*shape: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        view, buffer = guarded(torch.full(shape, float("nan"), dtype=dtype))
+        made.append(buffer)
+        return view
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.torch, "empty", nan_empty)
+        tensors = [view for view, _ in pairs]
+        y = module.nf4_matmul_forward(x, *tensors, *weight.sizes)
+        dx = module.nf4_matmul_input_grad(dy, *tensors, *weight.sizes)
+    torch.testing.assert_close(y.double(), x.double() @ weight.dense.t(), **TOLERANCES[torch.bfloat16])
+    torch.testing.assert_close(dx.double(), dy.double() @ weight.dense, **TOLERANCES[torch.bfloat16])
+    for now, then in zip(buffers, before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+    for buffer in made:
+        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
+
+
+def test_rows_may_lie_anywhere() -> None:
+    """A slice of a wider matrix (row stride), a transposed one (column stride), a view that starts late."""
+    weight = Weight(66, 128)
+    wide = torch.randn(6, 200)
+    right = weight.dense.t()
+    for x in (wide[:, 40:168], torch.randn(128, 6).t(), wide.flatten()[7 : 7 + 3 * 128].view(3, 128), wide[::2, :128]):
+        y = module.nf4_matmul_forward(x, *weight.tensors, *weight.sizes)
+        torch.testing.assert_close(y.double(), x.double() @ right, **TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "k", "blocksize", "nested", "says"),
+    [
+        (torch.float64, 64, 64, 256, "float64"),
+        (torch.float32, 64, 32, 256, "blocksize \\(32\\)"),
+        (torch.float32, 100, 64, 256, "in_features \\(100\\)"),
+        (torch.float32, 64, 64, 128, "nested_blocksize \\(128\\)"),
+    ],
+)
+def test_what_cannot_be_fused_is_named(dtype: torch.dtype, k: int, blocksize: int, nested: int, says: str) -> None:
+    obstacle = module.fused_obstacle(dtype, k, blocksize, nested)
+    with pytest.raises(ValueError, match=says):
+        raise ValueError(obstacle)
+    assert module.fused_obstacle(torch.bfloat16, 128, 128) == ""
+
+
+def test_a_product_that_cannot_be_fused_raises() -> None:
+    weight = Weight(3, 96, 32)
+    with pytest.raises(ValueError, match=r"blocksize \(32\) must be at least 64"):
+        module.nf4_matmul_forward(torch.randn(2, 96), *weight.tensors, *weight.sizes)
+
+
+def test_tiles_are_shared_until_the_gpu_is_full_and_no_further() -> None:
+    assert configs.split_for(tiles=64, steps=16, rows=1, depth=4096, warps=2, multiprocessors=108) == 8
+    assert configs.split_for(tiles=1000, steps=16, rows=1, depth=4096, warps=2, multiprocessors=108) == 1
+    assert configs.split_for(tiles=1, steps=3, rows=1, depth=4096, warps=2, multiprocessors=108) == 1
+    # 64 rows: from eight on, partial sums would move more bytes than the weight.
+    assert configs.split_for(tiles=32, steps=64, rows=64, depth=4096, warps=4, multiprocessors=1000) == 4

@@ -1,0 +1,122 @@
+"""The clocks: how a call is timed on a CPU and on a CUDA GPU, and how its caches are emptied before.
+
+A device gives marks, and the seconds between two of them. On CUDA marks are events in the stream, so the queue keeps
+running ahead of the GPU and what is timed is the GPU's work; the seconds can be read after `synchronize`.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from minipeft.bench_command import BenchError
+
+MIB = 1 << 20
+# Emptying a cache writes twice its size, within these bounds; on CUDA never less than triton.testing.do_bench does.
+MIN_CPU_FLUSH, MAX_CPU_FLUSH, MIN_CUDA_FLUSH = 64 * MIB, 512 * MIB, 256 * MIB
+
+# Clock cycles, some half a millisecond, that the GPU then waits, so that Python, which takes 0.1 ms for a backward, has
+# queued the call before the GPU comes to it. A call that takes Python longer is timed with its Python.
+HEAD_START = 1_000_000
+
+
+class Device(Protocol):
+    """What the harness needs of a device."""
+
+    warmups: int
+    """Rounds that are run and not timed."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where tensors go."""
+
+    def mark(self) -> Any:
+        """A point in time."""
+
+    def seconds(self, start: Any, stop: Any) -> float:
+        """From one mark to another; both lie before the last `synchronize`."""
+
+    def flush(self) -> None:
+        """Put other data in the caches: in a model, other layers ran since this weight was last read."""
+
+    def synchronize(self) -> None:
+        """Wait for all work; raises if any of it failed."""
+
+
+class CpuDevice:
+    """time.perf_counter, and a buffer of twice the last-level cache."""
+
+    torch_device = torch.device("cpu")
+    warmups = 1
+
+    def __init__(self, flush_bytes: int | None = None) -> None:
+        size = flush_bytes if flush_bytes is not None else _bounded(2 * last_level_cache(), MIN_CPU_FLUSH)
+        self._buffer = torch.zeros(size // 4)
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, stop: float) -> float:
+        return stop - start
+
+    def flush(self) -> None:
+        self._buffer.add_(1)
+
+    def synchronize(self) -> None:
+        pass
+
+
+class CudaDevice:
+    """CUDA events on the current stream, and a buffer of at least twice the L2 cache."""
+
+    torch_device = torch.device("cuda")
+    warmups = 5
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(self.torch_device)
+        size = max(MIN_CUDA_FLUSH, 2 * getattr(properties, "L2_cache_size", 0))
+        self._buffer = torch.empty(size // 4, dtype=torch.int32, device=self.torch_device)
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
+        return start.elapsed_time(stop) / 1e3
+
+    def flush(self) -> None:
+        self._buffer.zero_()
+        torch.cuda._sleep(HEAD_START)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+
+def open_device(kind: str | None = None, quick: bool = False) -> Device:
+    """The device named "cpu" or "cuda"; None for CUDA where there is one.
+
+    Raises:
+        BenchError: another name, or CUDA asked for and not there.
+    """
+    kind = kind or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise BenchError("device cuda is asked for, and this PyTorch sees no CUDA GPU: leave --device out for CPU")
+        return CudaDevice()
+    if kind != "cpu":
+        raise BenchError(f"device must be cpu or cuda, got {kind!r}")
+    return CpuDevice(flush_bytes=0 if quick else None)
+
+
+def last_level_cache() -> int:
+    """Bytes of the first CPU's largest cache; 0 where Linux does not tell."""
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=0)
+
+
+def _bounded(size: int, least: int) -> int:
+    return min(max(size, least), MAX_CPU_FLUSH)

@@ -1,0 +1,168 @@
+"""The command: chosen operations on one device, each checked, timed, shown, and written to CSV and PNG."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.device import Device, open_device
+from benchmarks.environment import ROOT, backend, describe_environment, describe_limits, device_name, device_slug, load
+from benchmarks.harness import OURS, Row, describe, measure
+from benchmarks.peers import Peers
+from benchmarks.report import case_title, plot, table, write_csv
+from benchmarks.roofline import Roofline, roofline_of
+from benchmarks.shapes import Sizes, sizes_for
+from minipeft.bench_command import OPS, BenchError, add_bench_arguments
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NOTE = "Each result is checked first; times are of interleaved rounds, caches emptied before each call."
+QUICK_NOTE = (
+    "Each result is checked; a time is of one call of a small size, warm: it shows that all runs, not how fast."
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m benchmarks` with these arguments: 0 when every result of ours was right, 1 if not, 2 for bad ones."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add_bench_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        bad = bench(args.ops, args.quick, args.device, args.output, args.threads)
+    except BenchError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 2
+    for line in bad:
+        print(line, file=sys.stderr)
+    return 1 if bad else 0
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all operations of a run share. folder: for the files, or None for none; options: of the command line."""
+
+    device: Device
+    roofline: Roofline
+    sizes: Sizes
+    quick: bool
+    folder: Path | None
+    options: list[str]
+
+    @property
+    def kind(self) -> str:
+        return self.device.torch_device.type
+
+
+def bench(
+    ops: Sequence[str] = (),
+    quick: bool = False,
+    device_kind: str | None = None,
+    output: Path | None = None,
+    threads: int | None = None,
+) -> list[str]:
+    """Measure operations, print their tables and write their files.
+
+    Args:
+        ops: some of OPS; empty for all.
+        quick: each once, on a small size.
+        device_kind: "cpu", "cuda", or None for CUDA where there is one.
+        output: the folder for files; None for benchmarks/results, or for no files when quick.
+        threads: of the CPU; None for as many as PyTorch takes.
+
+    Returns:
+        A line for each result of ours that was wrong, or failed.
+
+    Raises:
+        BenchError: an operation or a device that there is not.
+    """
+    if unknown := [op for op in ops if op not in OPS]:
+        raise BenchError(f"there is no operation {unknown[0]!r} to measure: choose of {', '.join(OPS)}")
+    if threads is not None:
+        if threads < 1:
+            raise BenchError(f"threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+    chosen = list(ops) or list(OPS)
+    device = open_device(device_kind, quick)
+    kind, name = device.torch_device.type, device_name(device.torch_device)
+    ours = f"{OURS}'s operations: {backend(device.torch_device)}"
+    print(f"{kind}: {name}, {torch.get_num_threads()} CPU threads, load {load()}; {ours}")
+    print(QUICK_NOTE if quick else NOTE)
+    folder = output or (None if quick else RESULTS)
+    options = [*["--quick"] * quick, "--device", kind, *(["--threads", str(threads)] if threads else [])]
+    session = Session(device, roofline_of(device, name, quick), sizes_for(kind, quick), quick, folder, options)
+    bad: list[str] = []
+    for i, op in enumerate(chosen):
+        bad += [f"{case_title(row)}: {row.status}: {row.note}" for row in run_op(op, session) if _is_bad(row)]
+        if chosen[i + 1 :] and not _alive(device):
+            # An illegal access ends a process's use of the GPU, not that of the next process.
+            print(f"{op} left the device unusable for this process: the rest runs in a new one", file=sys.stderr)
+            return bad + _in_new_process(chosen[i + 1 :], session)
+    return bad
+
+
+def run_op(op: str, session: Session) -> list[Row]:
+    """Measure one operation, print its table, and write its files into the session's folder, if any."""
+    torch.manual_seed(0)
+    rows: list[Row] = []
+    device, before = session.device.torch_device, load()
+    environment = describe_environment(device, " ".join(["minipeft bench", op, *session.options]))
+    module = importlib.import_module(f"benchmarks.bench_{op}")
+    try:
+        for case in module.cases(device, session.sizes, Peers(session.kind)):
+            rows += measure(case, session.device, session.roofline, session.quick)
+            _progress(case_title(case))
+    # On hardware that we have not seen, preparing a case may fail too.
+    except Exception as error:
+        rows.append(Row(op, "", "preparing a case", "", OURS, "failed", describe(error)))
+    _progress("")
+    print(f"\n{table(rows, session.quick)}", flush=True)
+    if session.folder is not None:
+        busy = f"{before} before, {load()} after (processes wanting a CPU, mean of the last minute)"
+        environment |= {**describe_limits(session.roofline), "load": busy}
+        write_files(session.folder, op, device_slug(device), rows, environment)
+    return rows
+
+
+def write_files(folder: Path, op: str, slug: str, rows: Sequence[Row], environment: dict[str, str]) -> None:
+    """`<op>-<device>.csv`, and `.png` where matplotlib is installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    csv, png = folder / f"{op}-{slug}.csv", folder / f"{op}-{slug}.png"
+    write_csv(csv, rows, environment)
+    title = f"{op} on {environment['device']}, {environment['date'][:10]}, load {environment['load'].split(' (')[0]}"
+    try:
+        plot(png, rows, title)
+    except ImportError:
+        print(f"written: {csv} (no picture: pip install matplotlib)")
+        return
+    print(f"written: {csv} and {png.name}")
+
+
+def _is_bad(row: Row) -> bool:
+    return row.candidate == OURS and row.status != "right"
+
+
+def _alive(device: Device) -> bool:
+    try:
+        device.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _in_new_process(ops: Sequence[str], session: Session) -> list[str]:
+    words = [sys.executable, "-m", "benchmarks", *ops, *session.options]
+    words += ["--output", str(session.folder.resolve())] if session.folder else []
+    code = subprocess.run(words, cwd=ROOT, check=False).returncode
+    return [f"{', '.join(ops)}: see above"] if code else []
+
+
+def _progress(text: str) -> None:
+    """Show what was done last, where somebody may be watching."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)

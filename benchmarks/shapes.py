@@ -1,0 +1,87 @@
+"""The sizes that are measured: layers of models that people fine-tune, and rows of a decoding and a training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+BLOCKSIZE = 64
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer: W is (out_features, in_features)."""
+
+    name: str
+    out_features: int
+    in_features: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.out_features}x{self.in_features}"
+
+    @property
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What one run measures.
+
+    rows: M, the tokens of a batch.
+    lora_layers: (out, in) of the layers whose adapters AdamW updates at once; big_parameter: elements of the one
+        tensor that it updates alone.
+    """
+
+    layers: tuple[Layer, ...]
+    dtypes: tuple[torch.dtype, ...]
+    rows: tuple[int, ...]
+    lora_layers: tuple[tuple[int, int], ...]
+    big_parameter: int
+
+
+LLAMA_7B_ATTENTION = Layer("Llama-2-7B q_proj", 4096, 4096)
+LLAMA_7B_UP = Layer("Llama-2-7B up_proj", 11008, 4096)
+LLAMA_7B_DOWN = Layer("Llama-2-7B down_proj", 4096, 11008)
+LLAMA_8B_UP = Layer("Llama-3-8B up_proj", 14336, 4096)
+SMOLLM2_UP = Layer("SmolLM2-135M up_proj", 1536, 576)
+
+# (out, in) of the seven projections of a Llama-2-7B layer, each with one LoRA.
+LLAMA_7B_PROJECTIONS = (*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008))
+
+CPU = Sizes(
+    layers=(LLAMA_7B_ATTENTION, SMOLLM2_UP),
+    dtypes=(torch.float32, torch.bfloat16),
+    rows=(1, 16, 256),
+    lora_layers=LLAMA_7B_PROJECTIONS * 8,
+    big_parameter=1 << 24,
+)
+CUDA = Sizes(
+    layers=(LLAMA_7B_ATTENTION, LLAMA_7B_UP, LLAMA_7B_DOWN, LLAMA_8B_UP),
+    dtypes=(torch.bfloat16, torch.float16),
+    rows=(1, 4, 16, 64, 128, 256, 1024, 2048),
+    lora_layers=LLAMA_7B_PROJECTIONS * 32,
+    big_parameter=1 << 26,
+)
+QUICK_LAYER = Layer("quick", 128, 256)
+
+
+def sizes_for(kind: str, quick: bool = False) -> Sizes:
+    """The sizes for a device type: "cpu" or "cuda".
+
+    Args:
+        quick: one small size of each thing, to show that everything runs.
+    """
+    full = CUDA if kind == "cuda" else CPU
+    if not quick:
+        return full
+    shape = (QUICK_LAYER.out_features, QUICK_LAYER.in_features)
+    return Sizes((QUICK_LAYER,), full.dtypes[:1], (1, 16), lora_layers=(shape,), big_parameter=1 << 12)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" of torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,66 @@
+"""`minipeft bench`: the benchmarks of a source checkout, which an installed package does not carry."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from minipeft.training.errors import TrainingError
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = ("nf4_quantize", "nf4_dequantize", "nf4_matmul", "lora_matmul", "adamw")
+
+
+class BenchError(TrainingError, ValueError):
+    """The benchmarks are not there, cannot measure what was asked for, or found a wrong result."""
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `minipeft bench`, read by `bench`."""
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"what to measure (default: all): {', '.join(OPS)}")
+    parser.add_argument("--quick", action="store_true", help="run each once on a small size: shows that all works")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for CSV and PNG (default: benchmarks/results; quick: none)"
+    )
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Check and time the operations beside their peers, print tables, write CSV and PNG.
+
+    Raises:
+        BenchError: this is no source checkout, an operation or device is not there, or a result of ours was wrong.
+    """
+    load_benchmarks()
+    bad = importlib.import_module("benchmarks.run").bench(args.ops, args.quick, args.device, args.output, args.threads)
+    if bad:
+        raise BenchError(f"{len(bad)} results of minipeft are not right: {'; '.join(bad)}")
+
+
+def load_benchmarks(root: Path = ROOT) -> ModuleType:
+    """Make `root`/benchmarks importable as `benchmarks`, without touching sys.path.
+
+    Raises:
+        BenchError: there is none: minipeft is installed and not run from its sources.
+    """
+    folder = root / "benchmarks"
+    file = folder / "__init__.py"
+    if not file.is_file():
+        raise BenchError(
+            f"minipeft bench needs a source checkout, and {root} is not one: clone the repository and "
+            "`pip install -e .` in it"
+        )
+    known = sys.modules.get("benchmarks")
+    if known is not None and str(folder) in getattr(known, "__path__", []):
+        return known
+    spec = importlib.util.spec_from_file_location("benchmarks", file, submodule_search_locations=[str(folder)])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmarks"] = module
+    spec.loader.exec_module(module)
+    return module

@@ -12,15 +12,23 @@ import torch
 from torch import Tensor
 
 from .codebooks import dynamic_map, exact_thresholds
+from .nearest import Tables, count_below, upper_half_tables
 
 STATE_BLOCKSIZE = 256
+SMALLEST = 2.0**-149  # of float32
 
 
 @functools.cache
-def state_tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def state_map(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """The map, float32 (256,), and the thresholds between its entries, float32 (255,)."""
     entries = dynamic_map(signed)
     return entries.to(device), exact_thresholds(entries).to(device)
+
+
+@functools.cache
+def _tables(signed: bool, device: torch.device) -> Tables:
+    lowest, threshold = upper_half_tables(exact_thresholds(dynamic_map(signed)))
+    return lowest.to(device), threshold.to(device)
 
 
 def initial_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -38,19 +46,34 @@ def initial_state(p: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def dequantize_state(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     """map[code] * absmax of its block: uint8 (n,), float32 (ceil(n/256),) -> float32 (n,)."""
-    entries, _ = state_tables(signed, codes.device)
-    scales = absmax.repeat_interleave(STATE_BLOCKSIZE)[: codes.numel()]
-    return entries.index_select(0, codes.int()).mul_(scales)
+    entries, _ = state_map(signed, codes.device)
+    x = entries.index_select(0, codes.int())
+    _whole_blocks(x).mul_(absmax[: x.numel() // STATE_BLOCKSIZE].unsqueeze(1))
+    if x.numel() % STATE_BLOCKSIZE:
+        x[-(x.numel() % STATE_BLOCKSIZE) :] *= absmax[-1]
+    return x
 
 
 def quantize_state(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
     """Encode x, float32 (n,), into `codes`, uint8 (n,), and `absmax`, float32 (ceil(n/256),)."""
-    _, thresholds = state_tables(signed, x.device)
-    padded = x.new_zeros(absmax.numel(), STATE_BLOCKSIZE)
-    padded.view(-1)[: x.numel()] = x
-    torch.amax(padded.abs(), dim=1, out=absmax)
-    scaled = (padded / absmax.unsqueeze(1)).nan_to_num_(nan=0.0)  # a block of zeros: 0/0
-    found = torch.bucketize(scaled, thresholds, out_int32=True)
+    if x.numel() % STATE_BLOCKSIZE:
+        whole = x.numel() // STATE_BLOCKSIZE * STATE_BLOCKSIZE
+        quantize_state(x[:whole], codes[:whole], absmax[:-1], signed)
+        _quantize_blocks(x[whole:].unsqueeze(0), codes[whole:], absmax[-1:], signed)
+    elif x.numel():
+        _quantize_blocks(_whole_blocks(x), codes, absmax, signed)
+
+
+def _whole_blocks(x: Tensor) -> Tensor:
+    blocks = x.numel() // STATE_BLOCKSIZE
+    return x[: blocks * STATE_BLOCKSIZE].view(blocks, STATE_BLOCKSIZE)
+
+
+def _quantize_blocks(blocks: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
+    torch.amax(blocks.abs(), dim=1, out=absmax)
+    # The smallest divisor keeps a block of zeros at 0, and changes no other: the smallest magnitude is one of those.
+    scaled = blocks / absmax.clamp(min=SMALLEST).unsqueeze(1)
+    found = count_below(scaled, _tables(signed, blocks.device))
     if not signed:
-        found = torch.maximum(found, (padded > 0).int())
-    codes.copy_(found.view(-1)[: x.numel()])
+        found = torch.maximum(found, (blocks > 0).view(torch.uint8))
+    codes.copy_(found.view(-1))

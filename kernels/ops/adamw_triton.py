@@ -1,7 +1,7 @@
 """AdamW on a GPU: every tensor of a model in one launch, each number read once and written once.
 
 LoRA trains hundreds of small tensors; a launch for each would take longer than their arithmetic. So one grid covers
-them all. It is cut into chunks, and finds its data by two tables:
+them all, and finds its data by two tables:
 
     chunks    int32 (chunks, 2)      tensor, chunk within it         made once for a list of sizes
     table     int64 (tensors, 5+)    numel, then the addresses       made at every step: gradients move
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .adamw import AdamWNumbers
-from .adamw_8bit import STATE_BLOCKSIZE, state_tables
+from .adamw_8bit import STATE_BLOCKSIZE, state_map
 from .dispatch import on_device
 from .nf4_quantize_triton import _magnitude, _nearest_entry
 from .rounding_triton import _round_to
@@ -229,7 +229,7 @@ def launch_adamw_8bit(
 ) -> None:
     """`adamw_8bit_`, likewise."""
     device = params[0].device
-    maps = (*state_tables(True, device), *state_tables(False, device))
+    maps = (*state_map(True, device), *state_map(False, device))
     states = (params, exp_avg_codes, exp_avg_sq_codes, exp_avg_absmax, exp_avg_sq_absmax)
     constants = {"CHUNK": CHUNK_8BIT, "BLOCK": STATE_BLOCKSIZE}
     _launch(_adamw_8bit_kernel, maps, constants, grads, states, numbers)
@@ -248,8 +248,10 @@ def _launch(
         grad, param = tensors[:2]
         if grad.numel():
             groups.setdefault((param.dtype, grad.dtype, _is_aligned(tensors)), []).append(tensors)
-    beta1, beta2 = numbers.beta1, numbers.beta2
-    scalars = [beta1, 1 - beta1, beta2, 1 - beta2, numbers.eps, numbers.decay, numbers.step_size, numbers.bias2_sqrt]
+    # The gradient's sign goes with its weight in the first moment; the second is of its square.
+    rest1 = (numbers.beta1 - 1) if numbers.maximize else (1 - numbers.beta1)
+    scalars = [numbers.beta1, rest1, numbers.beta2, 1 - numbers.beta2]
+    scalars += [numbers.eps, numbers.decay, numbers.step_size, numbers.bias2_sqrt]
     for (param_dtype, grad_dtype, aligned), group in groups.items():
         flat = [tuple(t.contiguous() for t in tensors) for tensors in group]
         device = flat[0][0].device

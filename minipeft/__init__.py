@@ -7,6 +7,7 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "BottleneckConfig": "minipeft.methods.bottleneck_config",
     "LoraConfig": "minipeft.methods.lora_config",
     "PeftConfig": "minipeft.configs",
     "PeftType": "minipeft.configs",

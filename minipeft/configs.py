@@ -24,9 +24,10 @@ ConfigClass = TypeVar("ConfigClass", bound=type)
 
 
 class PeftType(str, enum.Enum):
-    """The methods that minipeft has, under PEFT's names."""
+    """The methods that minipeft has, under PEFT's names where PEFT has them."""
 
     LORA = "LORA"
+    BOTTLENECK = "BOTTLENECK"
 
 
 class TaskType(str, enum.Enum):

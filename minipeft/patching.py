@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from minipeft.configs import PeftConfig, PeftType
-from minipeft.methods.base import AdapterModule, Method, Switch, mix_in
+from minipeft.methods.base import AdapterModule, Method, Switch, mix_in, mix_out
+from minipeft.methods.bottleneck import BOTTLENECK
 from minipeft.methods.lora import LORA
 from minipeft.methods.matching import modules_to_save, plain_module_names
 from minipeft.methods.trained_copies import TrainedBias, TrainedModule
 from minipeft.quantization import NF4Linear
 
-METHODS: dict[Any, Method] = {PeftType.LORA: LORA}
+METHODS: dict[Any, Method] = {PeftType.LORA: LORA, PeftType.BOTTLENECK: BOTTLENECK}
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
@@ -71,10 +72,16 @@ def attach_adapter(
 
 
 def become(module: Any, mixin: type[AdapterModule], switch: Switch) -> None:
-    """Make `module` an instance of `mixin`, in front of what other adapters have put there."""
-    if not isinstance(module, mixin):
-        mix_in(module, mixin, f"{mixin.name_prefix}{type(module).__name__}")
-        module.attach(switch)
+    """Make `module` an instance of `mixin`, in front of what other adapters have put there (see `outermost`)."""
+    if isinstance(module, mixin):
+        return
+    lifted: list[Any] = []
+    while not mixin.outermost and vars(type(module).__mro__[1]).get("outermost"):
+        lifted.append(type(module).__mro__[1])
+        mix_out(module)
+    for one in (mixin, *reversed(lifted)):
+        mix_in(module, one, f"{one.name_prefix}{type(module).__name__}")
+    module.attach(switch)
 
 
 def freeze(model: nn.Module) -> None:
@@ -112,8 +119,9 @@ def _train_all_biases(model: nn.Module, adapter: str, switch: Switch, autocast: 
 
 def _adapter_dtype(module: nn.Module, autocast: bool) -> torch.dtype:
     """float32 over a 16-bit or 4-bit module, unless `autocast` is off: then the module's own."""
-    if isinstance(module, NF4Linear):
-        own = module.nf4_weight().dtype
+    packed = next((m for m in module.modules() if isinstance(m, NF4Linear)), None)
+    if packed is not None:
+        own = packed.nf4_weight().dtype
     else:
         own = next(p.dtype for p in module.parameters())
     return torch.float32 if autocast and own in (torch.float16, torch.bfloat16) else own

@@ -71,6 +71,8 @@ class AdapterModule(_Base):
 
     # An adapted `Linear` is shown as `<name_prefix>Linear`.
     name_prefix: ClassVar[str]
+    # Whether this mixin stands in front of those that come after it, too.
+    outermost: ClassVar[bool] = False
     # Attributes that this class adds to the module, removed when it becomes plain again.
     _own_attributes: ClassVar[tuple[str, ...]] = ("switch", "merged_adapters", "_originals")
 

@@ -77,8 +77,8 @@ def _case(layer: Layer, inputs: Inputs, peers: Peers, backward: bool) -> Case:
     prepare: Callable[[Callable[[Tensor], Tensor], Inputs], Run] = _gradients if backward else _forward
     weight = inputs.weight
     check = (near(inputs.right_gradients if backward else inputs.right_forward), TOLERANCES[weight.dtype])
-    # As bench_nf4_matmul's: in eval mode float32 would be multiplied in bfloat16 on some CPUs.
-    train = backward or weight.dtype == torch.float32
+    # As bench_nf4_matmul's: in eval mode all would be multiplied in bfloat16 on some CPUs.
+    train = backward or weight.dtype != torch.bfloat16
 
     def bitsandbytes(bnb: Any) -> Run:
         return prepare(_as_peft(bitsandbytes_linear(bnb, weight, weight.dtype, train), inputs), inputs)

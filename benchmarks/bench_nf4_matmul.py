@@ -109,9 +109,9 @@ def _gradient(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Run:
 
 def _bitsandbytes_forward(weight: NF4Weight, x: Tensor, bnb: Any) -> Run:
     # In eval mode, on CPUs with bfloat16 instructions, it repacks the weight at the first call and multiplies in
-    # bfloat16 whatever x is: fast for bfloat16, and not the asked product for float32 (errors of 1e-2). In training
-    # mode it does not.
-    return _call(bitsandbytes_linear(bnb, weight, weight.dtype, train=weight.dtype == torch.float32), x)
+    # bfloat16 whatever x is: fast for bfloat16, and not the asked product for others (errors of 1e-2). In training mode
+    # it does not.
+    return _call(bitsandbytes_linear(bnb, weight, weight.dtype, train=weight.dtype != torch.bfloat16), x)
 
 
 def _unsloth(

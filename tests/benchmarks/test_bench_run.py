@@ -84,7 +84,7 @@ def test_a_device_that_broke_leaves_the_rest_to_a_new_process(monkeypatch, capsy
 
 
 def test_a_case_that_cannot_be_prepared_is_reported(monkeypatch):
-    monkeypatch.setattr("benchmarks.bench_adamw._case", lambda *args: 1 / 0)
+    monkeypatch.setattr("benchmarks.bench_adamw._case_8bit", lambda *args: 1 / 0)
     (bad,) = run.bench(["adamw"], quick=True, device_kind="cpu")
     assert bad == "adamw preparing a case: failed: ZeroDivisionError: division by zero"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,9 @@ def merge(args: argparse.Namespace) -> None:
     packed = is_packed(model)
     if args.requantize and not packed:
         raise ConfigError("--requantize needs a 4-bit base: add --quantize nf4, or give a 4-bit model folder")
-    with as_user_error(AdapterError):
-        model = model.merge_and_unload(**({"requantize": True} if args.requantize else {}))
+    # It logs what became of the weights; so do we, with the place where they are.
+    with as_user_error(AdapterError), _silent_log():
+        model = model.merge_and_unload(requantize=args.requantize)
     with atomic_directory(output) as temporary, without_bars():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -270,6 +272,17 @@ def as_user_error(kind: type[TrainingError], what: str | None = None) -> Iterato
     except (ValueError, TypeError, OSError) as error:
         message = " ".join(str(error).split())
         raise kind(f"{what}: {message}" if what and what not in message else message) from error
+
+
+@contextlib.contextmanager
+def _silent_log() -> Iterator[None]:
+    logger = logging.getLogger("minipeft")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _loss_text(result: Any) -> str:

@@ -178,6 +178,16 @@ def test_merge_says_whether_the_result_is_16_bit_or_nf4(base, adapter, tmp_path)
     assert any(isinstance(module, NF4Linear) for module in packed.modules())
 
 
+def test_a_packed_model_needs_no_bitsandbytes(base, adapter, data, tmp_path):
+    where = ["merge", "--model", base, "--adapter", adapter, "--quantize", "nf4", "--requantize"]
+    ok(*where, "--output", tmp_path / "packed")
+    code = "import sys; sys.modules['bitsandbytes'] = None; from minipeft.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["eval", "--model", str(tmp_path / "packed"), "--data", str(data)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ok(*arguments)
+
+
 def test_inspect_tells_adapters_runs_checkpoints_and_models_apart(base, lora_run, adapter):
     about = ok("inspect", adapter)
     values = sum(t.numel() for t in _tensors(adapter).values())

@@ -44,6 +44,9 @@ def load_base_model(
         raise ValueError(f"quantize must be 'nf4' or None, got {quantize!r}")
     from transformers import AutoModelForCausalLM
 
+    # Importing it makes transformers read 4-bit folders with our quantizer.
+    import minipeft.quantization.hf  # noqa: F401
+
     source, options = _source(path)
     options["dtype"] = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if "gguf_file" in options:

@@ -10,12 +10,17 @@ Whatever the parameter's dtype, the arithmetic is float32 and the parameter is r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from minipeft.kernels import adamw_, adamw_8bit_
+
+# Elements that are widened to float32 at a time, so that the wide copies stay in the cache.
+CHUNK = 1 << 16
 
 
 class Hyper(NamedTuple):
@@ -63,19 +68,41 @@ class Pieces:
 
 def update_32bit(pieces: Pieces, hyper: Hyper) -> None:
     """Update parameters and float32 moments, in place. State of a piece: (m, v), float32, of its length."""
-    wide = [p if p.dtype == torch.float32 else p.float() for p in pieces.params]
-    grads = [g if g.dtype == torch.float32 else g.float() for g in pieces.grads]
-    exp_avgs, exp_avg_sqs = [state[0] for state in pieces.states], [state[1] for state in pieces.states]
-    device = wide[0].device
-    counts = {step: torch.tensor(float(step), device=device) for step in set(pieces.steps)}
-    # One pass over memory where separate operations take ten; on CPU and on CUDA.
+    if pieces.params[0].device.type != "cpu":
+        _update_by_op(adamw_, pieces, hyper)
+    elif pieces.params[0].dtype == pieces.grads[0].dtype == torch.float32:
+        exp_avgs, exp_avg_sqs = map(list, zip(*pieces.states, strict=True))
+        _update_fused(pieces.params, pieces.grads, exp_avgs, exp_avg_sqs, pieces.steps, hyper)
+    else:
+        for p, g, (m, v), step in zip(pieces.params, pieces.grads, pieces.states, pieces.steps, strict=True):
+            for p_part, g_part, m_part, v_part in zip(*(t.view(-1).split(CHUNK) for t in (p, g, m, v)), strict=True):
+                wide = p_part.float()
+                _update_fused([wide], [g_part.float()], [m_part], [v_part], [step], hyper)
+                p_part.copy_(wide)
+
+
+def update_8bit(pieces: Pieces, hyper: Hyper) -> None:
+    """Update parameters and 8-bit moments, in place. State of a piece: (m codes, m absmax, v codes, v absmax)."""
+    _update_by_op(adamw_8bit_, pieces, hyper)
+
+
+def _update_fused(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[int],
+    hyper: Hyper,
+) -> None:
+    """torch's own kernel for the CPU: one pass over memory where separate operations make ten."""
+    counts = {step: torch.tensor(float(step), device="cpu") for step in set(steps)}
     torch._fused_adamw_(
-        wide,
+        params,
         grads,
         exp_avgs,
         exp_avg_sqs,
         [],
-        [counts[step] for step in pieces.steps],
+        [counts[step] for step in steps],
         lr=hyper.lr,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
@@ -86,6 +113,20 @@ def update_32bit(pieces: Pieces, hyper: Hyper) -> None:
         grad_scale=None,
         found_inf=None,
     )
-    for p, copy in zip(pieces.params, wide, strict=True):
-        if copy is not p:
-            p.copy_(copy)
+
+
+def _update_by_op(op: Callable[..., None], pieces: Pieces, hyper: Hyper) -> None:
+    """One of minipeft's operations, which take one step's number for all."""
+    for step in set(pieces.steps):
+        chosen = [i for i, other in enumerate(pieces.steps) if other == step]
+        op(
+            [pieces.params[i].view(-1) for i in chosen],
+            [pieces.grads[i].view(-1) for i in chosen],
+            *zip(*(pieces.states[i] for i in chosen), strict=True),
+            step=step,
+            lr=hyper.lr,
+            betas=(hyper.beta1, hyper.beta2),
+            eps=hyper.eps,
+            weight_decay=hyper.weight_decay,
+            maximize=hyper.maximize,
+        )

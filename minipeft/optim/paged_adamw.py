@@ -10,19 +10,27 @@ access, which an optimizer knows, decides what moves, rather than the faults of 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from minipeft.optim.adamw import Hyper, Pieces, update_32bit
-from minipeft.optim.paged_state import Memory, PagedState
+from minipeft.optim.adamw import Hyper, Pieces, update_8bit, update_32bit
+from minipeft.optim.checks import check_group, check_parameter, parameter_name
+from minipeft.optim.fuse_backward import BackwardSweep
+from minipeft.optim.paged_state import Memory, PagedState, Views
+from minipeft.optim.pages import Segment
+from minipeft.optim.state_dicts import ParameterState, checked_states, merged_groups, read_states, write_states
+from minipeft.optim.state_files import load_states, save_states
 from minipeft.optim.tiers import MemoryTier, SimulatedDevice
 
-UPDATES = {32: update_32bit}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+UPDATES = {32: update_32bit, 8: update_8bit}
+
+# A parameter to be updated: (which hyperparameters, its dtype, its gradient's), its elements, its gradient's.
+Job = tuple[tuple[Hyper, torch.dtype, torch.dtype], Tensor, Tensor]
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -32,7 +40,8 @@ class PagedAdamW(torch.optim.Optimizer):
         params, lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW. Parameters may be float32, bfloat16 or
             float16; the moments and the arithmetic are float32 for all of them.
         state_bits: 32, or 8: moments in blocks of 256 with 8 bits each (Dettmers et al. 2022).
-        page_bytes: size of a page, a multiple of 4096. None: 4 MiB, or an eighth of the smallest budget.
+        page_bytes: size of a page, a multiple of 4096. None: 4 MiB, or an eighth of the smallest budget; 64 MiB
+            without a budget.
         device_budget: bytes of state on the parameters' GPU at most. None: all of it may be there.
         host_budget: bytes of state in host memory at most. None: whatever is not on the device may be there.
         spill_dir: directory, on a disk, for what the budgets do not hold. Needed only then.
@@ -40,6 +49,7 @@ class PagedAdamW(torch.optim.Optimizer):
             all exist. Excludes gradient accumulation, clipping and GradScaler, which need all gradients at once.
         foreach, fused: accepted, without effect: they choose between torch's own implementations.
         amsgrad, capturable, differentiable: only False.
+        simulate: what stands for a device when parameters in host memory are given a device_budget.
 
     Raises:
         ValueError: an argument out of range or not supported; state that the budgets do not hold, without spill_dir.
@@ -72,11 +82,12 @@ class PagedAdamW(torch.optim.Optimizer):
         if state_bits not in UPDATES:
             raise ValueError(f"state_bits must be one of {', '.join(map(str, UPDATES))}, got {state_bits}")
         memory = Memory(page_bytes, device_budget, host_budget, spill_dir)
-        self.state_bits, self.fuse_backward = state_bits, fuse_backward
         self._update = UPDATES[state_bits]
-        self._pages = PagedState(state_bits, memory, simulate)
+        # Where each parameter is: group and index there; and its number in the pages, once it has one.
+        self._group_of: dict[Tensor, tuple[int, int]] = {}
         self._numbers: dict[Tensor, int] = {}
         self._steps: list[int] = []
+        self._backward = BackwardSweep(self) if fuse_backward else None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -91,15 +102,22 @@ class PagedAdamW(torch.optim.Optimizer):
             "decoupled_weight_decay": True,
         }
         super().__init__(params, defaults)
-        self._close = weakref.finalize(self, self._pages.close)
+        every = [p for group in self.param_groups for p in group["params"]]
+        self.pages = PagedState(state_bits, memory, [p.numel() for p in every if p.requires_grad], simulate)
+        self._lay_out(every)
+        self._close = weakref.finalize(self, self.pages.close)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_group(group)
+        check_group(group)
+        number = len(self.param_groups) - 1
         for index, p in enumerate(group["params"]):
-            _check_parameter(p, _name(self.param_groups, len(self.param_groups) - 1, index))
-        self._lay_out([p for p in group["params"] if p.requires_grad])
+            check_parameter(p, parameter_name(group, number, index))
+            self._group_of[p] = (number, index)
+        # The first groups are laid out together, when all are known.
+        if hasattr(self, "pages"):
+            self._lay_out(group["params"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -108,7 +126,7 @@ class PagedAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient.
+        """Update every parameter that has a gradient. With `fuse_backward` they are updated already: end the step.
 
         Raises:
             RuntimeError: a sparse gradient.
@@ -118,86 +136,169 @@ class PagedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._backward is not None:
+            self._backward.end()
         with torch.no_grad():
-            self._step()
+            jobs = self.jobs_of(p for group in self.param_groups for p in group["params"])
+            if jobs:
+                self.pages.prepare(next(iter(jobs.values()))[1].device)
+                self.update(jobs, self.pages.sweep(jobs))
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self._backward is not None:
+            self._backward.end()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch.optim.AdamW's, and, for 32 bits, to be loaded there: copies of all state, in host memory.
+
+        `save_state` writes the same to a file without having it all in memory.
+        """
+        lazy = self.state
+        self.state = defaultdict(dict, read_states(self.pages, self.state))
+        try:
+            return super().state_dict()
+        finally:
+            self.state = lazy
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state, page by page: of a PagedAdamW of either number of bits, or of torch.optim.AdamW.
+
+        Raises:
+            ValueError: it does not fit; names the parameter. Nothing was changed.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        groups = merged_groups(self.param_groups, state_dict)
+        states = checked_states(groups, state_dict)
+        self._lay_out(list(states), frozen=True)
+        self.param_groups = groups
+        self._steps[:] = [0] * len(self._steps)
+        self.state.clear()
+        for p, state in states.items():
+            self._steps[self._numbers[p]] = int(state["step"])
+            self._expose(p)
+        write_states(self.pages, {self._numbers[p]: state for p, state in states.items()})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def save_state(self, path: str | Path) -> None:
+        """Write the state to a safetensors file, atomically, holding no more than a page of it at a time."""
+        numbers = {}
+        for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            if p in self.state:
+                numbers[self._numbers[p]] = (index, p.shape, self._steps[self._numbers[p]])
+        save_states(path, self.pages, numbers, super().state_dict()["param_groups"])
+
+    def load_state(self, path: str | Path) -> None:
+        """Take over what `save_state` wrote, without having it all in memory.
+
+        Raises:
+            ValueError: not such a file, a damaged one, or the state of other parameters.
+        """
+        with load_states(path) as state_dict:
+            self.load_state_dict(state_dict)
+
     def memory_stats(self) -> dict[str, Any]:
-        """Bytes of state by tier, and what has moved so far."""
-        return self._pages.stats()
+        """Bytes of state by tier ("tiers": bytes, peak_bytes, budget_bytes), and what has moved so far.
+
+        Also "page_bytes", "pages", "state_bytes"; counted since the start: "page_ins" and "page_outs" (into and out of
+        the first tier), "bytes_in" and "bytes_out" (towards it and away, over all tiers), "bytes_moved",
+        "bytes_by_link", "stall_seconds" (how long the arithmetic waited for pages); and "trace", see `trace_pages`.
+        """
+        return self.pages.stats()
+
+    def trace_pages(self, on: bool = True) -> None:
+        """Note from now on when each page is used or moves: `memory_stats()["trace"]`, (seconds, event, page, tier)."""
+        self.pages.pager.trace(on)
 
     def close(self) -> None:
         """Free the state: memory, thread and file. The optimizer cannot be used afterwards."""
         self._close()
 
-    def _step(self) -> None:
-        jobs: dict[int, tuple[Hyper, Tensor, Tensor]] = {}
-        for number_of_group, group in enumerate(self.param_groups):
-            hyper = Hyper.of_group(group)
-            for index, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    name = _name(self.param_groups, number_of_group, index)
-                    raise RuntimeError(f"PagedAdamW does not support sparse gradients, and that of {name} is one")
-                jobs[self._number(p)] = (hyper, p, p.grad)
-        if not jobs:
-            return
-        for number in jobs:
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("PagedAdamW cannot be copied or pickled: its state lies in pages; use state_dict or save_state")
+
+    def jobs_of(self, parameters: Iterable[Tensor]) -> dict[int, Job]:
+        """What is to be done for those parameters that have a gradient, by number.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        hypers = [Hyper.of_group(group) for group in self.param_groups]
+        jobs: dict[int, Job] = {}
+        for p in parameters:
+            g = p.grad
+            if g is None:
+                continue
+            group, index = self._group_of[p]
+            if g.is_sparse:
+                name = parameter_name(self.param_groups[group], group, index)
+                raise RuntimeError(f"PagedAdamW does not support sparse gradients, such as that of {name}")
+            if p not in self._numbers:
+                self._lay_out([p], frozen=True)
+            jobs[self._numbers[p]] = ((hypers[group], p.dtype, g.dtype), p, g)
+        return jobs
+
+    def update(self, jobs: dict[int, Job], sweep: Iterable[list[tuple[Segment, Views]]]) -> None:
+        """Do the jobs, taking the pages as they come."""
+        with self.pages.all_or_nothing():
+            copies = self._begin_update(jobs)
+            calls: dict[Any, Pieces] = {}
+            for segments in sweep:
+                self._collect(segments, jobs, calls)
+                # Where nothing moves, all pages are updated in one call.
+                if not self.pages.pager.all_fit:
+                    self._run(calls)
+            self._run(calls)
+            for p, copy in copies:
+                p.copy_(copy)
+
+    def _begin_update(self, jobs: dict[int, Job]) -> list[tuple[Tensor, Tensor]]:
+        """Count the step. What is not contiguous is copied; returns parameters with the copies that replace them."""
+        copies = []
+        for number, (key, p, g) in jobs.items():
             self._steps[number] += 1
-        flat = {number: (_flat(p), g.reshape(-1)) for number, (_, p, g) in jobs.items()}
-        for segments in self._pages.sweep(jobs):
-            calls: dict[tuple[Any, ...], Pieces] = {}
-            for segment, views in segments:
-                number, part = segment.parameter, slice(segment.start, segment.stop)
-                p, g = flat[number]
-                pieces = calls.setdefault((jobs[number][0], p.dtype), Pieces.none())
-                pieces.add(p[part], g[part], views, self._steps[number])
-            for (hyper, _), pieces in calls.items():
-                self._update(pieces, hyper)
-        for number, (_, p, _) in jobs.items():
-            if not p.is_contiguous():
-                p.copy_(flat[number][0].view(p.shape))
+            if p not in self.state:
+                self._expose(p)
+            if not (p.is_contiguous() and g.is_contiguous()):
+                jobs[number] = (key, p.contiguous(), g.contiguous())
+                if not p.is_contiguous():
+                    copies.append((p, jobs[number][1]))
+        return copies
 
-    def _number(self, p: Tensor) -> int:
-        if p not in self._numbers:
-            self._lay_out([p])
-        return self._numbers[p]
+    def _collect(
+        self, segments: Iterable[tuple[Segment, Views]], jobs: dict[int, Job], calls: dict[Any, Pieces]
+    ) -> None:
+        steps = self._steps
+        for segment, views in segments:
+            number = segment.parameter
+            key, p, g = jobs[number]
+            if not segment.whole:
+                part = slice(segment.start, segment.stop)
+                p, g = p.view(-1)[part], g.view(-1)[part]
+            pieces = calls.get(key)
+            if pieces is None:
+                pieces = calls[key] = Pieces.none()
+            pieces.add(p, g, views, steps[number])
 
-    def _lay_out(self, parameters: list[Tensor]) -> None:
-        """Give parameters their places in the pages."""
-        new = [p for p in parameters if p not in self._numbers]
+    def _run(self, calls: dict[Any, Pieces]) -> None:
+        for (hyper, _, _), pieces in calls.items():
+            self._update(pieces, hyper)
+        calls.clear()
+
+    def _lay_out(self, parameters: list[Tensor], frozen: bool = False) -> None:
+        """Give parameters their places in the pages. A frozen one gets its place with its first gradient."""
+        new = [p for p in parameters if p not in self._numbers and (p.requires_grad or frozen)]
         for p in new:
-            self._numbers[p] = self._pages.table.add(p.numel())
+            self._numbers[p] = self.pages.add(p.numel())
             self._steps.append(0)
+            if self._backward is not None:
+                self._backward.attach(p)
         if new:
-            self._pages.prepare(new[0].device)
+            self.pages.prepare(new[0].device)
 
-
-def _flat(p: Tensor) -> Tensor:
-    return p.view(-1) if p.is_contiguous() else p.reshape(-1)
-
-
-def _name(groups: list[dict[str, Any]], group: int, index: int) -> str:
-    """How a parameter is called in messages."""
-    shape = tuple(groups[group]["params"][index].shape)
-    names = groups[group].get("param_names")
-    which = f"{names[index]!r}" if names else f"{index} of group {group}"
-    return f"parameter {which} {shape}"
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    for name in ("amsgrad", "capturable", "differentiable"):
-        if group[name]:
-            raise ValueError(f"PagedAdamW does not support {name}={group[name]!r}: leave it False")
-    beta1, beta2 = group["betas"]
-    for name, value in (("lr", group["lr"]), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
-        if not value >= 0:
-            raise ValueError(f"{name} must be 0 or greater, got {value}")
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
-
-
-def _check_parameter(p: Tensor, name: str) -> None:
-    if p.dtype not in DTYPES:
-        raise TypeError(f"{name} is {p.dtype}: PagedAdamW updates {', '.join(map(str, DTYPES))}")
+    def _expose(self, p: Tensor) -> None:
+        self.state[p] = ParameterState(self.pages, self._numbers[p], p.shape, self._steps)

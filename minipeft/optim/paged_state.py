@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from minipeft.optim.tiers import CudaDevice, MemoryTier, SimulatedDevice, Tier
 # Large enough that a copy runs at full speed (a disk's and PCIe's rates level off near 1 MiB), small enough that two
 # of them are no burden.
 DEFAULT_PAGE_BYTES = 4 << 20
+# Without a budget nothing moves, and the fewer pieces a large parameter is in, the less is lost between them.
+LARGE_PAGE_BYTES = 64 << 20
 LEAST_PAGES = 2
 
 DeviceFactory = Callable[[str, int, int], MemoryTier]
@@ -30,7 +33,7 @@ class Memory:
     """What memory the state may take.
 
     Attributes:
-        page_bytes: size of a page, a multiple of 4096; None: 4 MiB, or less if a budget asks for it.
+        page_bytes: size of a page, a multiple of 4096; None: see `page_bytes_for`.
         device_budget: bytes on the parameters' device, None: no limit. For parameters in host memory it is a part of
             that, which stands for a device: with it the movements of a device can be watched without one.
         host_budget: bytes of host memory, None: no limit.
@@ -46,21 +49,23 @@ class Memory:
     spill_dir: str | Path | None = None
 
     def __post_init__(self) -> None:
-        size = self.resolved_page_bytes
-        if size < PAGE_UNIT or size % PAGE_UNIT:
-            raise ValueError(f"page_bytes ({size}) must be a multiple of {PAGE_UNIT}")
+        if self.page_bytes is not None and (self.page_bytes < PAGE_UNIT or self.page_bytes % PAGE_UNIT):
+            raise ValueError(f"page_bytes ({self.page_bytes}) must be a multiple of {PAGE_UNIT}")
+        size = self.page_bytes or PAGE_UNIT
         for name in ("device_budget", "host_budget"):
             budget = getattr(self, name)
             if budget is not None and budget < LEAST_PAGES * size:
                 raise ValueError(f"{name} ({budget}) must hold {LEAST_PAGES} pages of page_bytes ({size})")
 
-    @property
-    def resolved_page_bytes(self) -> int:
+    def page_bytes_for(self, state_bytes: int) -> int:
+        """The size of a page when none was asked for and so much state is expected."""
         if self.page_bytes is not None:
             return self.page_bytes
+        budgets = [budget for budget in (self.device_budget, self.host_budget) if budget is not None]
+        if not budgets:
+            return max(PAGE_UNIT, min(LARGE_PAGE_BYTES, -(-state_bytes // PAGE_UNIT) * PAGE_UNIT))
         # An eighth of a budget, so that it is used to within an eighth and copies overlap with arithmetic.
-        eighths = [b // 8 // PAGE_UNIT * PAGE_UNIT for b in (self.device_budget, self.host_budget) if b is not None]
-        return max(PAGE_UNIT, min([DEFAULT_PAGE_BYTES, *eighths]))
+        return max(PAGE_UNIT, min(DEFAULT_PAGE_BYTES, min(budgets) // 8 // PAGE_UNIT * PAGE_UNIT))
 
 
 class PagedState:
@@ -69,16 +74,21 @@ class PagedState:
     Args:
         bits: 32 or 8.
         memory: the budgets.
+        elements: the numbers of elements of the parameters that are expected.
         simulate: makes the tier that stands for a device.
     """
 
-    def __init__(self, bits: int, memory: Memory, simulate: DeviceFactory = SimulatedDevice) -> None:
+    def __init__(
+        self, bits: int, memory: Memory, elements: Iterable[int] = (), simulate: DeviceFactory = SimulatedDevice
+    ) -> None:
         self.memory = memory
-        self.table = PageTable(LAYOUTS[bits], memory.resolved_page_bytes)
+        expected = sum(LAYOUTS[bits].bytes(count) for count in elements)
+        self.table = PageTable(LAYOUTS[bits], memory.page_bytes_for(expected))
         self.device: torch.device | None = None
         self._simulate = simulate
         self._pager: Pager | None = None
         self._closed = False
+        self._broken: BaseException | None = None
         self._backward = False
         self._views: dict[int, tuple[int, list[Views]]] = {}
 
@@ -94,8 +104,7 @@ class PagedState:
             ValueError: the budgets do not hold the state and there is no spill_dir; the state is elsewhere already.
             PagingError: the disk has no room.
         """
-        if self._closed:
-            raise PagingError("the optimizer is closed, its state is gone")
+        self.check()
         if self._pager is not None and device != self.device:
             if self._pager.in_use:
                 raise ValueError(f"the parameters are on {device}, their optimizer state is on {self.device}")
@@ -109,12 +118,37 @@ class PagedState:
             tier.grow(count)
         self._pager.grow(len(self.table))
 
+    def check(self) -> None:
+        """Raise PagingError if the state is not whole, or gone."""
+        if self._closed:
+            raise PagingError("the optimizer is closed, its state is gone")
+        if self._broken is not None:
+            raise PagingError(
+                f"a step was left half taken ({self._broken!r}), so parameters and state do not fit each other: "
+                "go on from a checkpoint, in a new optimizer"
+            ) from self._broken
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """A change of the state: if it does not end well, the state is not used again."""
+        self.check()
+        try:
+            yield
+        except BaseException as error:
+            self._broken = error
+            raise
+
+    def add(self, elements: int) -> int:
+        """Give a parameter of so many elements its place; returns its number. `prepare` must follow."""
+        return self.table.add(elements)
+
     def sweep(self, numbers: Iterable[int]) -> Iterator[list[tuple[Segment, Views]]]:
         """Bring the state of these parameters, page by page; each page stays while the loop is at it.
 
         The direction alternates: what was used last is still there, and is used first. (Always in one direction, with
         room for k of n pages, whatever was used longest ago has just left when it is needed.)
         """
+        self.check()
         wanted = set(numbers)
         pages = sorted({segment.page for number in wanted for segment in self.table.of_parameter[number]})
         order = pages[::-1] if self._backward else pages
@@ -126,15 +160,16 @@ class PagedState:
                 yield [pair for pair in zip(segments, self._views_of(page, buffer), strict=True)
                        if pair[0].parameter in wanted]  # fmt: skip
 
-    def visit(self, number: int) -> Iterator[tuple[Segment, Views]]:
-        """Bring the state of one parameter, outside a sweep of its own."""
-        for segment in self.table.of_parameter[number]:
+    def visit(self, number: int) -> Iterator[list[tuple[Segment, Views]]]:
+        """Bring the state of one parameter, within a sweep that has begun: backwards, as backward visits them all."""
+        for segment in reversed(self.table.of_parameter[number]):
             with self.pager.use(segment.page) as buffer:
                 index = self.table.of_page[segment.page].index(segment)
-                yield segment, self._views_of(segment.page, buffer)[index]
+                yield [(segment, self._views_of(segment.page, buffer)[index])]
 
     def pages_of(self, number: int) -> Sequence[int]:
-        return [segment.page for segment in self.table.of_parameter[number]]
+        """The pages of one parameter, in the order of `visit`."""
+        return [segment.page for segment in reversed(self.table.of_parameter[number])]
 
     def stats(self) -> dict[str, Any]:
         if self._pager is None:
@@ -152,6 +187,7 @@ class PagedState:
             "bytes_moved": counts.bytes_in + counts.bytes_out,
             "bytes_by_link": dict(counts.by_link),
             "stall_seconds": counts.stall_seconds,
+            "trace": list(counts.trace or []),
         }
 
     def close(self) -> None:

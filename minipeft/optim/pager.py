@@ -295,7 +295,8 @@ class Pager:
             page, place = entry[1], self._places[entry[1]]
             if place.level != level or -entry[0] != place.next_use:
                 continue
-            if place.users or place.moving or page == keep:
+            # What is waited for must not leave before it was used.
+            if place.users or place.moving or page in (keep, self._demanded):
                 waiting.append(entry)
             else:
                 found = page

@@ -59,13 +59,14 @@ class StateLayout:
 
 @dataclass(frozen=True)
 class Segment:
-    """Elements [start, stop) of a parameter, whose state lies in `page` from byte `offset` on."""
+    """Elements [start, stop) of a parameter, whose state lies in `page` from byte `offset` on; `whole`: all of them."""
 
     parameter: int
     start: int
     stop: int
     page: int
     offset: int
+    whole: bool
 
     def views(self, page: Tensor, layout: StateLayout) -> tuple[Tensor, ...]:
         """The fields within `page`, uint8 (page_bytes,), sharing its memory."""
@@ -111,7 +112,7 @@ class PageTable:
                 self.of_page.append([])
                 self._filled = 0
                 continue
-            segment = Segment(number, start, start + count, len(self.of_page) - 1, self._filled)
+            segment = Segment(number, start, start + count, len(self.of_page) - 1, self._filled, count == elements)
             self.of_page[-1].append(segment)
             self._filled += self.layout.bytes(count)
             start += count

@@ -1,0 +1,38 @@
+"""What PagedAdamW refuses, in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def parameter_name(group: dict[str, Any], number: int, index: int) -> str:
+    """How the parameter at `index` of group `number` is called in messages."""
+    names = group.get("param_names")
+    which = repr(names[index]) if names else f"{index} of group {number}"
+    return f"parameter {which} {tuple(group['params'][index].shape)}"
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError for settings of a parameter group that are out of range or not supported."""
+    for name in ("amsgrad", "capturable", "differentiable"):
+        if group.get(name):
+            raise ValueError(f"PagedAdamW does not support {name}={group[name]!r}: leave it False")
+    if not group.get("decoupled_weight_decay", True):
+        raise ValueError("PagedAdamW decays weights apart from the gradient, this is a group of torch.optim.Adam")
+    for name in ("lr", "eps", "weight_decay"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name} must be 0 or greater, got {group[name]}")
+    beta1, beta2 = group["betas"]
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"betas must be in [0, 1), got {group['betas']}")
+
+
+def check_parameter(p: Tensor, name: str) -> None:
+    """Raise TypeError for a parameter that cannot be updated."""
+    if p.dtype not in PARAMETER_DTYPES:
+        raise TypeError(f"{name} is {p.dtype}: PagedAdamW updates {', '.join(map(str, PARAMETER_DTYPES))}")

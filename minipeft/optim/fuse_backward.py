@@ -1,0 +1,61 @@
+"""Updating parameters while backward is still at work, each as soon as its gradient is there.
+
+The gradient is freed at once, so that gradients of all parameters never exist together (Lv et al. 2023, "Full
+Parameter Fine-tuning for Large Language Models with Limited Resources", section 3). Backward visits the parameters in
+much the same order every time, and always in one direction: so the order of the last step is what the pager expects
+of the next.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from minipeft.optim.paged_adamw import PagedAdamW
+
+
+class BackwardSweep:
+    """The hooks of a PagedAdamW, and the order in which they come."""
+
+    def __init__(self, optimizer: PagedAdamW) -> None:
+        # Parameters hold the hooks: they must not hold the optimizer.
+        self._optimizer = weakref.ref(optimizer)
+        self._expected: list[int] = []
+        self._seen: list[int] = []
+        self._done: set[int] = set()
+
+    def attach(self, p: Tensor) -> None:
+        """Update `p` when it gets a gradient."""
+        p.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def end(self) -> None:
+        """The next gradient belongs to the next step."""
+        if self._done:
+            self._expected, self._seen, self._done = self._seen, [], set()
+
+    @torch.no_grad()
+    def _on_gradient(self, p: Tensor) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        pages, jobs = optimizer.pages, optimizer.jobs_of([p])
+        (number,) = jobs
+        if number in self._done:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} had a second gradient before step() was called: with "
+                "fuse_backward every backward is a step, so gradients cannot be accumulated"
+            )
+        if not self._done:
+            pages.prepare(p.device)
+            expected = self._expected or list(range(len(pages.table)))[::-1]
+            pages.pager.begin_sweep(expected, expected)
+        self._done.add(number)
+        for page in pages.pages_of(number):
+            if not self._seen or self._seen[-1] != page:
+                self._seen.append(page)
+        optimizer.update(jobs, pages.visit(number))
+        p.grad = None

@@ -1,0 +1,179 @@
+"""State as torch's optimizers give and take it: a dict of tensors by parameter.
+
+Of 32 bits it is what torch.optim.AdamW has: "step", "exp_avg", "exp_avg_sq". Of 8 bits the moments are given as they
+are stored, in codes and scales, since decoding and encoding again would not give the same codes back; to make of it a
+state for torch.optim.AdamW, load it into a PagedAdamW of 32 bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipeft.kernels.adamw_8bit import dequantize_state, quantize_state
+from minipeft.optim.checks import check_group, parameter_name
+from minipeft.optim.paged_state import PagedState, Views
+from minipeft.optim.pages import LAYOUTS, Field, Segment
+
+KEYS = {bits: [field.name for field in layout.fields] for bits, layout in LAYOUTS.items()}
+
+
+class ParameterState(Mapping[str, Tensor]):
+    """What `optimizer.state[p]` is: each entry is copied out of the pages when it is asked for."""
+
+    def __init__(self, pages: PagedState, number: int, shape: torch.Size, steps: Sequence[int]) -> None:
+        self._pages, self.number, self.shape, self._steps = pages, number, shape, steps
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key == "step":
+            return self.step
+        for field in self._pages.table.layout.fields:
+            if field.name == key:
+                return read_field(self._pages, self.number, self.shape, field)
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["step", *(field.name for field in self._pages.table.layout.fields)])
+
+    def __len__(self) -> int:
+        return 1 + len(self._pages.table.layout.fields)
+
+    @property
+    def step(self) -> Tensor:
+        return torch.tensor(float(self._steps[self.number]), dtype=torch.float32, device="cpu")
+
+
+def field_shape(field: Field, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a field of a parameter of `shape`."""
+    if field.per == 1:
+        return tuple(shape)
+    return (field.count(torch.Size(shape).numel()),)
+
+
+def read_states(pages: PagedState, states: Mapping[Tensor, ParameterState]) -> dict[Tensor, dict[str, Tensor]]:
+    """Copies of all entries, in host memory, in one sweep."""
+    fields = pages.table.layout.fields
+    copies: dict[Tensor, dict[str, Tensor]] = {}
+    for p, state in states.items():
+        shapes = {field: field_shape(field, state.shape) for field in fields}
+        empty = {f.name: torch.empty(shape, dtype=f.dtype, device="cpu") for f, shape in shapes.items()}
+        copies[p] = {"step": state.step, **empty}
+    numbers = {state.number: p for p, state in states.items()}
+    for segments in pages.sweep(numbers):
+        for segment, views in segments:
+            for field, view in zip(fields, views, strict=True):
+                part(field, copies[numbers[segment.parameter]][field.name], segment).copy_(view)
+    return copies
+
+
+def read_field(pages: PagedState, number: int, shape: torch.Size, field: Field) -> Tensor:
+    """A copy of one entry."""
+    result = torch.empty(field_shape(field, shape), dtype=field.dtype, device="cpu")
+    index = pages.table.layout.fields.index(field)
+    for segments in pages.sweep([number]):
+        for segment, views in segments:
+            part(field, result, segment).copy_(views[index])
+    return result
+
+
+def part(field: Field, whole: Tensor, segment: Segment) -> Tensor:
+    """The entries of a field that belong to a segment, of the field's entries for all of the parameter."""
+    return whole.reshape(-1)[segment.start // field.per : field.count(segment.stop)]
+
+
+def write_states(pages: PagedState, states: Mapping[int, Mapping[str, Any]]) -> None:
+    """Give the numbered parameters these states, and all others none."""
+    every = range(len(pages.table.of_parameter))
+    with pages.all_or_nothing():
+        for segments in pages.sweep(every):
+            for segment, views in segments:
+                state = states.get(segment.parameter)
+                if state is None:
+                    for view in views:
+                        view.zero_()
+                else:
+                    _write(pages, segment, views, state)
+
+
+def _write(pages: PagedState, segment: Segment, views: Views, state: Mapping[str, Tensor]) -> None:
+    fields = pages.table.layout.fields
+    if fields[0].name in state:
+        for field, view in zip(fields, views, strict=True):
+            view.copy_(part(field, state[field.name], segment))
+        return
+    # From the other number of bits.
+    source = LAYOUTS[8 if len(fields) == 2 else 32].fields
+    parts = [part(field, state[field.name], segment).to(views[0].device) for field in source]
+    if len(fields) == 2:
+        m_codes, m_scales, v_codes, v_scales = parts
+        views[0].copy_(dequantize_state(m_codes, m_scales, signed=True))
+        views[1].copy_(dequantize_state(v_codes, v_scales, signed=False))
+    else:
+        quantize_state(parts[0].float(), views[0], views[1], signed=True)
+        quantize_state(parts[1].float(), views[2], views[3], signed=False)
+
+
+def merged_groups(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parameter groups with the settings of a state dict.
+
+    Raises:
+        ValueError: other numbers of groups or of parameters in one, or settings that are not supported.
+    """
+    try:
+        saved = state_dict["param_groups"]
+        counts = [len(group["params"]) for group in saved]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"this is not the state dict of an optimizer: no {error}") from None
+    ours = [len(group["params"]) for group in groups]
+    if counts != ours:
+        raise ValueError(f"the state is of parameter groups of {counts} parameters, the optimizer has {ours}")
+    merged = []
+    for group, other in zip(groups, saved, strict=True):
+        settings = {key: copy.deepcopy(value) for key, value in other.items() if key != "params"}
+        merged.append({**group, **settings, "params": group["params"]})
+        check_group(merged[-1])
+    return merged
+
+
+def checked_states(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> dict[Tensor, Mapping[str, Any]]:
+    """The states in a state dict, by parameter: by position, as torch does it.
+
+    Raises:
+        ValueError: one does not fit its parameter; names it.
+    """
+    states: dict[Tensor, Mapping[str, Any]] = {}
+    given = dict(state_dict.get("state", {}))
+    for number, (group, saved) in enumerate(zip(groups, state_dict["param_groups"], strict=True)):
+        for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
+            state = given.pop(key, None)
+            if state:
+                _check_state(state, p, parameter_name(group, number, index))
+                states[p] = state
+    if given:
+        raise ValueError(f"the state has entries for parameters that are in none of its groups: {sorted(given)}")
+    return states
+
+
+def _check_state(state: Mapping[str, Any], p: Tensor, name: str) -> None:
+    bits = next((bits for bits, keys in KEYS.items() if set(state) == {"step", *keys}), None)
+    if bits is None:
+        found, expected = (
+            ", ".join(sorted(map(str, state))),
+            " or ".join(", ".join(["step", *k]) for k in KEYS.values()),
+        )
+        hint = " (amsgrad is not supported)" if "max_exp_avg_sq" in state else ""
+        raise ValueError(f"the state of {name} must have the entries {expected}, and has {found}{hint}")
+    step = float(state["step"])
+    if step < 0 or step != int(step):
+        raise ValueError(f"the state of {name} has step {step}, which must be a whole number")
+    for field in LAYOUTS[bits].fields:
+        value, shape = state[field.name], field_shape(field, p.shape)
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        fits = isinstance(value, Tensor) and value.is_floating_point() == field.dtype.is_floating_point
+        if not fits or tuple(value.shape) != shape:
+            found = f"{kind} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {kind}"
+            raise ValueError(f"{field.name} in the state of {name} must be {field.dtype} {shape}, and is {found}")

@@ -250,6 +250,7 @@ def _run_adamw(
     else:
         update = adamw_reference
     update(params, grads, exp_avgs, exp_avg_sqs, numbers)
+    _mark_changed(params, exp_avgs, exp_avg_sqs)
 
 
 def _run_adamw_8bit(
@@ -268,7 +269,14 @@ def _run_adamw_8bit(
         from .adamw_triton import launch_adamw_8bit as update
     else:
         update = adamw_8bit_reference
-    update(params, grads, exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax, numbers)
+    states = (exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax)
+    update(params, grads, *states, numbers)
+    _mark_changed(params, *states)
+
+
+def _mark_changed(*written: list[Tensor]) -> None:
+    """Let autograd know: neither a kernel, which writes by address, nor torch's fused loop tells it."""
+    torch.autograd.graph.increment_version([t for tensors in written for t in tensors if not t.is_inference()])
 
 
 _HYPERPARAMETERS = "SymInt step, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize"

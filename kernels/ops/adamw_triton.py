@@ -272,9 +272,6 @@ def _launch(
             for tensor, copy in zip(tensors[1:], copies[1:], strict=True):
                 if copy is not tensor:
                     tensor.copy_(copy)
-                else:
-                    # The kernel wrote by address: autograd must learn of it.
-                    torch.autograd.graph.increment_version(tensor)
 
 
 def _is_aligned(tensors: tuple[Tensor, ...]) -> bool:

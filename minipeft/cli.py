@@ -182,7 +182,7 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     _add_model(parser, adapter_required=True)
     parser.add_argument("--output", required=True, metavar="DIR", help="directory for the merged model; must be new")
     parser.add_argument(
-        "--requantize", action="store_true", help="keep a 4-bit base in 4 bits, which rounds the merged weights again"
+        "--requantize", action="store_true", help="keep a 4-bit base in 4 bits; rounding again loses small updates"
     )
 
 

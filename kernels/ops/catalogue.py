@@ -17,7 +17,8 @@ from .adamw_triton import NUM_WARPS as ADAMW_WARPS
 from .nf4_dequantize_triton import NUM_WARPS as DEQUANTIZE_WARPS
 from .nf4_dequantize_triton import TILE_BYTES, _nf4_dequantize_kernel
 from .nf4_matmul_configs import CHUNK, Tile, tile_for
-from .nf4_matmul_kernels import _nf4_matmul_direct_kernel, _nf4_matmul_staged_kernel
+from .nf4_matmul_direct import _nf4_matmul_direct_kernel
+from .nf4_matmul_staged import _nf4_matmul_staged_kernel
 from .nf4_matmul_triton import NESTED_BLOCKSIZE, constants_of, rank_tile
 from .nf4_quantize_triton import NESTED_ROWS, TILE, _nf4_quantize_kernel, _quantize_absmax_kernel
 from .nf4_quantize_triton import NUM_WARPS as QUANTIZE_WARPS

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import triton
+
 CHUNK = 64
 """Weights of a row that a tile takes at once: the smallest blocksize that the kernels read."""
 
 SPLITS = (1, 2, 4, 8, 16)
 """How many programs may share a tile: few values, since each compiles a kernel of its own."""
+
+# Before 3.5 Triton multiplies no fewer than 16 rows.
+SMALLEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,13 @@ class Tile:
     stages: int
 
 
+# Two stages, not three: a third halves the warps that a multiprocessor holds, for the same bytes in flight.
 # Two warps, not four: with four, Hopper's and Blackwell's own matrix instructions are taken, which want the packed
 # bytes in single-byte loads. Counted on sm_90, 16 rows: 5.5 instructions a weight against 4.2.
 _DIRECT = (
-    Tile("direct", rows=8, bn=64, nb=4, warps=2, stages=3),
-    Tile("direct", rows=16, bn=64, nb=4, warps=2, stages=3),
-    Tile("direct", rows=32, bn=64, nb=2, warps=2, stages=3),
+    Tile("direct", rows=8, bn=64, nb=4, warps=2, stages=2),
+    Tile("direct", rows=16, bn=64, nb=4, warps=2, stages=2),
+    Tile("direct", rows=32, bn=64, nb=2, warps=2, stages=2),
 )
 _STAGED_SMALL = (
     Tile("staged", rows=8, bn=64, nb=1, warps=2, stages=3),
@@ -88,7 +94,7 @@ def tile_for(rows: int, grad: bool, capability: int, wide: bool) -> Tile:
         table = BLACKWELL_INPUT_GRAD if grad else BLACKWELL_FORWARD
     else:
         table = INPUT_GRAD if grad else FORWARD
-    return next((tile for tile in table if rows <= tile.rows), table[-1])
+    return next((tile for tile in table if max(rows, SMALLEST_ROWS) <= tile.rows), table[-1])
 
 
 def split_for(tiles: int, steps: int, rows: int, depth: int, warps: int, multiprocessors: int) -> int:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .dispatch import interpreting, on_device
 from .nf4_matmul_configs import CHUNK, Tile, split_for, tile_for
-from .nf4_matmul_kernels import _nf4_matmul_direct_kernel, _nf4_matmul_staged_kernel
+from .nf4_matmul_direct import _nf4_matmul_direct_kernel
+from .nf4_matmul_staged import _nf4_matmul_staged_kernel
 
 NESTED_BLOCKSIZE = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -3,6 +3,7 @@
     checkpoint-<step>/
       adapter_config.json, adapter_model.safetensors   the adapter, as `model.save_pretrained` writes it
       training_state.safetensors                       optimizer state, random generator states
+      optimizer_state.safetensors                      optimizer state, if the optimizer keeps it in pages
       training_state.json                              position in the data, schedule, scalars, identity
 
 Nothing is pickled. A checkpoint is written under a temporary name, synced, and renamed, so one that has its
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from minipeft import set_peft_model_state_dict
 from minipeft.files import atomic_path, write_text
+from minipeft.optim import PagedAdamW
 from minipeft.training.directories import atomic_directory, remove_directory
 from minipeft.training.errors import CheckpointError
 from minipeft.training.identity import parameters_digest
@@ -98,6 +100,8 @@ def save_checkpoint(
         # Through atomic_path for the permissions only: safetensors writes files that nobody else may read.
         with atomic_path(temporary / "training_state.safetensors") as path:
             save_file(tensors, str(path))
+        if isinstance(optimizer, PagedAdamW):
+            optimizer.save_state(temporary / "optimizer_state.safetensors")
         text = json.dumps(state, indent=2, sort_keys=True, allow_nan=False)
         write_text(temporary / "training_state.json", text + "\n")
     return target
@@ -137,7 +141,10 @@ def load_checkpoint(
         message = f"the adapter in {path} does not give the trained parameters back bit for bit"
         raise CheckpointError(f"{message}: its files were changed, or the model is another one")
     try:
-        _join_state(optimizer, parameters, tensors, state["optimizer_scalars"], state["optimizer_groups"])
+        if isinstance(optimizer, PagedAdamW):
+            optimizer.load_state(path / "optimizer_state.safetensors")
+        else:
+            _join_state(optimizer, parameters, tensors, state["optimizer_scalars"], state["optimizer_groups"])
         schedule.load_state_dict(state["schedule"])
         random = {k.removeprefix("random/"): v for k, v in tensors.items() if k.startswith("random/")}
         return Progress(**state["progress"]), random
@@ -172,6 +179,9 @@ def _split_state(
     """Optimizer state by parameter name: tensors as `optimizer/<state>/<name>`, everything else as scalars."""
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
+    # Paged state may be more than memory holds, and is written page by page.
+    if isinstance(optimizer, PagedAdamW):
+        return tensors, scalars
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):

@@ -25,6 +25,7 @@ TOO_LONG_CHOICES = ("error", "drop", "truncate")
 PRECISION_CHOICES = ("none", "bf16")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE_CHOICES = ("nf4",)
+OPTIMIZER_CHOICES = ("adamw", "paged_adamw", "paged_adamw_8bit")
 # transformers' schedules, but for reduce_lr_on_plateau and greedy: those step on a metric, not on the step
 # number, so a run could not be told from its settings.
 SCHEDULER_CHOICES = (
@@ -80,6 +81,10 @@ class TrainConfig:
     # Optimization.
     epochs: float = _setting("passes over the data (ignored when max_steps is given)", 1.0)
     max_steps: int | None = _setting("optimizer steps", None)
+    optimizer: str = _setting("torch's AdamW, or ours with its state paged", "adamw", OPTIMIZER_CHOICES)
+    optimizer_args: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "memory of a paged optimizer, such as {host_budget: 1e9, spill_dir: d}"}
+    )
     lr: float = _setting("peak learning rate", 2e-4)
     scheduler: str = _setting("learning-rate schedule, by transformers' name", "linear", SCHEDULER_CHOICES)
     scheduler_args: dict[str, Any] = field(default_factory=dict, metadata={"help": "extra arguments of the schedule"})

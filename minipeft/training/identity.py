@@ -26,6 +26,7 @@ _SETTINGS = (
     "gradient_accumulation",
     "epochs",
     "max_steps",
+    "optimizer",
     "lr",
     "scheduler",
     "scheduler_args",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from minipeft.optim import PagedAdamW
 from minipeft.training.config import TrainConfig
 from minipeft.training.errors import ConfigError
 
@@ -25,15 +27,42 @@ def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return parameters
 
 
+# What of PagedAdamW's memory a config may set: the rest of its arguments are settings of their own, or do not go with
+# accumulated and clipped gradients.
+MEMORY_SETTINGS = ("page_bytes", "device_budget", "host_budget", "spill_dir")
+
+
 def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; weight decay on matrices only, not on biases and magnitudes."""
+    """AdamW over the trainable parameters; weight decay on matrices only, not on biases and magnitudes.
+
+    Raises:
+        ConfigError: `optimizer_args` that the optimizer does not take.
+    """
     parameters = trainable_parameters(model).values()
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.optimizer == "adamw":
+        if config.optimizer_args:
+            raise ConfigError(f"optimizer adamw takes no optimizer_args, got {config.optimizer_args}")
+        return torch.optim.AdamW(groups, **settings)
+    bits = 8 if config.optimizer == "paged_adamw_8bit" else 32
+    try:
+        return PagedAdamW(groups, **settings, state_bits=bits, **_memory(config.optimizer_args))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer {config.optimizer} with {config.optimizer_args}: {error}") from None
+
+
+def _memory(args: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = [name for name in args if name not in MEMORY_SETTINGS]
+    if unknown:
+        raise ValueError(f"unknown optimizer_args {unknown}; there are {', '.join(MEMORY_SETTINGS)}")
+    # In YAML 1e9 is a float, or a string; both mean a whole number of bytes.
+    whole = [name for name in args if name != "spill_dir" and args[name] is not None]
+    return {**args, **{name: int(float(args[name])) for name in whole}}
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:

@@ -1,0 +1,112 @@
+"""The operations as torch's own: opcheck, torch.compile without graph breaks, names."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import randomize, some_ids, tiny_llama
+from torch import Tensor
+
+import minipeft.kernels
+from minipeft import LoraConfig, get_peft_model, inject_adapter_in_model
+from minipeft.kernels.adamw_8bit import initial_state
+from minipeft.quantization import NF4Config, NF4Linear, NF4Weight, quantize_model
+
+# The interpreter computes in numpy, which warns where a GPU says nothing.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+HYPER = (1, 1e-2, 0.9, 0.99, 1e-8, 0.1, False)
+
+
+def some_arguments(dtype: torch.dtype, double: bool) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every operation; those that are differentiable need gradients."""
+    w = NF4Weight.quantize(torch.randn(48, 128), 64, double)
+    packed = (w.codes, w.absmax, w.quant_map, w.nested_absmax, w.nested_quant_map, w.offset)
+    sizes = (48, 128, 64, 256)
+    x, dy = torch.randn(2, 3, 128, dtype=dtype), torch.randn(2, 3, 48, dtype=dtype)
+    lora_A, lora_B, low, bias = torch.randn(4, 128), torch.randn(48, 4), torch.randn(6, 4), torch.randn(48)
+    trained = [t.clone().requires_grad_() for t in (x, lora_A, lora_B, bias)]
+    params = [torch.randn(5, 7).to(dtype), torch.randn(300).to(dtype)]
+    grads = [torch.randn_like(p) for p in params]
+    wide = [[torch.zeros(p.shape) for p in params] for _ in range(2)]
+    narrow = map(list, zip(*map(initial_state, params), strict=True))
+    return {
+        "nf4_quantize": (torch.randn(7, 9).to(dtype), 64),
+        "quantize_absmax": (torch.rand(300),),
+        "nf4_dequantize": (*packed, (48, 128), 64, 256, dtype),
+        "nf4_matmul": (trained[0], trained[3], *packed, *sizes, dtype),
+        "nf4_matmul_input_grad": (dy, *packed, *sizes, dtype, dtype),
+        "lora_matmul": (*trained, 0.5, *packed, *sizes, dtype, torch.float32),
+        "lora_matmul_backward": (
+            *(dy, x, lora_A, lora_B, low, 0.5, *packed, *sizes, dtype, torch.float32, [True, False, True]),
+        ),
+        "adamw_": (params, grads, *wide, *HYPER),
+        "adamw_8bit_": (params, grads, *narrow, *HYPER),
+    }
+
+
+@pytest.mark.parametrize("name", some_arguments(torch.float32, True))
+@pytest.mark.parametrize(("dtype", "double"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_opcheck(name: str, dtype: torch.dtype, double: bool) -> None:
+    torch.library.opcheck(getattr(torch.ops.minipeft, name).default, some_arguments(dtype, double)[name])
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("name", some_arguments(torch.float32, True))
+def test_fake_results_are_shaped_as_the_kernels_results(name: str) -> None:
+    op = getattr(torch.ops.minipeft, name).default
+    torch.library.opcheck(op, some_arguments(torch.bfloat16, True)[name], test_utils=["test_schema", "test_faketensor"])
+
+
+def test_every_public_operation_is_exported() -> None:
+    assert set(some_arguments(torch.float32, True)) - set(minipeft.kernels.__all__) == {
+        *("nf4_matmul_input_grad", "lora_matmul_backward"),  # what backward calls
+    }
+
+
+def test_an_operation_without_a_gradient_is_not_recorded() -> None:
+    w = torch.randn(64, 64, requires_grad=True)
+    codes, absmax = torch.ops.minipeft.nf4_quantize(w, 64)
+    assert not codes.requires_grad and not absmax.requires_grad
+
+
+def losses_and_gradients(model: Any, call: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    ids = some_ids()
+    loss = call(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_tiny_qlora_llama_compiles_without_graph_breaks(autocast: bool) -> None:
+    torch._dynamo.reset()
+    model = tiny_llama()
+    quantize_model(model, NF4Config())
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    randomize(model)
+    model.train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss, gradients = losses_and_gradients(model, model)
+        compiled_loss, compiled_gradients = losses_and_gradients(model, compiled)
+    torch.testing.assert_close(compiled_loss, loss)
+    assert len(gradients) == 28 and gradients.keys() == compiled_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(compiled_gradients[name], gradient)
+
+
+def test_a_compiled_layer_takes_any_number_of_rows_in_one_graph() -> None:
+    torch._dynamo.reset()
+    layer = torch.nn.Sequential()
+    layer.add_module("q_proj", NF4Linear.from_linear(torch.nn.Linear(128, 48)))
+    layer = inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj"]), layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.compiler.set_stance("default"):
+        for rows in (2, 5, 17):
+            x = torch.randn(rows, 128, requires_grad=True)
+            (expected,) = torch.autograd.grad(layer(x).sum(), x)
+            y = compiled(x)
+            torch.testing.assert_close(y, layer(x))
+            (dx,) = torch.autograd.grad(y.sum(), x)
+            torch.testing.assert_close(dx, expected)

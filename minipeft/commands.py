@@ -130,10 +130,8 @@ def merge(args: argparse.Namespace) -> None:
         tokenizer.save_pretrained(temporary)
     if args.requantize:
         print(f"merged in NF4: {output}")
-        print(
-            "The merged weights were rounded to 4 bits again, and updates smaller than half a step of NF4 are lost in that:"
-        )
-        print("compare with the adapter by minipeft eval, or merge in 16 bits, without --requantize.")
+        print("The merged weights were rounded to 4 bits again: updates smaller than half a step of NF4 are lost. So")
+        print("compare it with the adapter by minipeft eval, or merge in 16 bits, without --requantize.")
     else:
         bits = {"torch.bfloat16": "16-bit", "torch.float16": "16-bit", "torch.float32": "32-bit"}
         dtype = str(model.dtype)

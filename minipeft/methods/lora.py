@@ -367,6 +367,9 @@ def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
     return None
 
 
+_ROUTER = ", the router of a mixture of experts"
+
+
 def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
     targets = match_targets(model, config, lambda module: lora_mixin_for(module) is not None, skip)
     for path in targets:
@@ -374,8 +377,9 @@ def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list
         if isinstance(module, TrainedModule):
             raise ValueError(f"target_modules: {path!r} is another adapter's modules_to_save")
         if lora_mixin_for(module) is None:
+            kind = f"{type(module).__module__}.{type(module).__name__}"
             raise ValueError(
-                f"target_modules: {path!r} is a {type(module).__module__}.{type(module).__name__}; LoRA adapts "
+                f"target_modules: {path!r} is a {kind}{_ROUTER if 'Router' in kind else ''}; LoRA adapts "
                 "torch.nn.Linear, torch.nn.Embedding, transformers' Conv1D and minipeft's NF4Linear"
             )
     if config.target_modules == "all-linear":

@@ -24,6 +24,7 @@ DEFAULT_TARGETS = {
     "mixtral": ["q_proj", "v_proj"],
     "qwen2": ["q_proj", "v_proj"],
     "qwen3": ["q_proj", "v_proj"],
+    "qwen3_moe": ["q_proj", "v_proj"],
     "gemma": ["q_proj", "v_proj"],
     "gemma2": ["q_proj", "v_proj"],
     "gemma3": ["q_proj", "v_proj"],
@@ -153,9 +154,11 @@ def _no_match(
     field: str, target: str, names: list[str], model: nn.Module, adaptable: Callable[[nn.Module], bool]
 ) -> str:
     message = f"{field}: {target!r} matches no module of {type(model).__name__}"
-    parameters = [name for name, _ in model.named_parameters() if ends_with(name, target)]
+    parameters = [(name, p) for name, p in model.named_parameters() if ends_with(name, target)]
     if parameters:
-        return f"{message}: {parameters[0]} is a parameter, not a module, and cannot be a target here"
+        name, parameter = parameters[0]
+        kind = "a parameter" if parameter.dim() < 3 else f"one parameter {tuple(parameter.shape)} of all the experts"
+        return f"{message}: {name} is {kind}, not a module, and cannot be a target here"
     leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
     words = [leaf for leaf in leaves if not leaf.isdigit()]
     near = difflib.get_close_matches(target.rpartition(".")[2], words, n=3, cutoff=0.5)

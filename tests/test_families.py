@@ -1,0 +1,248 @@
+"""What every method does on every family of models, over plain and NF4 base weights: docs/families.md, tried."""
+
+import functools
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
+from tiny import randomize
+from tiny_families import FAMILIES
+
+from minipeft import BottleneckConfig, LoraConfig, NF4Config, PeftModel, get_peft_model, quantize_model
+from minipeft.methods.bottleneck import BottleneckLayer
+from minipeft.methods.lora import LoraLayer
+from minipeft.methods.matching import DEFAULT_TARGETS
+
+METHODS: dict[str, Any] = {
+    "lora": lambda task: LoraConfig(r=4, lora_alpha=16, task_type=task),
+    "bottleneck": lambda task: BottleneckConfig.houlsby(bottleneck_size=8, task_type=task),
+}
+PARALLEL = [name for name in FAMILIES if name not in ("OPT", "BERT classifier")]
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_method = pytest.mark.parametrize("method", METHODS)
+every_base = pytest.mark.parametrize("base", ["plain", "nf4"])
+
+
+def base_model(family: str, base: str) -> Any:
+    model = FAMILIES[family].build()
+    return quantize_model(model, NF4Config()) if base == "nf4" else model
+
+
+def adapted(family: str, method: str, base: str = "plain") -> Any:
+    return get_peft_model(base_model(family, base), METHODS[method](FAMILIES[family].task_type))
+
+
+def logits(model: Any, family: str) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**FAMILIES[family].batch()).logits
+
+
+@functools.cache
+def trained(family: str, method: str, base: str) -> tuple[Any, list[float]]:
+    """A model after a few steps, and the loss before each. Tests leave it as they found it."""
+    model = adapted(family, method, base).train()
+    torch.manual_seed(1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(**FAMILIES[family].batch()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model.eval(), losses
+
+
+@functools.cache
+def base_logits(family: str, base: str) -> torch.Tensor:
+    return logits(base_model(family, base), family)
+
+
+@every_base
+@every_method
+@every_family
+def test_the_start_is_the_identity(family: str, method: str, base: str) -> None:
+    assert torch.equal(logits(adapted(family, method, base), family), base_logits(family, base))
+
+
+@every_base
+@every_method
+@every_family
+def test_training_lowers_the_loss_and_leaves_the_base_bit_identical(family: str, method: str, base: str) -> None:
+    model, losses = trained(family, method, base)
+    assert losses[-1] < losses[0] - 0.05
+    state = model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in base_model(family, base).state_dict().items())
+
+
+@every_base
+@every_method
+@every_family
+def test_a_disabled_adapter_leaves_the_base_model(family: str, method: str, base: str) -> None:
+    model, _ = trained(family, method, base)
+    assert not torch.allclose(logits(model, family), base_logits(family, base), atol=1e-3)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, family), base_logits(family, base))
+
+
+@every_base
+@every_method
+@every_family
+def test_a_saved_adapter_gives_the_same_output_when_loaded(family: str, method: str, base: str, tmp_path: Any) -> None:
+    model, _ = trained(family, method, base)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base_model(family, base), tmp_path)
+    assert torch.equal(logits(again, family), logits(model, family))
+
+
+@every_base
+@every_family
+def test_merged_lora_gives_the_same_output(family: str, base: str) -> None:
+    model, _ = trained(family, "lora", base)
+    before = logits(model, family)
+    model.merge_adapter(safe_merge=True)
+    merged = logits(model, family)
+    model.unmerge_adapter()
+    torch.testing.assert_close(merged, before, rtol=0, atol=2e-5)
+    assert torch.equal(logits(model, family), before)
+
+
+@every_family
+def test_bottleneck_says_that_it_cannot_be_merged(family: str) -> None:
+    model, _ = trained(family, "bottleneck", "plain")
+    with pytest.raises(ValueError, match="'default' cannot be merged: Bottleneck changes more than the weights"):
+        model.merge_adapter()
+
+
+@every_method
+@every_family
+def test_gradient_checkpointing_gives_the_same_gradients(family: str, method: str) -> None:
+    model = adapted(family, method, "nf4").train()
+    randomize(model)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(1)  # the same dropout
+        model(**FAMILIES[family].batch(), use_cache=False).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    plain = gradients()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    for with_, without in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(with_, without)
+
+
+@pytest.mark.parametrize("family", PARALLEL)
+def test_parallel_adapters_start_as_the_identity_and_learn(family: str) -> None:
+    config = BottleneckConfig.parallel(bottleneck_size=8, mh_adapter=True, task_type=FAMILIES[family].task_type)
+    model = get_peft_model(base_model(family, "plain"), config)
+    assert torch.equal(logits(model, family), base_logits(family, "plain"))
+    model(**FAMILIES[family].batch()).loss.backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if n.endswith("up.weight"))
+    randomize(model)
+    assert not torch.allclose(logits(model, family), base_logits(family, "plain"), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in PARALLEL])
+def test_parallel_adapters_raise_where_the_feed_forward_part_is_no_module(family: str) -> None:
+    with pytest.raises(ValueError, match=r"is_parallel=True: the feed-forward part .* is not one module"):
+        get_peft_model(base_model(family, "plain"), BottleneckConfig.parallel())
+
+
+# Dynamo's own doings.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@every_method
+@pytest.mark.parametrize("family", ["Llama", "GPT-2", "BERT classifier"])
+def test_compiled_model_gives_the_same_loss_and_gradients(family: str, method: str) -> None:
+    model = FAMILIES[family].build(layers=1)
+    model = get_peft_model(model, METHODS[method](FAMILIES[family].task_type))
+    randomize(model)
+
+    def run(forward: Any) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = forward(**FAMILIES[family].batch()).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+    eager = run(model)
+    torch.compiler.reset()
+    for compiled, plain in zip(run(torch.compile(model, backend="aot_eager")), eager, strict=True):
+        torch.testing.assert_close(compiled, plain)
+
+
+@every_family
+def test_default_lora_targets_are_those_that_peft_takes(family: str) -> None:
+    ours = adapted_modules(adapted(family, "lora"))
+    assert ours
+    # PEFT has no defaults for some, and makes no adapter from its own for Mixtral.
+    if FAMILIES[family].model_type not in PEFT_TARGETS or family == "Mixtral":
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft announces what it does with Conv1D
+        theirs = peft.get_peft_model(base_model(family, "plain"), peft.LoraConfig())
+    layers = (n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+    assert ours == {name.removeprefix("base_model.model.") for name in layers}
+
+
+def test_default_lora_targets_are_pefts_for_every_model_type_that_both_know() -> None:
+    assert all(DEFAULT_TARGETS[kind] == PEFT_TARGETS[kind] for kind in DEFAULT_TARGETS.keys() & PEFT_TARGETS.keys())
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE"])
+def test_targets_that_hit_fused_experts_or_the_router_alone_raise_and_say_so(family: str) -> None:
+    shape = tuple(base_model(family, "plain").model.layers[0].mlp.experts.down_proj.shape)
+    for target in ("down_proj", "experts.gate_up_proj"):
+        with pytest.raises(ValueError, match=rf"{target} is one parameter \(4, .*\) of all the experts, not a module"):
+            get_peft_model(base_model(family, "plain"), LoraConfig(target_modules=["q_proj", target]))
+    assert len(shape) == 3
+    with pytest.raises(
+        ValueError, match=r"mlp\.gate' is a .*TopKRouter, the router of a mixture of experts; LoRA adapts"
+    ):
+        get_peft_model(base_model(family, "plain"), LoraConfig(target_modules=["gate"]))
+
+
+# The table in the documentation
+
+
+def adapted_modules(model: Any) -> set[str]:
+    return {name for name, m in model.named_modules() if isinstance(m, LoraLayer | BottleneckLayer)}
+
+
+def endings(paths: set[str]) -> str:
+    """Module names without what stands before the last layer number, sorted: "self_attn.q_proj, self_attn.v_proj"."""
+    return ", ".join(sorted({re.sub(r"^.*\.\d+\.", "", path) for path in paths}))
+
+
+def row_of(family: str) -> list[str]:
+    """What the table must say of `family`, found out by asking."""
+
+    def targets(config: Any) -> str:
+        try:
+            return endings(adapted_modules(get_peft_model(base_model(family, "plain"), config)))
+        except ValueError:
+            return "raises"
+
+    dense = [n for n, m in base_model(family, "nf4").named_modules() if isinstance(m, torch.nn.Linear)]
+    experts = [n for n, p in base_model(family, "plain").named_parameters() if p.dim() == 3]
+    return [
+        family,
+        targets(LoraConfig()),
+        targets(BottleneckConfig(mh_adapter=True, output_adapter=False)),
+        targets(BottleneckConfig.pfeiffer()),
+        targets(BottleneckConfig.parallel()),
+        endings({*dense, *experts}),
+    ]
+
+
+def test_the_table_of_families_says_what_is() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "families.md").read_text()
+    rows = [
+        [c.strip().replace("`", "") for c in line.strip("|").split("|")] for line in text.splitlines() if "| `" in line
+    ]
+    assert rows == [row_of(family) for family in FAMILIES]

@@ -114,6 +114,7 @@ def run_op(op: str, session: Session) -> list[Row]:
     environment = describe_environment(device, " ".join(["minipeft bench", op, *session.options]))
     module = importlib.import_module(f"benchmarks.bench_{op}")
     try:
+        session.roofline.measure_again()
         for case in module.cases(device, session.sizes, Peers(session.kind)):
             rows += measure(case, session.device, session.roofline, session.quick)
             _progress(case_title(case))

@@ -105,6 +105,16 @@ def test_a_limit_is_the_best_of_several(monkeypatch):
     assert roofline._best(fake, run) == 2.0
 
 
+def test_a_limit_only_rises():
+    found = iter([3.0, 1.0, 4.0])
+    limits = Roofline(2.0, "measured", {torch.float32: 2.0}, lambda _: next(found) * 10, lambda: next(found))
+    limits.measure_again()
+    assert limits.bandwidth == 3.0 and limits.flops == {torch.float32: 10.0}
+    given = Roofline(2.0, "given", {torch.float32: 2.0})
+    given.measure_again()
+    assert given.bandwidth == 2.0 and given.flops == {torch.float32: 2.0}
+
+
 def test_the_longer_of_moving_and_computing_is_the_floor():
     limits = Roofline(10.0, "given", {torch.float32: 100.0})
     assert limits.floor_seconds(20, 100, torch.float32) == 2.0

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from minipeft.bench_command import add_bench_arguments
 from minipeft.training.config import DTYPE_CHOICES, QUANTIZE_CHOICES, TOO_LONG_CHOICES, add_config_arguments
 from minipeft.training.errors import TrainingError, TrainingInterrupted
 
@@ -39,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(arguments)
         # Imported here: a mistyped flag needs none of it.
-        command = getattr(importlib.import_module("minipeft.commands"), args.command)
-        command(args)
+        module, _, function = args.command.rpartition(":")
+        getattr(importlib.import_module(module or "minipeft.commands"), function)(args)
     except KeyboardInterrupt:
         print("minipeft: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -91,7 +92,10 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"minipeft {_version()}")
     parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_train, _add_eval, _add_generate, _add_merge, _add_inspect):
+    for add in (
+        *(_add_demo, _add_train, _add_eval, _add_generate, _add_merge, _add_inspect),
+        *(_add_bench, _add_kernels),
+    ):
         add(commands)
     return parser
 
@@ -104,7 +108,7 @@ def _version() -> str:
 
 
 def _add(commands: argparse._SubParsersAction, name: str, command: str, summary: str, detail: str = "") -> Parser:
-    """A subparser whose function is `minipeft.commands.<command>`."""
+    """A subparser whose function is `<command>` of minipeft.commands, or of the module named before a colon."""
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {detail}")
     parser.set_defaults(command=command)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -189,6 +193,26 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
     parser = _add(commands, "inspect", "inspect", "say what an adapter, checkpoint, run or model directory holds")
     parser.add_argument("path", help="the directory")
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "bench", "minipeft.bench_command:bench", "measure the operations beside their peers")
+    add_bench_arguments(parser)
+
+
+def _add_kernels(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "kernels",
+        "kernels",
+        "compile the GPU kernels without a GPU and count what their machine code does",
+    )
+    parser.add_argument("--target", default="sm_80", help="architecture: sm_80 (default), sm_89, sm_90 or sm_100")
+    parser.add_argument(
+        "--against", choices=("bitsandbytes",), help="also count in the machine code that this library ships"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything to a file as well")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the activations")
 
 
 def _add_model(parser: Parser, adapter_required: bool = False) -> None:

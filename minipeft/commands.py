@@ -25,6 +25,10 @@ class AdapterError(TrainingError, ValueError):
     """An adapter that cannot be attached, loaded or merged."""
 
 
+class KernelsError(TrainingError, ValueError):
+    """A target that cannot be compiled for, or a compiler or peer that is not there."""
+
+
 def train(args: argparse.Namespace) -> None:
     """`minipeft train`: fine-tune on a JSONL file and save the adapter."""
     config = train_config(args)
@@ -153,6 +157,19 @@ def demo(args: argparse.Namespace) -> None:
     from minipeft.training.demo import DemoConfig, run_demo
 
     run_demo(DemoConfig(output=Path(args.output), model=args.model, data=args.data, steps=args.steps, seed=args.seed))
+
+
+def kernels(args: argparse.Namespace) -> None:
+    """`minipeft kernels`: the machine code of the GPU kernels, compiled here."""
+    options = ["--target", args.target, "--dtype", args.dtype]
+    options += ["--against", args.against] if args.against else []
+    options += ["--json", args.json] if args.json else []
+    try:
+        from minipeft.kernels.offline import main
+
+        print(main(options), end="")
+    except (ImportError, RuntimeError, ValueError, OSError) as error:
+        raise KernelsError(str(error)) from error
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:

@@ -221,7 +221,11 @@ def test_inspect_counts_the_values_of_packed_weights(base, adapter, tmp_path):
 def test_commands_of_other_methods_are_absent(base, data, tmp_path):
     said = refused("train", "--model", base, "--data", data, "--output", tmp_path / "o", "--method", "prefix")
     assert "'prefix'" in said and "lora, qlora" in said
-    assert "invalid choice: 'bench'" in refused("bench")
+
+
+def test_targets_and_operations_that_are_none():
+    assert "target must be one of sm_80" in refused("kernels", "--target", "sm_99")
+    assert "'nope'" in refused("bench", "nope")
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "generate", "merge"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minipeft.optim.errors import PagingError
-from minipeft.optim.pager import Pager
+from minipeft.optim.pager import MOVERS, Pager
 from minipeft.optim.pages import LAYOUTS, PAGE_UNIT, PageTable, Segment
 from minipeft.optim.spill import SpillFile
 from minipeft.optim.tiers import CudaDevice, MemoryTier, SimulatedDevice, Tier
@@ -212,13 +212,13 @@ class PagedState:
         first = min(pages, self._slots_within(memory.device_budget))
         if pages == first:
             return self._with_disk([first, 0], pages, disk=False)
-        # One is in transit between the tiers, and one is kept free for the next.
-        host = min(pages - first + 2, self._slots_within(memory.host_budget))
-        return self._with_disk([first, host], pages, disk=host < pages - first + 2)
+        # Beside what the device does not hold: what each mover has in hand, and the slot that is kept free.
+        host = min(pages - first + MOVERS + 1, self._slots_within(memory.host_budget))
+        return self._with_disk([first, host], pages, disk=host < pages - first + MOVERS + 1)
 
     def _with_disk(self, slots: list[int], pages: int, disk: bool) -> list[int]:
         if self.memory.spill_dir is not None:
-            return [*slots, min(pages, pages - sum(slots) + 4) if disk else 0]
+            return [*slots, min(pages, pages - sum(slots) + 2 * MOVERS + 2) if disk else 0]
         if disk:
             raise ValueError(
                 f"the optimizer's state takes {pages} pages of {self.table.page_bytes:,} bytes, and device_budget "

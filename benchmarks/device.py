@@ -29,6 +29,9 @@ class Device(Protocol):
     warmups: int
     """Rounds that are run and not timed."""
 
+    clock: str
+    """What the marks are of, in words."""
+
     @property
     def torch_device(self) -> torch.device:
         """Where tensors go."""
@@ -47,17 +50,25 @@ class Device(Protocol):
 
 
 class CpuDevice:
-    """time.perf_counter, and a buffer of twice the last-level cache."""
+    """The clock on the wall, or for one thread the CPU's time, and a buffer of twice the last-level cache.
+
+    One thread that only computes takes as long on the wall as on its CPU, unless other programs take the CPU away:
+    on a busy machine that doubles and trebles times, by chance. Several threads wait for each other, so there only the
+    wall tells.
+    """
 
     torch_device = torch.device("cpu")
     warmups = 1
 
     def __init__(self, flush_bytes: int | None = None) -> None:
+        alone = torch.get_num_threads() == 1
+        self.clock = "CPU time of the process, which has one thread" if alone else "wall"
+        self._now = time.process_time if alone else time.perf_counter
         size = flush_bytes if flush_bytes is not None else _bounded(2 * last_level_cache(), MIN_CPU_FLUSH)
         self._buffer = torch.zeros(size // 4)
 
     def mark(self) -> float:
-        return time.perf_counter()
+        return self._now()
 
     def seconds(self, start: float, stop: float) -> float:
         return stop - start
@@ -74,6 +85,7 @@ class CudaDevice:
 
     torch_device = torch.device("cuda")
     warmups = 5
+    clock = "CUDA events"
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(self.torch_device)

@@ -125,7 +125,7 @@ def run_op(op: str, session: Session) -> list[Row]:
     print(f"\n{table(rows, session.quick)}", flush=True)
     if session.folder is not None:
         busy = f"{before} before, {load()} after (processes wanting a CPU, mean of the last minute)"
-        environment |= {**describe_limits(session.roofline), "load": busy}
+        environment |= {**describe_limits(session.roofline), "clock": session.device.clock, "load": busy}
         write_files(session.folder, op, device_slug(device), rows, environment)
     return rows
 

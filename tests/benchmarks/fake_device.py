@@ -8,6 +8,7 @@ import torch
 class FakeDevice:
     torch_device = torch.device("cpu")
     warmups = 1
+    clock = "stands still"
 
     def __init__(self) -> None:
         self.now = 0.0

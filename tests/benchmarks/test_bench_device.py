@@ -1,5 +1,6 @@
 """The devices: CUDA's logic on stand-ins for its events, the CPU's clock, and the limits of either."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -56,12 +57,17 @@ def test_cuda_empties_twice_the_cache(stream):
     assert CudaDevice()._buffer.size * 4 == 600 * MIB
 
 
-def test_the_cpu_is_timed_by_the_clock_on_the_wall():
+@pytest.mark.parametrize(("threads", "clock"), [(1, "CPU time"), (2, "wall")])
+def test_waiting_counts_only_where_threads_wait_for_each_other(threads, clock, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     cpu = CpuDevice(flush_bytes=1024)
     cpu.flush()
     start = cpu.mark()
-    total = sum(range(10000))
-    assert 0 < cpu.seconds(start, cpu.mark()) < 10 and total > 0
+    time.sleep(0.2)
+    waited = cpu.seconds(start, cpu.mark())
+    assert cpu.clock.startswith(clock) and (waited < 0.1 if threads == 1 else waited >= 0.2)
+    start = cpu.mark()
+    assert sum(range(10**6)) > 0 and cpu.seconds(start, cpu.mark()) > 0
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):

@@ -65,8 +65,10 @@ def attach_adapter(
         module.add_copy(adapter, _adapter_dtype(module, autocast_adapter_dtype))
     for path in targets:
         module = model.get_submodule(path)
-        become(module, method.mixin_for(module), switch)
-        module.add_adapter(adapter, config, path, _adapter_dtype(module, autocast_adapter_dtype), init)
+        mixin = method.mixin_for(module)
+        become(module, mixin, switch)
+        # The mixin's own, which need not be the one in front.
+        mixin.add_adapter(module, adapter, config, path, _adapter_dtype(module, autocast_adapter_dtype), init)
     if getattr(config, "bias", "none") == "all":
         _train_all_biases(model, adapter, switch, autocast_adapter_dtype)
 

@@ -18,6 +18,10 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
 }
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+_T5: dict[str, Any] = {
+    **{"d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2},
+    **{"decoder_start_token_id": 0, "pad_token_id": 0},
+}
 # Shorter than the batch's rows, so that the window cuts.
 _SLIDING: dict[str, Any] = {"sliding_window": 4, "head_dim": 16}
 
@@ -64,7 +68,7 @@ FAMILIES = {
     "OPT": Family("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 1}),
     "GPT-NeoX": Family("gpt_neox"),
     "BERT classifier": Family("bert", {"num_labels": 3, "pad_token_id": 0}, "SEQ_CLS"),
-    "T5": Family("t5", {"d_kv": 16, "d_ff": 96, "decoder_start_token_id": 0, "pad_token_id": 0}, "SEQ_2_SEQ_LM"),
+    "T5": Family("t5", _T5, "SEQ_2_SEQ_LM"),
     "Mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "Qwen3-MoE": Family("qwen3_moe", {**_EXPERTS, "num_experts": 4}),
 }

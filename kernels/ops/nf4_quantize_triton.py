@@ -38,7 +38,7 @@ def _nearest_level(v, lowest, boundary):
     """How many of the 15 boundaries lie below v, float32 in [-1, 1]: int32 in 0..15.
 
     [-1, 1] is cut into cells of 1/16, in each of which lies one boundary or none: two look-ups and one comparison, ten
-    instructions in all. A search by selections takes four times as many, 15 comparisons three times.
+    instructions in all. A binary search by selections takes three times as many, and so do 15 comparisons.
     """
     cell = tl.floor(v * 16.0).to(tl.int32) + 16
     return tl.load(lowest + cell) + tl.where(v > tl.load(boundary + cell), 1, 0)

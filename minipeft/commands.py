@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,21 @@ from minipeft.training.config import TrainConfig, config_values
 from minipeft.training.errors import ConfigError, OutputDirError, TrainingError
 from minipeft.training.quiet import without_bars
 
-# What `--method` may say, and the settings that it stands for.
-METHODS: dict[str, dict[str, str]] = {"lora": {}, "qlora": {"quantize": "nf4"}}
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a `--method` stands for: a config class, our defaults for its arguments, other settings of the run."""
+
+    config: str
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+METHODS = {
+    "lora": Choice("LoraConfig", {"target_modules": "all-linear"}),
+    "qlora": Choice("LoraConfig", {"target_modules": "all-linear"}, {"quantize": "nf4"}),
+    "bottleneck": Choice("BottleneckConfig"),
+}
 
 
 class AdapterError(TrainingError, ValueError):
@@ -181,7 +195,7 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     config = TrainConfig.from_sources(args.config, config_values(args))
     if config.method not in METHODS:
         raise ConfigError(f"unknown method {config.method!r}: known methods are {', '.join(METHODS)}")
-    for name, value in METHODS[config.method].items():
+    for name, value in METHODS[config.method].settings.items():
         setattr(config, name, value)
     return config
 
@@ -192,11 +206,12 @@ def method_config(config: TrainConfig) -> Any:
     Raises:
         ConfigError: an argument that the method does not have, or a value it refuses.
     """
-    from minipeft import LoraConfig
+    import minipeft
 
-    arguments = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **config.method_args}
+    choice = METHODS[config.method]
+    arguments = {**choice.arguments, "task_type": "CAUSAL_LM", **config.method_args}
     with as_user_error(ConfigError, "method_args"):
-        return LoraConfig(**arguments)
+        return getattr(minipeft, choice.config)(**arguments)
 
 
 def attach(model: Any, adapter_config: Any) -> Any:

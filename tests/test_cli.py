@@ -98,6 +98,21 @@ def test_train_qlora_trains_on_a_packed_base(base, data, tmp_path):
     assert loss_of(*where, "--adapter", tmp_path / "run" / "adapter") < loss_of(*where) - 0.5
 
 
+@pytest.mark.parametrize("quantize", [(), ("--quantize", "nf4")])
+def test_train_bottleneck(quantize, base, data, tmp_path):
+    settings = ["--max-steps", "10", "--lr", "0.02", "--batch-size", "4", *quantize]
+    arguments = ["--method-args", "{mh_adapter: true, bottleneck_size: 8, scaling: learned}"]
+    where = ["--model", base, "--data", data, *quantize]
+    ok("train", *where, "--method", "bottleneck", "--output", tmp_path / "run", *settings, *arguments)
+    adapter = tmp_path / "run" / "adapter"
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    assert (values["peft_type"], values["target_modules"]) == ("BOTTLENECK", ["self_attn", "mlp"])
+    assert loss_of(*where, "--adapter", adapter) < loss_of(*where) - 0.5
+    sentence = refused("merge", "--model", base, "--adapter", adapter, "--output", tmp_path / "merged", *quantize)
+    assert "cannot be merged: Bottleneck changes more than the weights" in sentence
+    assert "BOTTLENECK" in ok("inspect", adapter)
+
+
 def test_flags_win_over_the_yaml_file(base, data, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(f"model: {base}\ndata: {data}\nmax_steps: 50\nlr: 1e-3\nmethod_args: {{r: 2}}\n")

@@ -8,6 +8,8 @@ from typing import Any
 
 _HOME = {
     "BottleneckConfig": "minipeft.methods.bottleneck_config",
+    "PrefixTuningConfig": "minipeft.methods.prefix",
+    "initialize_kv_prefix_from_text": "minipeft.methods.prefix",
     "LoraConfig": "minipeft.methods.lora_config",
     "PeftConfig": "minipeft.configs",
     "PeftType": "minipeft.configs",

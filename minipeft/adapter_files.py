@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,7 +23,10 @@ from minipeft.state_dict import (
     base_name,
     embedding_keys,
     get_peft_model_state_dict,
+    key_prefix,
     load_tensors,
+    stored_state,
+    training_state_dict,
 )
 
 if TYPE_CHECKING:
@@ -77,11 +81,12 @@ class AdapterFiles(_Base):
         stored = checkpoint.read_tensors(directory)
         _warn_other_base(self, config, directory)
         exists = adapter_name in self.peft_config
+        training = checkpoint.read_training_tensors(directory)
         if not exists:
+            config.for_loading(is_trainable, bool(training))
             self._attach(adapter_name, config, autocast_adapter_dtype, init=False)
         try:
-            expected = adapter_state(self, adapter_name)
-            load_tensors(expected, stored, str(directory), embedding_keys(self))
+            self._fill(adapter_name, stored, training, str(directory))
         except BaseException:
             if not exists:
                 self.delete_adapter(adapter_name)
@@ -90,6 +95,21 @@ class AdapterFiles(_Base):
             self._set_trainable(adapter_name, is_trainable)
         self.peft_config[adapter_name].inference_mode = not is_trainable
         return LoadResult([], [])
+
+    def _fill(self, adapter: str, stored: dict[str, Tensor], training: dict[str, Tensor], source: str) -> None:
+        """Copy what was read into the tensors of `adapter`: `training` where `stored` has only what came of it.
+
+        Raises ValueError when something does not fit, or the two files are not of one adapter.
+        """
+        prefix = key_prefix(self, adapter)
+        live, products = adapter_state(self, adapter, prefix), stored_state(self, adapter, prefix)
+        made = [name for name in products if name not in live]
+        given = {name: tensor for name, tensor in stored.items() if name not in made}
+        load_tensors(live, {**given, **training} if made else stored, source, embedding_keys(self, prefix))
+        again = stored_state(self, adapter, prefix)
+        for name in made:
+            if name in stored and not torch.allclose(again[name], stored[name].to(again[name]), rtol=1e-3, atol=1e-3):
+                raise ValueError(f"{source}: {checkpoint.TRAINING_NAME} is of another adapter; remove it to go without")
 
     def save_pretrained(
         self,
@@ -135,7 +155,8 @@ class AdapterFiles(_Base):
             config = self._config_to_save(adapter)
             tensors = get_peft_model_state_dict(self, state_dict, adapter, save_embedding_layers)
             folder = directory if adapter == "default" else directory / adapter
-            checkpoint.save_adapter(folder, config, tensors, _model_card(config))
+            training = training_state_dict(self, adapter, state_dict)
+            checkpoint.save_adapter(folder, config, tensors, _model_card(config), training)
         if _TRAINER_FOLDER.fullmatch(directory.name):
             with atomic_path(directory / _TRAINER_WEIGHTS) as temporary:
                 save_file(self._adapter_state_in_memory(), temporary, metadata={"format": "pt"})

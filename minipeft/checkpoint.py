@@ -18,11 +18,17 @@ from minipeft.configs import CONFIG_NAME, PEFT_FORMAT, PeftConfig
 from minipeft.files import atomic_path, write_text
 
 WEIGHTS_NAME = "adapter_model.safetensors"
+# Not PEFT's: what training goes on from, where an adapter's file holds only what came of it.
+TRAINING_NAME = "adapter_training.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 
 
 def save_adapter(
-    directory: str | Path, config: PeftConfig, tensors: Mapping[str, Tensor], model_card: str | None = None
+    directory: str | Path,
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    model_card: str | None = None,
+    training: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write one adapter directory; every file appears whole or not at all, the configuration last.
 
@@ -31,14 +37,18 @@ def save_adapter(
         config: Written with `inference_mode` true, as PEFT does.
         tensors: On-disk names to tensors, kept in their dtype.
         model_card: Text of README.md, written unless there is one.
+        training: Tensors for a second file, which PEFT does not look at; without any, an old one is removed.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"cannot save an adapter to {str(directory)!r}: it is a file, expected a directory")
     directory.mkdir(parents=True, exist_ok=True)
-    flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    with atomic_path(directory / WEIGHTS_NAME) as temporary:
-        save_file(flat, temporary, metadata={"format": "pt"})
+    (directory / TRAINING_NAME).unlink(missing_ok=True)
+    for file, named in ((WEIGHTS_NAME, tensors), (TRAINING_NAME, training)):
+        if named:
+            flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in named.items()}
+            with atomic_path(directory / file) as temporary:
+                save_file(flat, temporary, metadata={"format": "pt"})
     if model_card is not None and not (directory / "README.md").exists():
         write_text(directory / "README.md", model_card)
     values = {**config.to_dict(), "inference_mode": True, "peft_version": config.peft_version or PEFT_FORMAT}
@@ -61,6 +71,16 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
                 f"'{file}', metadata={{'format': 'pt'}})\""
             )
         raise FileNotFoundError(f"no adapter weights at {str(directory)!r}: expected a file {WEIGHTS_NAME}")
+    return _read(file)
+
+
+def read_training_tensors(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors of the second file of an adapter directory; none if there is no such file."""
+    file = Path(directory) / TRAINING_NAME
+    return _read(file) if file.is_file() else {}
+
+
+def _read(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict

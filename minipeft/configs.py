@@ -28,6 +28,7 @@ class PeftType(str, enum.Enum):
 
     LORA = "LORA"
     BOTTLENECK = "BOTTLENECK"
+    PREFIX_TUNING = "PREFIX_TUNING"
 
 
 class TaskType(str, enum.Enum):
@@ -71,6 +72,8 @@ class PeftConfig:
 
     # Whether an adapter of this method can be folded into the base weights.
     mergeable: ClassVar[bool] = False
+    # What the names of modules start with in the adapter's file.
+    key_prefix: ClassVar[str] = "base_model.model."
     # Field -> the values under which it asks for nothing. Filled in by each method.
     unsupported: ClassVar[Mapping[str, tuple]] = {}
 
@@ -89,6 +92,15 @@ class PeftConfig:
                     f"{type(self).__name__}({field}={value!r}) is not supported by minipeft; "
                     f"leave {field} at its default ({neutral[0] if neutral else None!r})"
                 )
+
+    def for_loading(self, trainable: bool, training_file: bool) -> None:
+        """Get ready to describe an adapter that is loaded.
+
+        Args:
+            trainable: Whether it will be trained.
+            training_file: Whether there are tensors that are for training alone beside it.
+        """
+        self.inference_mode = not trainable
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values: enums as their strings, sets as sorted lists."""

@@ -17,10 +17,16 @@ from minipeft.methods.base import AdapterModule, Method, Switch, mix_in, mix_out
 from minipeft.methods.bottleneck import BOTTLENECK
 from minipeft.methods.lora import LORA
 from minipeft.methods.matching import modules_to_save, plain_module_names
+from minipeft.methods.prefix import PrefixTuningConfig  # noqa: F401 - so that its files can be read
 from minipeft.methods.trained_copies import TrainedBias, TrainedModule
+from minipeft.methods.virtual_tokens import VIRTUAL_TOKENS
 from minipeft.quantization import NF4Linear
 
-METHODS: dict[Any, Method] = {PeftType.LORA: LORA, PeftType.BOTTLENECK: BOTTLENECK}
+METHODS: dict[Any, Method] = {
+    PeftType.LORA: LORA,
+    PeftType.BOTTLENECK: BOTTLENECK,
+    PeftType.PREFIX_TUNING: VIRTUAL_TOKENS,
+}
 
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
@@ -69,6 +75,8 @@ def attach_adapter(
         become(module, mixin, switch)
         # The mixin's own, which need not be the one in front.
         mixin.add_adapter(module, adapter, config, path, _adapter_dtype(module, autocast_adapter_dtype), init)
+    if method.connect is not None:
+        method.connect(model, adapter, targets)
     if getattr(config, "bias", "none") == "all":
         _train_all_biases(model, adapter, switch, autocast_adapter_dtype)
 

@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import collections
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from minipeft.configs import PeftConfig
 from minipeft.methods.lora import LoraLayer
 from minipeft.patching import adapter_modules
 
-KEY_PREFIX = "base_model.model."
+KEY_PREFIX = PeftConfig.key_prefix
 
 LoadResult = collections.namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
 
 
-def key_prefix(model: nn.Module) -> str:
-    """What the names on disk start with for `model`."""
-    return KEY_PREFIX if hasattr(model, "peft_config") else ""
+def key_prefix(model: Any, adapter: str) -> str:
+    """What the names on disk start with for `adapter` in `model`."""
+    if not hasattr(model, "peft_config"):
+        return ""
+    return model.peft_config[adapter].key_prefix if adapter in model.peft_config else KEY_PREFIX
 
 
 def get_peft_model_state_dict(
@@ -43,15 +46,29 @@ def get_peft_model_state_dict(
 
     Raises ValueError when there is no such adapter.
     """
-    prefix = key_prefix(model)
-    tensors = adapter_state(model, adapter_name, prefix)
+    prefix, values = key_prefix(model, adapter_name), _values_in(model, state_dict)
+    tensors = stored_state(model, adapter_name, prefix, values)
     if not tensors:
         raise ValueError(f"there is no adapter called {adapter_name!r} in this model")
-    tensors.update(_embeddings_to_save(model, adapter_name, save_embedding_layers, prefix))
+    embeddings = _embeddings_to_save(model, adapter_name, save_embedding_layers, prefix)
+    return {**tensors, **{key: values(tensor) for key, tensor in embeddings.items()}}
+
+
+def training_state_dict(
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """What training an adapter goes on from, where its file does not hold it (a prefix's projection); else nothing."""
+    prefix, values = key_prefix(model, adapter_name), _values_in(model, state_dict)
+    live, stored = adapter_state(model, adapter_name, prefix), stored_state(model, adapter_name, prefix, values)
+    return {key: values(tensor) for key, tensor in live.items() if key not in stored}
+
+
+def _values_in(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """What a live tensor of `model` is to be read as: itself, or its value in `state_dict`."""
     if state_dict is None:
-        return tensors
+        return lambda tensor: tensor
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
-    return {key: state_dict[names[id(tensor)]] for key, tensor in tensors.items()}
+    return lambda tensor: state_dict[names[id(tensor)]]
 
 
 def set_peft_model_state_dict(
@@ -67,7 +84,7 @@ def set_peft_model_state_dict(
     """
     if ignore_mismatched_sizes:
         raise ValueError("ignore_mismatched_sizes=True is not supported: an adapter that does not fit is an error")
-    prefix = key_prefix(model)
+    prefix = key_prefix(model, adapter_name)
     expected = adapter_state(model, adapter_name, prefix)
     embeddings = embedding_keys(model, prefix)
     load_tensors(expected, peft_model_state_dict, "the given state dict", embeddings)
@@ -77,10 +94,25 @@ def set_peft_model_state_dict(
 def adapter_state(model: nn.Module, adapter: str, prefix: str = KEY_PREFIX) -> dict[str, Tensor]:
     """The live tensors of `adapter` in `model`, by their names on disk."""
     return {
-        name[1:] if name.startswith("/") else f"{prefix}{path}.{name}": tensor
+        _on_disk(prefix, path, name): tensor
         for path, module in adapter_modules(model)
         for name, tensor in module.adapter_state(adapter).items()
     }
+
+
+def stored_state(
+    model: nn.Module, adapter: str, prefix: str = KEY_PREFIX, values: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[str, Tensor]:
+    """What the file of `adapter` holds, by name: the live tensors, or what a method makes of them."""
+    return {
+        _on_disk(prefix, path, name): tensor
+        for path, module in adapter_modules(model)
+        for name, tensor in module.stored_state(adapter, values).items()
+    }
+
+
+def _on_disk(prefix: str, path: str, name: str) -> str:
+    return name[1:] if name.startswith("/") else f"{prefix}{path}.{name}"
 
 
 def embedding_keys(model: nn.Module, prefix: str = KEY_PREFIX) -> dict[str, Tensor]:

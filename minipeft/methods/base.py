@@ -91,7 +91,8 @@ class AdapterModule(_Base):
         """Make the module plain again, whatever was in front of it. What was merged stays; adapters are gone."""
         for name in own_attributes(self):
             delattr(self, name)
-        while "_plain_class" in vars(type(self)):
+        # What is no adapter's (the model's own mixin, on a model that is one adapted module) stays.
+        while "_plain_class" in vars(type(self)) and issubclass(type(self).__mro__[1], AdapterModule):
             mix_out(self)
 
     def adapter_names(self) -> set[str]:
@@ -104,6 +105,13 @@ class AdapterModule(_Base):
         A name that starts with "/" is the whole name on disk, for methods whose files do not name modules.
         """
         return {}
+
+    def stored_state(self, adapter: str, values: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the adapter's file holds of `adapter_state`, with `values(tensor)` in the place of each live tensor.
+
+        A method whose file holds something else than the tensors that it trains says here what.
+        """
+        return {name: values(tensor) for name, tensor in self.adapter_state(adapter).items()}
 
     def replaced_tensors(self, adapter: str) -> list[str]:
         """The base parameters that `adapter` replaces by its own: two adapters that do so cannot act together."""
@@ -151,7 +159,10 @@ class Method:
             left open, and raises ValueError when something in it matches nothing.
         mixin_for: the mixin that adapts a module, or None if the method cannot. The mixin has a method
             `add_adapter(adapter, config, path, dtype, init)`.
+        connect: (model, adapter, the names that `find` gave), called when all of them have the adapter, for modules
+            that share its tensors.
     """
 
     find: Callable[[Any, Any, list[str]], list[str]]
     mixin_for: Callable[[nn.Module], Any]
+    connect: Callable[[Any, str, list[str]], None] | None = None

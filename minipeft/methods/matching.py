@@ -186,10 +186,14 @@ def modules_to_save(model: nn.Module, config: Any) -> list[str]:
     if not hasattr(config, "modules_to_save"):
         return []
     names = plain_module_names(model)
+    known_heads = TASK_HEADS.get(config.task_type, ())
+    heads = [h for h in known_heads if any(ends_with(name, h) for name in names)]
     for wanted in config.modules_to_save or ():
+        # PEFT's files list every name that a task's head has in some family.
+        if heads and wanted in known_heads:
+            continue
         if not any(ends_with(name, wanted) for name in names):
             raise ValueError(_no_match("modules_to_save", wanted, names, model, lambda module: True))
-    heads = [h for h in TASK_HEADS.get(config.task_type, ()) if any(ends_with(name, h) for name in names)]
     if heads:
         config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or ()), *heads])]
     return [name for name in names if any(ends_with(name, w) for w in config.modules_to_save or ())]

@@ -19,7 +19,7 @@ from .nf4_dequantize_triton import TILE_BYTES, _nf4_dequantize_kernel
 from .nf4_matmul_configs import CHUNK, Tile, tile_for
 from .nf4_matmul_direct import _nf4_matmul_direct_kernel
 from .nf4_matmul_staged import _nf4_matmul_staged_kernel
-from .nf4_matmul_triton import NESTED_BLOCKSIZE, constants_of, rank_tile
+from .nf4_matmul_triton import NESTED_BLOCKSIZE, RANK_TILE, constants_of
 from .nf4_quantize_triton import NESTED_ROWS, TILE, _nf4_quantize_kernel, _quantize_absmax_kernel
 from .nf4_quantize_triton import NUM_WARPS as QUANTIZE_WARPS
 from .roofline import WARP
@@ -63,19 +63,23 @@ def shipped(capability: int, dtype: str = "bf16") -> list[Kernel]:
     return [*matmul_kernels(capability, dtype), *streaming_kernels(dtype)]
 
 
-def matmul_kernels(capability: int, dtype: str = "bf16", double: bool = True, rank: int = 0) -> list[Kernel]:
+def matmul_kernels(
+    capability: int, dtype: str = "bf16", double: bool = True, rank: int = 0, blocksize: int = BLOCKSIZE
+) -> list[Kernel]:
     """The products with a packed weight, forward and backward, in each tile that is shipped for a capability."""
     kernels = []
     for grad in (False, True):
-        tiles = {tile_for(m, grad, capability, wide=dtype == "fp32"): None for m in (1, 16, 32, 64, 128)}
-        kernels += [matmul_kernel(tile, grad, dtype, double, rank) for tile in tiles]
+        tiles = {tile_for(m, grad, capability, dtype == "fp32", blocksize): None for m in (1, 16, 32, 64, 128)}
+        kernels += [matmul_kernel(tile, grad, dtype, double, rank, blocksize) for tile in tiles]
     return kernels
 
 
-def matmul_kernel(tile: Tile, grad: bool, dtype: str = "bf16", double: bool = True, rank: int = 0) -> Kernel:
+def matmul_kernel(
+    tile: Tile, grad: bool, dtype: str = "bf16", double: bool = True, rank: int = 0, blocksize: int = BLOCKSIZE
+) -> Kernel:
     """One product in one tile, for a weight whose shape the tile divides, four programs to a tile."""
-    constants: dict[str, Any] = dict(constants_of(tile, TYPICAL_N, TYPICAL_K // CHUNK, BLOCKSIZE, 4, grad))
-    constants |= {"RT": rank_tile(rank) if rank else 0, "DOUBLE": double, "HAS_BIAS": False}
+    constants: dict[str, Any] = dict(constants_of(tile, TYPICAL_N, TYPICAL_K // CHUNK, blocksize, 4, grad))
+    constants |= {"RT": RANK_TILE if rank else 0, "DOUBLE": double, "HAS_BIAS": False}
     constants |= {"PRMT": dtype != "fp32", "UPCAST": False}
     floats = ("levels", "nested_absmax", "nested_map", "offset", "low", "up", "workspace")
     types = dict.fromkeys(("x", "bias", "y"), f"*{dtype}") | dict.fromkeys(floats, "*fp32")
@@ -83,6 +87,7 @@ def matmul_kernel(tile: Tile, grad: bool, dtype: str = "bf16", double: bool = Tr
     types |= dict.fromkeys(("M", "N", "row_chunks", "x_stride", "rank"), "i32")
     name = f"{'dy W' if grad else 'x W^T'} {dtype} {tile.rows}x{tile.bn}x{CHUNK * tile.nb} {tile.kernel}"
     name += (f" r={rank}" if rank else "") + ("" if double else " single")
+    name += "" if blocksize == BLOCKSIZE else f" blocks of {blocksize}"
     return Kernel(
         name,
         _nf4_matmul_direct_kernel if tile.kernel == "direct" else _nf4_matmul_staged_kernel,
@@ -104,7 +109,8 @@ def streaming_kernels(dtype: str = "bf16") -> list[Kernel]:
     quantize = Kernel(
         f"quantize {dtype}",
         _nf4_quantize_kernel,
-        {"w": f"*{dtype}", "codes": "*u8", "absmax": "*fp32", "n": "i64", "n_bytes": "i64"},
+        dict.fromkeys(("boundary", "absmax"), "*fp32")
+        | {"w": f"*{dtype}", "lowest": "*i32", "codes": "*u8", "n": "i64", "n_bytes": "i64"},
         {"BLOCK": BLOCKSIZE, "ROWS": TILE // BLOCKSIZE},
         *(QUANTIZE_WARPS, 3, exact, TILE / (WARP * QUANTIZE_WARPS)),
     )

@@ -7,7 +7,7 @@ measured; this file is the one place to change.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 
@@ -80,12 +80,13 @@ FLOAT32_FUSED_MAX_ROWS = 16
 WARPS_PER_MULTIPROCESSOR = 8
 
 
-def tile_for(rows: int, grad: bool, capability: int, wide: bool) -> Tile:
+def tile_for(rows: int, grad: bool, capability: int, wide: bool, blocksize: int = CHUNK) -> Tile:
     """The tile for a product of `rows` rows.
 
     Args:
         rows: of x or dy. grad: for the input gradient.
         capability: of the GPU, 80 for 8.0. wide: x is float32.
+        blocksize: weights that share a scale.
     """
     table: tuple[Tile, ...]
     if wide:
@@ -94,7 +95,11 @@ def tile_for(rows: int, grad: bool, capability: int, wide: bool) -> Tile:
         table = BLACKWELL_INPUT_GRAD if grad else BLACKWELL_FORWARD
     else:
         table = INPUT_GRAD if grad else FORWARD
-    return next((tile for tile in table if max(rows, SMALLEST_ROWS) <= tile.rows), table[-1])
+    tile = next((tile for tile in table if max(rows, SMALLEST_ROWS) <= tile.rows), table[-1])
+    if blocksize > CHUNK and tile == _DIRECT[1]:
+        # Finding the scale of a chunk takes registers, and with four chunks eight bytes of them spill.
+        return replace(tile, nb=2)
+    return tile
 
 
 def split_for(tiles: int, steps: int, rows: int, depth: int, warps: int, multiprocessors: int) -> int:

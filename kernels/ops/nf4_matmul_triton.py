@@ -21,6 +21,8 @@ from .nf4_matmul_direct import _nf4_matmul_direct_kernel
 from .nf4_matmul_staged import _nf4_matmul_staged_kernel
 
 NESTED_BLOCKSIZE = 256
+# Ranks of the update multiplied at a time: what the tensor core takes at once. With more, registers spill.
+RANK_TILE = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 LowRank = tuple[Tensor, Tensor]
@@ -124,7 +126,7 @@ def _launch(
         codes = codes.clone()  # read in words of four bytes; a view into another buffer may start anywhere
 
     chunks = in_features // CHUNK
-    tile = tile_for(m, grad, capability_of(x.device), x.dtype == torch.float32)
+    tile = tile_for(m, grad, capability_of(x.device), x.dtype == torch.float32, blocksize)
     tiles, steps = grid_of(tile, m, out_features, chunks, grad)
     split = split_for(tiles, steps, m, depth, tile.warps, _multiprocessors(x.device))
     size = tile.rows * (CHUNK if grad else tile.bn)
@@ -138,7 +140,7 @@ def _launch(
     )
     constants = constants_of(tile, out_features, chunks, blocksize, split, grad)
     constants.update(
-        RT=rank_tile(low.shape[1]) if lora else 0,
+        RT=RANK_TILE if lora else 0,
         DOUBLE=nested_absmax is not None,
         HAS_BIAS=bias is not None,
         PRMT=permute,
@@ -154,11 +156,6 @@ def _launch(
 def can_permute(x: Tensor) -> bool:
     """Whether levels are decoded by byte permutes: 16-bit products on NVIDIA hardware."""
     return x.is_cuda and torch.version.hip is None and x.element_size() == 2 and not interpreting()
-
-
-def rank_tile(rank: int) -> int:
-    """Ranks of the update multiplied at a time: a power of two that the tensor core takes, 16 to 64."""
-    return min(64, max(16, triton.next_power_of_2(rank)))
 
 
 def grid_of(tile: Tile, rows: int, out_features: int, chunks: int, grad: bool) -> tuple[int, int]:

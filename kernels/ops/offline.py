@@ -89,7 +89,8 @@ def inspect(kernel: Kernel, target: str) -> Report:
     """Compile a kernel for a target and read its machine code."""
     compiled = compile_kernel(kernel, target)
     function, registers, stack = read_cubin(compiled.asm["cubin"])
-    loop = function.inner_loop(MMA) or (function.inner_loop(("FFMA",)) if kernel.rows else None)
+    # Permutes mark the loop over the weights: that over the ranks of an update has tensor-core instructions too.
+    loop = function.inner_loop(("PRMT",) if kernel.tensor_cores else ("FFMA",)) if kernel.rows else None
     counted = loop or Loop(function.instructions)
     names, classes = counted.names(), counted.classes()
     shared = compiled.metadata.shared

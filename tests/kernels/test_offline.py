@@ -28,7 +28,8 @@ from minipeft.kernels.offline import inspect, main
 text = main(["--target", sys.argv[1], "--json", sys.argv[2], *sys.argv[4:]])
 result = json.load(open(sys.argv[2]))
 # The smallest tiles and the largest with an update of low rank, the smallest with other operands.
-variants = [*matmul_kernels(80, "bf16", rank=16)[::3], matmul_kernels(80, "fp16", double=False)[0]]
+variants = [*matmul_kernels(80, "bf16", rank=64)[::3], matmul_kernels(80, "fp16", double=False)[0]]
+variants.append(matmul_kernels(80, "bf16", blocksize=128)[1])
 result["variants"] = [asdict(inspect(k, "sm_80")) for k in variants] if sys.argv[3] == "variants" else []
 json.dump(result | {"text": text}, open(sys.argv[2], "w"))
 """

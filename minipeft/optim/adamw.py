@@ -113,6 +113,8 @@ def _update_fused(
         grad_scale=None,
         found_inf=None,
     )
+    # The kernel does not tell autograd that it wrote: a backward that still needs the old values must fail.
+    torch.autograd.graph.increment_version(params)
 
 
 def _update_by_op(op: Callable[..., None], pieces: Pieces, hyper: Hyper) -> None:

@@ -14,8 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from minipeft.optim.pager import MOVERS
+
 if TYPE_CHECKING:
     from minipeft.optim.paged_adamw import PagedAdamW
+
+# Uses: enough for every mover to be at work.
+AHEAD = MOVERS + 1
 
 
 class BackwardSweep:
@@ -52,10 +57,8 @@ class BackwardSweep:
         if not self._done:
             pages.prepare(p.device)
             expected = self._expected or list(range(len(pages.table)))[::-1]
-            pages.pager.begin_sweep(expected, expected)
+            pages.pager.begin_sweep(expected, expected, AHEAD)
         self._done.add(number)
-        for page in pages.pages_of(number):
-            if not self._seen or self._seen[-1] != page:
-                self._seen.append(page)
+        self._seen += pages.pages_of(number)
         optimizer.update(jobs, pages.visit(number))
         p.grad = None

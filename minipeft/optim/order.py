@@ -13,10 +13,11 @@ class Order:
     Attributes:
         pages: the pages of this sweep, use by use.
         cursor: how many uses of this sweep are over.
+        ahead: how many uses ahead of the cursor pages are to be fetched.
     """
 
-    def __init__(self, pages: Sequence[int], next_pages: Sequence[int], count: int) -> None:
-        self.pages, self.cursor = list(pages), 0
+    def __init__(self, pages: Sequence[int], next_pages: Sequence[int], count: int, ahead: int = NEVER) -> None:
+        self.pages, self.cursor, self.ahead = list(pages), 0, ahead
         # For each of `count` pages its uses, the first one last.
         self._uses: list[list[int]] = [[] for _ in range(count)]
         for index, page in reversed(list(enumerate([*pages, *next_pages]))):
@@ -31,7 +32,9 @@ class Order:
 
     def pass_use(self, page: int) -> None:
         """The page was used: go on past this use, and past those that were left out before it."""
-        if self.cursor and self.pages[self.cursor - 1] == page:
+        at_cursor = self.pages[self.cursor : self.cursor + 1] == [page]
+        if not at_cursor and self.cursor and self.pages[self.cursor - 1] == page:
+            # Once more than expected.
             return
         use = self.next_use(page)
         if use < len(self.pages):

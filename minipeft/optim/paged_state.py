@@ -90,7 +90,7 @@ class PagedState:
         self._closed = False
         self._broken: BaseException | None = None
         self._backward = False
-        self._views: dict[int, tuple[int, list[Views]]] = {}
+        self._views: dict[int, tuple[tuple[int, int], list[Views]]] = {}
 
     @property
     def pager(self) -> Pager:
@@ -197,10 +197,10 @@ class PagedState:
             self._pager.close()
 
     def _views_of(self, page: int, buffer: Tensor) -> list[Views]:
-        address = buffer.data_ptr()
-        if page not in self._views or self._views[page][0] != address:
-            views = [segment.views(buffer, self.table.layout) for segment in self.table.of_page[page]]
-            self._views[page] = (address, views)
+        # Making them costs more than the update of a small tensor, so they are kept while the page is where it is.
+        key, segments = (buffer.data_ptr(), len(self.table.of_page[page])), self.table.of_page[page]
+        if page not in self._views or self._views[page][0] != key:
+            self._views[page] = (key, [segment.views(buffer, self.table.layout) for segment in segments])
         return self._views[page][1]
 
     def _slots(self, device: torch.device) -> list[int]:

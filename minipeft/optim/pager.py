@@ -95,11 +95,17 @@ class Pager:
         """Whether any page was ever written."""
         return any(place.level != NOWHERE for place in self._places)
 
-    def begin_sweep(self, pages: Sequence[int], next_pages: Sequence[int]) -> None:
-        """Announce the pages to be used, in their order, and the order expected after that."""
+    def begin_sweep(self, pages: Sequence[int], next_pages: Sequence[int], ahead: int = NEVER) -> None:
+        """Announce the pages to be used, in their order, and the order expected after that.
+
+        Args:
+            ahead: how many uses ahead pages may be fetched. Where the next sweep runs backwards, whatever was used is
+                the best to send away, so the earlier the better. Where it runs forwards again, the best to send away
+                is what will have been used last when the new page is needed: then fetching waits for that.
+        """
         with self._wake:
             self._check()
-            self._order = Order(pages, next_pages, len(self._places))
+            self._order = Order(pages, next_pages, len(self._places), ahead)
             self._fetched = [0] * len(self.tiers)
             self._farthest = [[] for _ in self.tiers]
             for page, place in enumerate(self._places):
@@ -220,14 +226,15 @@ class Pager:
 
     def _next_below(self, level: int) -> int | None:
         """The page used soonest that is not yet in tier `level` or above, nor on its way."""
-        pages, places = self._order.pages, self._places
+        order, places = self._order, self._places
+        pages, end = order.pages, min(len(order.pages), order.cursor + order.ahead)
         index = max(self._fetched[level], self._order.cursor)
-        while index < len(pages) and NOWHERE < places[pages[index]].level <= level:
+        while index < end and NOWHERE < places[pages[index]].level <= level:
             index += 1
         self._fetched[level] = index
-        while index < len(pages) and (places[pages[index]].moving or NOWHERE < places[pages[index]].level <= level):
+        while index < end and (places[pages[index]].moving or NOWHERE < places[pages[index]].level <= level):
             index += 1
-        return pages[index] if index < len(pages) else None
+        return pages[index] if index < end else None
 
     def _bring(self, page: int) -> bool:
         """Bring a page to the first tier, step by step, whatever has to leave for it. False: nothing could be done."""

@@ -10,8 +10,8 @@ import peft
 import pytest
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
-from tiny import randomize
-from tiny_families import FAMILIES
+from tiny import randomize, some_ids
+from tiny_families import FAMILIES, RELATIVES, tiny_gemma3_with_images
 
 from minipeft import BottleneckConfig, LoraConfig, NF4Config, PeftModel, get_peft_model, quantize_model
 from minipeft.methods.bottleneck import BottleneckLayer
@@ -161,6 +161,8 @@ def test_parallel_adapters_raise_where_the_feed_forward_part_is_no_module(family
 @pytest.mark.parametrize("family", ["Llama", "GPT-2", "BERT classifier"])
 def test_compiled_model_gives_the_same_loss_and_gradients(family: str, method: str) -> None:
     model = FAMILIES[family].build(layers=1)
+    if family == "Llama":  # where the adapter's dtype is not the model's
+        model = model.bfloat16()
     model = get_peft_model(model, METHODS[method](FAMILIES[family].task_type))
     randomize(model)
 
@@ -205,6 +207,35 @@ def test_targets_that_hit_fused_experts_or_the_router_alone_raise_and_say_so(fam
         ValueError, match=r"mlp\.gate' is a .*TopKRouter, the router of a mixture of experts; LoRA adapts"
     ):
         get_peft_model(base_model(family, "plain"), LoraConfig(target_modules=["gate"]))
+
+
+@every_method
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_relatives_of_the_families_work_as_they_do(relative: str, method: str, tmp_path: Any) -> None:
+    family = RELATIVES[relative]
+    with torch.no_grad():
+        plain = family.build()(**family.batch()).logits
+    model = get_peft_model(family.build(), METHODS[method](family.task_type))
+    outputs = model(**family.batch())
+    assert torch.equal(outputs.logits, plain)
+    outputs.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(family.build(), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(**family.batch()).logits, model(**family.batch()).logits)
+
+
+def test_gemma_3_with_images_is_adapted_in_its_language_model() -> None:
+    ids = some_ids()
+    plain = tiny_gemma3_with_images()(ids).logits
+    model = get_peft_model(tiny_gemma3_with_images(), BottleneckConfig.houlsby(bottleneck_size=8))
+    assert torch.equal(model(ids).logits, plain)
+    parts = [f"model.language_model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn", "mlp")]
+    assert adapted_modules(model) == set(parts)
+    lora = adapted_modules(get_peft_model(tiny_gemma3_with_images(), LoraConfig()))
+    assert {name.split(".")[1] for name in lora} == {"language_model", "vision_tower"}
 
 
 # The table in the documentation

@@ -72,3 +72,21 @@ FAMILIES = {
     "Mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "Qwen3-MoE": Family("qwen3_moe", {**_EXPERTS, "num_experts": 4}),
 }
+
+# Built as one of the above, and known by name.
+RELATIVES = {
+    "Gemma": Family("gemma", {"head_dim": 16}),
+    "OLMo2": Family("olmo2"),
+    "Granite": Family("granite"),
+    "RoBERTa classifier": Family("roberta", {"num_labels": 3, "pad_token_id": 0}, "SEQ_CLS"),
+}
+
+
+def tiny_gemma3_with_images() -> Any:
+    """Gemma 3 with its vision tower, which has another width and modules of the same names."""
+    torch.manual_seed(0)
+    text = {**_SIZES, **_SLIDING}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision.update(image_size=28, patch_size=14)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return transformers.AutoModelForImageTextToText.from_config(config).eval()

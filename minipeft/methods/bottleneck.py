@@ -64,6 +64,8 @@ PLACES = {
     "gpt_neox": _Places("attention", "mlp"),
     "bert": _BERT,
     "roberta": _BERT,
+    # With images; its vision tower, of another width, has modules of the same names.
+    "gemma3": _Places(r"language_model\.layers\.\d+\.self_attn", r"language_model\.layers\.\d+\.mlp"),
     "t5": _Places("SelfAttention", "DenseReluDense", "EncDecAttention"),
 }
 
@@ -197,6 +199,10 @@ class BottleneckLayer(AdapterModule):
             return out
         # Attention modules give (hidden states, weights, ...).
         hidden, *rest = out if isinstance(out, tuple) else (out,)
+        if not isinstance(hidden, Tensor):
+            raise TypeError(
+                f"an adapter cannot stand after {type(self).__name__}, which returns {type(hidden).__name__}"
+            )
         for adapter in self.switch.acting:
             if adapter in self.bottleneck:
                 read = _input_of(args, kwargs) if adapter in self.bottleneck_parallel else hidden
@@ -221,6 +227,8 @@ class BottleneckLayer(AdapterModule):
 
 def _input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """What a module was called on: its first argument, which transformers gives some attention modules by name."""
+    if not args and "hidden_states" not in kwargs:
+        raise TypeError(f"a parallel adapter reads a part's first argument or hidden_states, got {sorted(kwargs)}")
     return args[0] if args else kwargs["hidden_states"]
 
 
@@ -252,7 +260,7 @@ def _find_targets(model: nn.Module, config: BottleneckConfig, skip: list[str]) -
     targets = match_targets(model, config, lambda module: bottleneck_mixin_for(module) is not None, skip)
     model_config: Any = getattr(model, "config", None)
     if config.hidden_size is None and hasattr(model_config, "get_text_config"):
-        config.hidden_size = model_config.get_text_config().hidden_size
+        config.hidden_size = getattr(model_config.get_text_config(), "hidden_size", None)
     for path in targets:
         module = model.get_submodule(path)
         if isinstance(module, TrainedModule):

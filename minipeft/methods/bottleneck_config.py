@@ -94,7 +94,10 @@ class BottleneckConfig(PeftConfig):
 
     @classmethod
     def pfeiffer(cls, **changes: Any) -> BottleneckConfig:
-        """Pfeiffer et al. 2021: after the feed-forward part alone, reduction 16 (AdapterHub's `seq_bn`)."""
+        """Pfeiffer et al. 2021: after the feed-forward part alone, reduction 16 (AdapterHub's `seq_bn`).
+
+        There `original_ln_before=True` gives the adapter the residual sum to read; here it reads the part's output.
+        """
         preset: dict[str, Any] = {"mh_adapter": False, "output_adapter": True, "non_linearity": "relu"}
         return cls(**{**preset, **_size(changes, 16), **changes})
 

@@ -1,0 +1,42 @@
+"""Every launcher, in a process that compiles for a GPU which is not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = Path(__file__).with_name("pretend_gpu.py")
+STREAMING = {
+    *("_nf4_quantize_kernel", "_quantize_absmax_kernel", "_nf4_dequantize_kernel"),
+    *("_adamw_kernel", "_adamw_8bit_kernel"),
+}
+FUSED = {"_nf4_matmul_direct_kernel", "_nf4_matmul_staged_kernel"}
+
+
+@pytest.fixture(scope="module")
+def launches() -> list[dict[str, Any]]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("MINIPEFT_BACKEND", "TRITON_INTERPRET")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", PROGRAM], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout))
+
+
+def test_every_kernel_compiles_with_the_arguments_that_its_launcher_gives(launches: list[dict[str, Any]]) -> None:
+    assert {launch["kernel"] for launch in launches} >= STREAMING | FUSED
+
+
+def test_shared_memory_fits_the_smallest_gpu(launches: list[dict[str, Any]]) -> None:
+    assert max(launch.get("shared", 0) for launch in launches) <= 99 * 1024
+
+
+def test_many_rows_and_ragged_weights_are_decoded_first(launches: list[dict[str, Any]]) -> None:
+    names = [launch["kernel"] for launch in launches]
+    rest = names[names.index("many rows") :]
+    # In each of the two, W is decoded for two products, forward and backward, and once alone.
+    assert rest == ["many rows", *["_nf4_dequantize_kernel"] * 5, "ragged", *["_nf4_dequantize_kernel"] * 5]

@@ -2,7 +2,10 @@
 
 import sys
 
-from benchmarks.run import main
+from minipeft.bench_command import ask_for_huge_pages
 
 if __name__ == "__main__":
+    ask_for_huge_pages()
+    from benchmarks.run import main
+
     sys.exit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.roofline import Roofline
+from minipeft.bench_command import HUGE_PAGES
 from minipeft.kernels.dispatch import interpreting, use_triton
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,7 @@ def describe_environment(device: torch.device, command: str) -> dict[str, str]:
         facts["driver"] = _command(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
     else:
         flags = (_cpu_info("flags") or "").split()
+        facts["pages"] = f"{HUGE_PAGES}={os.environ.get(HUGE_PAGES, 0)}"
         facts["instructions"] = " ".join(flag for flag in CPU_FLAGS if flag in flags)
     facts |= {
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} CPUs",

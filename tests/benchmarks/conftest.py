@@ -1,5 +1,13 @@
 """The benchmarks lie outside the package: make them importable as `benchmarks`."""
 
-from minipeft.bench_command import load_benchmarks
+import pytest
+
+from minipeft.bench_command import HUGE_PAGES, load_benchmarks
 
 load_benchmarks()
+
+
+@pytest.fixture(autouse=True)
+def _small_pages(monkeypatch):
+    """Other tests of this process measure memory: leave PyTorch's allocator as it is."""
+    monkeypatch.setenv(HUGE_PAGES, "0")

@@ -44,12 +44,14 @@ class _Places:
     Attributes:
         whole: Whether the attention and the feed-forward part are modules of their own; only then is the part's input
             there to be read by a parallel adapter.
+        layers: The list that numbers the layers, where a later number stands in the names too.
     """
 
     attention: str
     feed_forward: str
     cross: str | None = None
     whole: bool = True
+    layers: str | None = None
 
 
 _LLAMA = _Places("self_attn", "mlp")
@@ -66,7 +68,7 @@ PLACES = {
     "roberta": _BERT,
     # With images; its vision tower, of another width, has modules of the same names.
     "gemma3": _Places(r"language_model\.layers\.\d+\.self_attn", r"language_model\.layers\.\d+\.mlp"),
-    "t5": _Places("SelfAttention", "DenseReluDense", "EncDecAttention"),
+    "t5": _Places("SelfAttention", "DenseReluDense", "EncDecAttention", layers="block"),
 }
 
 
@@ -289,6 +291,8 @@ def _usual_targets(model: nn.Module, config: BottleneckConfig) -> list[str] | st
         )
     if config.cross_adapter and places.cross is None:
         raise ValueError(f"cross_adapter=True: no cross-attention is known in a model of type {family!r}")
+    if config.layers_to_transform is not None:
+        config.layers_pattern = config.layers_pattern or places.layers
     wanted = (
         (config.mh_adapter, places.attention),
         (config.cross_adapter, places.cross),

@@ -59,6 +59,13 @@ def test_cross_attention_gets_adapters_where_there_is_some() -> None:
         places(tiny_llama(), BottleneckConfig(cross_adapter=True))
 
 
+def test_t5_layers_are_counted_in_blocks() -> None:
+    found = places(FAMILIES["T5"].build(), BottleneckConfig.houlsby(layers_to_transform=[1]))
+    parts = ["0.SelfAttention", "1.DenseReluDense", "0.SelfAttention", "2.DenseReluDense"]
+    stacks = ["encoder", "encoder", "decoder", "decoder"]
+    assert found == [f"{stack}.block.1.layer.{part}" for stack, part in zip(stacks, parts, strict=True)]
+
+
 def test_bert_adapters_stand_apart_by_their_whole_names() -> None:
     layer = "bert.encoder.layer.{}.{}output.dense".format
     found = places(FAMILIES["BERT classifier"].build(), BottleneckConfig())

@@ -104,8 +104,12 @@ class PagedAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
         every = [p for group in self.param_groups for p in group["params"]]
         self.pages = PagedState(state_bits, memory, [p.numel() for p in every if p.requires_grad], simulate)
-        self._lay_out(every)
         self._close = weakref.finalize(self, self.pages.close)
+        try:
+            self._lay_out(every)
+        except BaseException:
+            self.close()
+            raise
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

@@ -8,6 +8,7 @@ state for torch.optim.AdamW, load it into a PagedAdamW of 32 bits.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -105,16 +106,19 @@ def _write(pages: PagedState, segment: Segment, views: Views, state: Mapping[str
         for field, view in zip(fields, views, strict=True):
             view.copy_(part(field, state[field.name], segment))
         return
-    # From the other number of bits.
-    source = LAYOUTS[8 if len(fields) == 2 else 32].fields
-    parts = [part(field, state[field.name], segment).to(views[0].device) for field in source]
-    if len(fields) == 2:
-        m_codes, m_scales, v_codes, v_scales = parts
-        views[0].copy_(dequantize_state(m_codes, m_scales, signed=True))
-        views[1].copy_(dequantize_state(v_codes, v_scales, signed=False))
-    else:
-        quantize_state(parts[0].float(), views[0], views[1], signed=True)
-        quantize_state(parts[1].float(), views[2], views[3], signed=False)
+    if fields == LAYOUTS[8].fields:
+        wide = [part(field, state[field.name], segment).to(views[0].device).float() for field in LAYOUTS[32].fields]
+        quantize_state(wide[0], views[0], views[1], signed=True)
+        quantize_state(wide[1], views[2], views[3], signed=False)
+        return
+    # Blocks that share a scale may begin before the segment does.
+    first = segment.start % LAYOUTS[8].quantum
+    blocks = dataclasses.replace(segment, start=segment.start - first)
+    m_codes, m_scales, v_codes, v_scales = (
+        part(field, state[field.name], blocks).to(views[0].device) for field in LAYOUTS[8].fields
+    )
+    views[0].copy_(dequantize_state(m_codes, m_scales, signed=True)[first:])
+    views[1].copy_(dequantize_state(v_codes, v_scales, signed=False)[first:])
 
 
 def merged_groups(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("MINIPEFT_BACKEND", "reference")
 
 

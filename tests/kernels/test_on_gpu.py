@@ -1,0 +1,121 @@
+"""The compiled kernels on a real GPU against the references on the CPU.
+
+Skipped without one. With one: `TRITON_INTERPRET=0 pytest tests/kernels/test_on_gpu.py`.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import randomize, some_ids, tiny_llama
+from tolerances import TOLERANCES
+from torch import Tensor
+
+from minipeft import LoraConfig, get_peft_model
+from minipeft.kernels import adamw_, adamw_8bit_, lora_matmul, nf4_quantize
+from minipeft.kernels.adamw_8bit import initial_state
+from minipeft.kernels.dispatch import interpreting
+from minipeft.kernels.nf4_quantize import BLOCKSIZES, nf4_quantize_reference, quantize_absmax_reference
+from minipeft.quantization import NF4Config, NF4Weight, quantize_model
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a GPU, uninterpreted")
+
+DEVICE = "cuda"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIPEFT_BACKEND", "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", BLOCKSIZES)
+def test_quantization_is_bit_identical(blocksize: int, dtype: torch.dtype) -> None:
+    scales = torch.tensor([1.0, 1e-3, 1e-40 if dtype == torch.float32 else 1e-4])
+    for n in (1, blocksize + 1, 3 * 4096 + 77, 1 << 20):
+        w = (torch.randn(n) * scales[torch.arange(n) * 3 // n]).to(dtype)
+        for ours, right in zip(
+            nf4_quantize(w.to(DEVICE), blocksize), nf4_quantize_reference(w, blocksize), strict=True
+        ):
+            assert torch.equal(ours.cpu(), right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_double_quantization_and_decoding_are_bit_identical(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    w = NF4Weight.quantize(torch.randn(333, 1024).to(DEVICE, dtype))
+    assert w.offset is not None and w.nested_absmax is not None
+    # The mean's order of summing differs from device to device: the rest is compared for the GPU's.
+    _, absmax = nf4_quantize(torch.randn(333, 1024).to(DEVICE, dtype))
+    codes, nested, offset = torch.ops.minipeft.quantize_absmax(absmax)
+    right = quantize_absmax_reference(absmax.cpu(), offset.cpu())
+    assert torch.equal(codes.cpu(), right[0]) and torch.equal(nested.cpu(), right[1])
+    decoded = w.dequantize().cpu()
+    monkeypatch.setenv("MINIPEFT_BACKEND", "reference")
+    assert torch.equal(decoded, w.to("cpu").dequantize())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize(("n", "k"), [(256, 512), (4096, 4096), (100, 192), (33, 100)])
+@pytest.mark.parametrize("rows", [1, 5, 16, 33, 64, 65, 300])
+def test_products_equal_float64(rows: int, n: int, k: int, double: bool, dtype: torch.dtype) -> None:
+    w = NF4Weight.quantize(torch.randn(n, k, device=DEVICE) / k**0.5, 64, double)
+    packed = (w.codes, w.absmax, w.quant_map, w.nested_absmax, w.nested_quant_map, w.offset)
+    shapes: list[tuple[Tensor, torch.dtype]] = [
+        (torch.randn(rows, k), dtype),
+        (torch.randn(8, k) / k**0.5, torch.float32),
+        (torch.randn(n, 8), torch.float32),
+        (torch.randn(n), torch.float32),
+    ]
+    inputs = [t.to(DEVICE, d).requires_grad_() for t, d in shapes]
+    x, lora_A, lora_B, bias = inputs
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    y = lora_matmul(x, packed, lora_A, lora_B, 0.5, n, k, 64, 256, bias)
+    y64 = exact[0] @ w.dequantize(torch.float64).t() + 0.5 * (exact[0] @ exact[1].t()) @ exact[2].t() + exact[3]
+    dy = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(y64, exact, dy.double())
+    for ours, right in zip((y, *gradients[0]), (y64, *gradients[1]), strict=True):
+        tolerance = TOLERANCES[dtype]
+        size = max(1.0, float(right.detach().abs().max()))
+        torch.testing.assert_close(ours.double(), right, rtol=tolerance["rtol"], atol=tolerance["atol"] * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adamw_equals_the_reference(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    hyper: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
+    shapes = [(3,), (64, 33), (16, 4096), (2049,)]
+    params, grads = [torch.randn(s).to(dtype) for s in shapes], [torch.randn(s).to(dtype) for s in shapes]
+    results = {}
+    for backend, device in (("triton", DEVICE), ("reference", "cpu")):
+        monkeypatch.setenv("MINIPEFT_BACKEND", backend)
+        p, g = [t.to(device, copy=True) for t in params], [t.to(device) for t in grads]
+        moments = [[torch.zeros(t.shape, device=device) for t in p] for _ in range(2)]
+        narrow, state = [t.clone() for t in p], list(zip(*map(initial_state, p), strict=True))
+        for step in (1, 2, 3):
+            adamw_(p, g, *moments, step=step, **hyper)
+            adamw_8bit_(narrow, g, *state, step=step, **hyper)
+        results[backend] = [t.cpu() for t in (*p, *moments[0], *moments[1], *narrow)]
+    for ours, right in zip(results["triton"], results["reference"], strict=True):
+        # A last bit of float32 may move an 8-bit moment to the next entry, a 64th away, of which the step is lr times.
+        torch.testing.assert_close(ours, right, rtol=torch.finfo(ours.dtype).eps, atol=2e-4)
+
+
+def test_a_training_step_equals_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for backend, device in (("triton", DEVICE), ("reference", "cpu")):
+        monkeypatch.setenv("MINIPEFT_BACKEND", "reference")
+        model: Any = tiny_llama()
+        quantize_model(model, NF4Config())
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).to(device)
+        randomize(model)
+        monkeypatch.setenv("MINIPEFT_BACKEND", backend)
+        ids = some_ids().to(device)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results.append([loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == 29
+    for ours, right in zip(*results, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-4)

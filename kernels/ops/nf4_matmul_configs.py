@@ -97,8 +97,8 @@ def tile_for(rows: int, grad: bool, capability: int, wide: bool, blocksize: int 
         table = INPUT_GRAD if grad else FORWARD
     tile = next((tile for tile in table if max(rows, SMALLEST_ROWS) <= tile.rows), table[-1])
     if blocksize > CHUNK and tile == _DIRECT[1]:
-        # Finding the scale of a chunk takes registers, and with four chunks eight bytes of them spill.
-        return replace(tile, nb=2)
+        # Finding the scale of a chunk takes registers: with four chunks, or with two stages, eight bytes spill.
+        return replace(tile, nb=2, stages=3)
     return tile
 
 

@@ -126,7 +126,9 @@ def _launch(
         codes = codes.clone()  # read in words of four bytes; a view into another buffer may start anywhere
 
     chunks = in_features // CHUNK
-    tile = tile_for(m, grad, capability_of(x.device), x.dtype == torch.float32, blocksize)
+    # Elsewhere than on NVIDIA and AMD (and in the interpreter), Triton multiplies no fewer than 16 rows.
+    rows = m if x.device.type in ("cuda", "cpu") else max(m, 16)
+    tile = tile_for(rows, grad, capability_of(x.device), x.dtype == torch.float32, blocksize)
     tiles, steps = grid_of(tile, m, out_features, chunks, grad)
     split = split_for(tiles, steps, m, depth, tile.warps, _multiprocessors(x.device))
     size = tile.rows * (CHUNK if grad else tile.bn)

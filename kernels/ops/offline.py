@@ -12,12 +12,14 @@ import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from .catalogue import Kernel, shipped
 from .dispatch import interpreting
 from .nf4_matmul_configs import CHUNK, split_for, tile_for
+from .nf4_matmul_triton import grid_of
 from .roofline import GPUS, LLAMA_SHAPES, MULTIPROCESSORS, WARP, Floor, budget, floor, resident_warps
 from .sass import MMA, Loop, read_cubin
 
@@ -115,21 +117,19 @@ def inspect(kernel: Kernel, target: str) -> Report:
 
 
 def floors(reports: Iterable[Report], target: str) -> list[Floor]:
-    """What the forward products of Llama models cost at least on the GPUs of a target, with the reported code."""
-    forward = {r.rows: r for r in reports if r.rows and not r.grad}
-    found = []
+    """What Llama's products cost at least on the GPUs of a target, both ways, with the reported code."""
+    products = {(r.grad, r.rows): r for r in reports if r.rows}
     capability = capability_of(target)
-    for gpu in (g for g in GPUS if g.capability == capability):
-        for shape in LLAMA_SHAPES:
-            for m in FLOOR_ROWS:
-                tile = tile_for(m, False, capability, wide=False)
-                report = forward[tile.rows]
-                repeats = -(-m // tile.rows)
-                columns = repeats * -(-shape[1] // tile.bn)
-                steps = shape[2] // (CHUNK * tile.nb)
-                split = split_for(columns, steps, m, shape[2], tile.warps, gpu.multiprocessors)
-                args = (gpu, shape, m, report.per_element, report.integer_per_element)
-                found.append(floor(*args, tiles=repeats, split=split))
+    gpus = [g for g in GPUS if g.capability == capability]
+    found = []
+    for gpu, shape, grad, m in product(gpus, LLAMA_SHAPES, (False, True), FLOOR_ROWS):
+        _, n, k = shape
+        tile = tile_for(m, grad, capability, wide=False)
+        report = products[grad, tile.rows]
+        tiles, steps = grid_of(tile, m, n, k // CHUNK, grad)
+        split = split_for(tiles, steps, m, n if grad else k, tile.warps, gpu.multiprocessors)
+        counts = (report.per_element, report.integer_per_element)
+        found.append(floor(gpu, shape, m, *counts, tiles=-(-m // tile.rows), split=split, grad=grad))
     return found
 
 
@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> str:
         parts.append(
             "Floors of x W^T in microseconds, by data sheet, unmeasured; partial sums count as memory. 'issue' and "
             "'integer': what the counted instructions take if nothing waits. Instructions a weight at the memory's "
-            f"limit: {', '.join(budgets)}.\n" + floor_table(found)
+            f"limit: {', '.join(budgets)}.\n" + floor_table(f for f in found if not f.grad)
         )
         result["floors"] = [asdict(f) | {"floor": f.floor, "model": f.model} for f in found]
     if options.json:

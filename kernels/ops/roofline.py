@@ -100,6 +100,7 @@ class Floor:
 
     gpu: str
     shape: str
+    grad: bool
     m: int
     n: int
     k: int
@@ -123,19 +124,27 @@ class Floor:
 
 
 def floor(
-    gpu: GPU, shape: tuple[str, int, int], m: int, per_weight: float, integer: float, tiles: int = 1, split: int = 1
+    gpu: GPU,
+    shape: tuple[str, int, int],
+    m: int,
+    per_weight: float,
+    integer: float,
+    tiles: int = 1,
+    split: int = 1,
+    grad: bool = False,
 ) -> Floor:
-    """Floors of a product of m rows.
+    """Floors of x W^T with m rows of x, or with `grad` of dy W.
 
     Args:
         per_weight: instructions a weight and thread in the inner loop. integer: of them on the integer pipe.
         tiles: times that each weight is decoded. split: programs that share a tile.
     """
     name, n, k = shape
-    moved = product_bytes(m, n, k, tiles=1, split=split)
+    # Partial sums are of the output, n wide forward and k wide backward: the bytes of both trade places.
+    moved = product_bytes(m, k, n, split=split) if grad else product_bytes(m, n, k, split=split)
     cycles = n * k * tiles / (WARP * gpu.multiprocessors * gpu.clock * 1e3)
     return Floor(
-        *(gpu.name, name, m, n, k),
+        *(gpu.name, name, grad, m, n, k),
         megabytes=moved / 1e6,
         gigaflops=2 * m * n * k / 1e9,
         memory=moved / gpu.bandwidth / 1e3,

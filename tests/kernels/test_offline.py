@@ -98,7 +98,9 @@ def test_the_report_has_the_peer_beside_us(report: Any) -> None:
     assert theirs["tensor cores 32x64x128"] == pytest.approx(8.2, abs=0.3)
     assert theirs["a warp a column, M = 1"] == pytest.approx(8.4, abs=0.4)
     assert ours < 5 < min(theirs.values())
-    assert {f["m"] for f in written["floors"]} == {1, 8, 16, 32, 64}
+    assert {(f["grad"], f["m"]) for f in written["floors"]} == {
+        (g, m) for g in (False, True) for m in (1, 8, 16, 32, 64)
+    }
 
 
 @pytest.mark.parametrize("target", ["sm_42", "gfx942", ""])

@@ -14,13 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from minipeft.kernels import adamw_, adamw_8bit_
-
-# Elements that are widened to float32 at a time, so that the wide copies stay in the cache.
-CHUNK = 1 << 16
 
 
 class Hyper(NamedTuple):
@@ -68,53 +64,12 @@ class Pieces:
 
 def update_32bit(pieces: Pieces, hyper: Hyper) -> None:
     """Update parameters and float32 moments, in place. State of a piece: (m, v), float32, of its length."""
-    if pieces.params[0].device.type != "cpu":
-        _update_by_op(adamw_, pieces, hyper)
-    elif pieces.params[0].dtype == pieces.grads[0].dtype == torch.float32:
-        exp_avgs, exp_avg_sqs = map(list, zip(*pieces.states, strict=True))
-        _update_fused(pieces.params, pieces.grads, exp_avgs, exp_avg_sqs, pieces.steps, hyper)
-    else:
-        for p, g, (m, v), step in zip(pieces.params, pieces.grads, pieces.states, pieces.steps, strict=True):
-            for p_part, g_part, m_part, v_part in zip(*(t.view(-1).split(CHUNK) for t in (p, g, m, v)), strict=True):
-                wide = p_part.float()
-                _update_fused([wide], [g_part.float()], [m_part], [v_part], [step], hyper)
-                p_part.copy_(wide)
+    _update_by_op(adamw_, pieces, hyper)
 
 
 def update_8bit(pieces: Pieces, hyper: Hyper) -> None:
     """Update parameters and 8-bit moments, in place. State of a piece: (m codes, m absmax, v codes, v absmax)."""
     _update_by_op(adamw_8bit_, pieces, hyper)
-
-
-def _update_fused(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[int],
-    hyper: Hyper,
-) -> None:
-    """torch's own kernel for the CPU: one pass over memory where separate operations make ten."""
-    counts = {step: torch.tensor(float(step), device="cpu") for step in set(steps)}
-    torch._fused_adamw_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        [counts[step] for step in steps],
-        lr=hyper.lr,
-        beta1=hyper.beta1,
-        beta2=hyper.beta2,
-        weight_decay=hyper.weight_decay,
-        eps=hyper.eps,
-        amsgrad=False,
-        maximize=hyper.maximize,
-        grad_scale=None,
-        found_inf=None,
-    )
-    # The kernel does not tell autograd that it wrote: a backward that still needs the old values must fail.
-    torch.autograd.graph.increment_version(params)
 
 
 def _update_by_op(op: Callable[..., None], pieces: Pieces, hyper: Hyper) -> None:

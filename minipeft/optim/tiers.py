@@ -8,10 +8,11 @@ slot into a host buffer, `put` a host buffer into a slot; both return when the d
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -137,18 +138,18 @@ class SimulatedDevice(MemoryTier):
 
 
 class CudaDevice(MemoryTier):
-    """Memory of a CUDA device, copied to and from pinned host memory on a stream of its own.
+    """Memory of a CUDA device, copied to and from pinned host memory on two streams, one for each direction.
 
-    The copies wait, on the device, for the arithmetic on their page; the thread that asks for them waits for them,
-    which is the pager's thread and not the one that launches the arithmetic. So training never synchronizes with the
-    device, and a page said to be there is there.
+    A copy waits, on the device, for the arithmetic on its page; the thread that asks for it waits for it, which is
+    one of the pager's and not the one that launches the arithmetic. So training never synchronizes with the device,
+    and a page said to be there is there.
     """
 
     is_host = False
 
     def __init__(self, name: str, slots: int, page_bytes: int, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._inward, self._outward = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self._used: dict[int, torch.cuda.Event] = {}
         super().__init__(name, slots, page_bytes)
 
@@ -157,27 +158,29 @@ class CudaDevice(MemoryTier):
         event.record(torch.cuda.current_stream(self._device))
 
     def clear(self, slot: int) -> None:
-        with torch.cuda.stream(self._stream):
+        with self._after_arithmetic(self._inward, slot):
             super().clear(slot)
-        self._stream.synchronize()
 
     def get(self, slot: int, page: int, buffer: Tensor) -> None:
-        self._transfer(slot, buffer, self.view(slot))
+        with self._after_arithmetic(self._outward, slot):
+            buffer.copy_(self.view(slot), non_blocking=True)
 
     def put(self, slot: int, page: int, buffer: Tensor) -> None:
-        self._transfer(slot, self.view(slot), buffer)
+        with self._after_arithmetic(self._inward, slot):
+            self.view(slot).copy_(buffer, non_blocking=True)
 
     def close(self) -> None:
         torch.cuda.synchronize(self._device)
         super().close()
 
-    def _transfer(self, slot: int, to: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self._stream):
+    @contextlib.contextmanager
+    def _after_arithmetic(self, stream: torch.cuda.Stream, slot: int) -> Iterator[None]:
+        """Work on a slot in `stream`, done when the block ends."""
+        with torch.cuda.stream(stream):
             if slot in self._used:
-                self._stream.wait_event(self._used[slot])
-            to.copy_(source, non_blocking=True)
-        # Only the copies are on this stream, so this waits for nothing else but the arithmetic on this page.
-        self._stream.synchronize()
+                stream.wait_event(self._used[slot])
+            yield
+        stream.synchronize()
 
     def _allocate(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -19,13 +18,10 @@ from minipeft.files import atomic_path
 from minipeft.patching import adapter_modules
 from minipeft.state_dict import (
     LoadResult,
-    adapter_state,
     base_name,
-    embedding_keys,
+    fill_adapter,
     get_peft_model_state_dict,
-    key_prefix,
     load_tensors,
-    stored_state,
     training_state_dict,
 )
 
@@ -68,25 +64,28 @@ class AdapterFiles(_Base):
         Raises FileNotFoundError or ValueError as `from_pretrained`; the model is then as before.
         """
         subfolder = kwargs.pop("subfolder", None)
-        _refuse(
-            "load_adapter",
-            kwargs,
-            torch_device=None,
-            low_cpu_mem_usage=Ellipsis,
-            ephemeral_gpu_offload=False,
-            key_mapping=None,
-        )
+        # What says where to put tensors or how to reach a hub has no meaning here: they go where the model is.
+        hub = dict.fromkeys(("revision", "token", "cache_dir", "local_files_only", "force_download"), Ellipsis)
+        placement = dict.fromkeys(("torch_device", "device_map", "max_memory", "low_cpu_mem_usage"), Ellipsis)
+        _refuse("load_adapter", kwargs, **hub, **placement, ephemeral_gpu_offload=False, key_mapping=None)
         directory = Path(model_id) / (subfolder or "")
+        if not directory.is_dir():
+            raise FileNotFoundError(
+                f"no adapter at {str(directory)!r}: expected a directory with {checkpoint.CONFIG_NAME}; for an adapter "
+                "on a hub, download it first (huggingface_hub.snapshot_download) and give its folder"
+            )
         config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(directory)
         stored = checkpoint.read_tensors(directory)
         _warn_other_base(self, config, directory)
         exists = adapter_name in self.peft_config
+        if exists:
+            _check_same_settings(self.peft_config[adapter_name], config, adapter_name, directory)
         training = checkpoint.read_training_tensors(directory)
         if not exists:
             config.for_loading(is_trainable, bool(training))
             self._attach(adapter_name, config, autocast_adapter_dtype, init=False)
         try:
-            self._fill(adapter_name, stored, training, str(directory))
+            fill_adapter(self, adapter_name, stored, str(directory), training)
         except BaseException:
             if not exists:
                 self.delete_adapter(adapter_name)
@@ -95,21 +94,6 @@ class AdapterFiles(_Base):
             self._set_trainable(adapter_name, is_trainable)
         self.peft_config[adapter_name].inference_mode = not is_trainable
         return LoadResult([], [])
-
-    def _fill(self, adapter: str, stored: dict[str, Tensor], training: dict[str, Tensor], source: str) -> None:
-        """Copy what was read into the tensors of `adapter`: `training` where `stored` has only what came of it.
-
-        Raises ValueError when something does not fit, or the two files are not of one adapter.
-        """
-        prefix = key_prefix(self, adapter)
-        live, products = adapter_state(self, adapter, prefix), stored_state(self, adapter, prefix)
-        made = [name for name in products if name not in live]
-        given = {name: tensor for name, tensor in stored.items() if name not in made}
-        load_tensors(live, {**given, **training} if made else stored, source, embedding_keys(self, prefix))
-        again = stored_state(self, adapter, prefix)
-        for name in made:
-            if name in stored and not torch.allclose(again[name], stored[name].to(again[name]), rtol=1e-3, atol=1e-3):
-                raise ValueError(f"{source}: {checkpoint.TRAINING_NAME} is of another adapter; remove it to go without")
 
     def save_pretrained(
         self,
@@ -144,6 +128,7 @@ class AdapterFiles(_Base):
             token=Ellipsis,
             variant=None,
             max_shard_size=Ellipsis,
+            save_function=Ellipsis,  # accelerate passes its own, which would write the same tensors
         )
         selected = list(self.peft_config) if selected_adapters is None else selected_adapters
         for adapter in selected:
@@ -162,11 +147,19 @@ class AdapterFiles(_Base):
                 save_file(self._adapter_state_in_memory(), temporary, metadata={"format": "pt"})
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As `nn.Module.load_state_dict`; with `strict=False`, a state of adapters alone lacks nothing."""
-        result = super().load_state_dict(state_dict, strict, assign)
+        """As `nn.Module.load_state_dict`; with `strict=False`, a state of adapters alone lacks nothing.
+
+        Raises ValueError when such a state is not of the adapters that are attached: Trainer, which resumes this way,
+        would go on with an optimizer that belongs to other parameters.
+        """
         own = self._adapter_state_in_memory()
-        if not strict and state_dict and all(name in own for name in state_dict):
-            result.missing_keys[:] = [name for name in result.missing_keys if name in own]
+        base = self.state_dict().keys() - own.keys()
+        adapters_alone = not strict and bool(state_dict) and not (state_dict.keys() & base)
+        if adapters_alone:
+            load_tensors(own, state_dict, "the state of adapters", {})
+        result = super().load_state_dict(state_dict, strict, assign)
+        if adapters_alone:
+            result.missing_keys.clear()
         return result
 
     def _config_to_save(self, adapter: str) -> PeftConfig:
@@ -186,6 +179,24 @@ class AdapterFiles(_Base):
             for tensor in module.adapter_state(adapter).values()
         }
         return {n: t.detach() for n, t in self.state_dict(keep_vars=True).items() if id(t) in own}
+
+
+# Fields of a config that change nothing about what an adapter with given tensors computes.
+_ABOUT_TRAINING = {
+    *("inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type"),
+    *("lora_dropout", "dropout", "init_lora_weights", "target_modules", "exclude_modules", "fan_in_fan_out"),
+}
+
+
+def _check_same_settings(here: PeftConfig, stored: PeftConfig, adapter: str, directory: Path) -> None:
+    """Raise ValueError if tensors stored under `stored` would act otherwise under `here`."""
+    ours, theirs = here.to_dict(), stored.to_dict()
+    for field in ours.keys() | theirs.keys():
+        if field not in _ABOUT_TRAINING and ours.get(field) != theirs.get(field):
+            raise ValueError(
+                f"{directory} does not fit the adapter {adapter!r} that is there: {field} is {theirs.get(field)!r}, "
+                f"expected {ours.get(field)!r}; load it under another name"
+            )
 
 
 def _warn_other_base(model: nn.Module, config: PeftConfig, directory: Path) -> None:

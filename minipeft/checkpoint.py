@@ -46,13 +46,25 @@ def save_adapter(
     (directory / TRAINING_NAME).unlink(missing_ok=True)
     for file, named in ((WEIGHTS_NAME, tensors), (TRAINING_NAME, training)):
         if named:
-            flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in named.items()}
+            flat = _without_shared_memory(named)
             with atomic_path(directory / file) as temporary:
                 save_file(flat, temporary, metadata={"format": "pt"})
     if model_card is not None and not (directory / "README.md").exists():
         write_text(directory / "README.md", model_card)
     values = {**config.to_dict(), "inference_mode": True, "peft_version": config.peft_version or PEFT_FORMAT}
     write_text(directory / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True))
+
+
+def _without_shared_memory(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU; of those that share memory (tied embeddings) the later are copies, for safetensors."""
+    flat: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in named.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        flat[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return flat
 
 
 def read_tensors(directory: str | Path) -> dict[str, Tensor]:

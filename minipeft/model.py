@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import minipeft.quantization.hf  # noqa: F401
 from minipeft.adapter_files import AdapterFiles
 from minipeft.configs import PeftConfig
+from minipeft.lora_model import LoraModel
 from minipeft.methods.base import Switch, mix_in, mix_out
 from minipeft.methods.lora import LoraLayer
 from minipeft.patching import (
@@ -45,7 +46,7 @@ from minipeft.unloading import (
 logger = logging.getLogger("minipeft")
 
 
-class PeftModel(AdapterFiles):
+class PeftModel(LoraModel, AdapterFiles):
     """What a model can do once adapters are attached (mixed in front of its own class).
 
     Attributes:
@@ -66,10 +67,10 @@ class PeftModel(AdapterFiles):
         autocast_adapter_dtype: bool = True,
         **kwargs: Any,
     ):
-        """Attach the adapter in directory `model_id` to `model` and return `model`.
+        """Attach the adapter in directory `model_id` to `model`, activate it, and return `model`.
 
         Args:
-            is_trainable: Whether the adapter's tensors get gradients.
+            is_trainable: Whether the adapter's tensors get gradients; if not, the model is put in eval mode.
             config: Used in the place of the directory's `adapter_config.json`.
             autocast_adapter_dtype: Hold the adapter in float32 over a 16-bit or 4-bit model.
 
@@ -82,7 +83,8 @@ class PeftModel(AdapterFiles):
         kwargs.update(config=config, autocast_adapter_dtype=autocast_adapter_dtype)
         with _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext():
             model.load_adapter(model_id, adapter_name, is_trainable, **kwargs)
-        return model
+        model.set_adapter(adapter_name)
+        return model if is_trainable else model.eval()
 
     # Adapters: which there are, which act
 
@@ -113,7 +115,7 @@ class PeftModel(AdapterFiles):
         Raises ValueError when the name is taken or the config does not fit the model, TypeError for wrong types.
         """
         if not isinstance(peft_config, PeftConfig):
-            raise TypeError(f"peft_config must be a PeftConfig such as LoraConfig, got {type(peft_config).__name__}")
+            raise TypeError(_not_a_config(peft_config))
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter called {adapter_name!r} already; delete it or take another name")
         self._attach(adapter_name, copy.deepcopy(peft_config), autocast_adapter_dtype, init=True)
@@ -161,6 +163,20 @@ class PeftModel(AdapterFiles):
             self._switch.enabled = enabled
             if merged:
                 self.merge_adapter(list(merged))
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As the plain model's, unless an adapter trains an embedding: its tensors would not fit the new one.
+
+        Raises ValueError then.
+        """
+        ends = [get() for get in (self.get_input_embeddings, self.get_output_embeddings)]  # type: ignore[operator]
+        for path, module in adapter_modules(self):
+            if (args or kwargs) and any(module is end for end in ends) and module.adapter_names():
+                raise ValueError(
+                    f"adapters {sorted(module.adapter_names())} train {path}, which cannot be resized under them: "
+                    "resize the base model first, then attach adapters"
+                )
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
     # Merging
 
@@ -312,7 +328,7 @@ def get_peft_model(
     Raises ValueError when the config does not fit the model, TypeError for wrong types; `model` is then as before.
     """
     if not isinstance(peft_config, PeftConfig):
-        raise TypeError(f"peft_config must be a PeftConfig such as LoraConfig, got {type(peft_config).__name__}")
+        raise TypeError(_not_a_config(peft_config))
     if mixed:
         raise ValueError("mixed=True is not supported by minipeft: adapters of every method mix without it")
     if isinstance(model, PeftModel):
@@ -321,6 +337,7 @@ def get_peft_model(
         )
     with _becoming_peft_model(model):
         model.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        model.set_adapter(adapter_name)
     config = model.peft_config[adapter_name]
     config.base_model_name_or_path = base_name(model)
     config.revision = revision or config.revision
@@ -393,3 +410,8 @@ def _tell_quantizer(model: nn.Module, attached: bool) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer._minipeft_attached = attached
+
+
+def _not_a_config(value: Any) -> str:
+    kind = type(value)
+    return f"peft_config must be minipeft's LoraConfig or another of its configs, got {kind.__module__}.{kind.__name__}"

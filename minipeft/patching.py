@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -16,8 +17,9 @@ from minipeft.configs import PeftConfig, PeftType
 from minipeft.methods.base import AdapterModule, Method, Switch, mix_in, mix_out
 from minipeft.methods.bottleneck import BOTTLENECK
 from minipeft.methods.lora import LORA
-from minipeft.methods.matching import modules_to_save, plain_module_names
+from minipeft.methods.matching import check_unused_names, modules_to_save, plain_module_names
 from minipeft.methods.prefix import PrefixTuningConfig  # noqa: F401 - so that its files can be read
+from minipeft.methods.prompt import PromptTuningConfig  # noqa: F401
 from minipeft.methods.trained_copies import TrainedBias, TrainedModule
 from minipeft.methods.virtual_tokens import VIRTUAL_TOKENS
 from minipeft.quantization import NF4Linear
@@ -26,6 +28,7 @@ METHODS: dict[Any, Method] = {
     PeftType.LORA: LORA,
     PeftType.BOTTLENECK: BOTTLENECK,
     PeftType.PREFIX_TUNING: VIRTUAL_TOKENS,
+    PeftType.PROMPT_TUNING: VIRTUAL_TOKENS,
 }
 
 
@@ -65,20 +68,34 @@ def attach_adapter(
     saved = modules_to_save(model, config)
     _check_saved(model, saved)
     targets = method.find(model, config, saved)
-    for path in saved:
-        module: Any = model.get_submodule(path)
-        become(module, TrainedModule, switch)
-        module.add_copy(adapter, _adapter_dtype(module, autocast_adapter_dtype))
-    for path in targets:
-        module = model.get_submodule(path)
-        mixin = method.mixin_for(module)
-        become(module, mixin, switch)
-        # The mixin's own, which need not be the one in front.
-        mixin.add_adapter(module, adapter, config, path, _adapter_dtype(module, autocast_adapter_dtype), init)
-    if method.connect is not None:
-        method.connect(model, adapter, targets)
-    if getattr(config, "bias", "none") == "all":
-        _train_all_biases(model, adapter, switch, autocast_adapter_dtype)
+    if init:
+        check_unused_names(model, config, targets)
+    with _undone_on_error(model, adapter):
+        for path in saved:
+            module: Any = model.get_submodule(path)
+            become(module, TrainedModule, switch)
+            module.add_copy(adapter, _adapter_dtype(module, autocast_adapter_dtype))
+        for path in targets:
+            module = model.get_submodule(path)
+            mixin = method.mixin_for(module)
+            become(module, mixin, switch)
+            # The mixin's own, which need not be the one in front.
+            mixin.add_adapter(module, adapter, config, path, _adapter_dtype(module, autocast_adapter_dtype), init)
+        if method.connect is not None:
+            method.connect(model, adapter, targets)
+        if getattr(config, "bias", "none") == "all":
+            _train_all_biases(model, adapter, switch, autocast_adapter_dtype)
+
+
+@contextlib.contextmanager
+def _undone_on_error(model: nn.Module, adapter: str) -> Iterator[None]:
+    """If the block fails (out of memory, most likely), what it made of `adapter` goes."""
+    try:
+        yield
+    except BaseException:
+        for _, module in adapter_modules(model):
+            module.delete_adapter(adapter)
+        raise
 
 
 def become(module: Any, mixin: type[AdapterModule], switch: Switch) -> None:
@@ -104,6 +121,8 @@ def check_adapter_name(adapter: str) -> None:
     """Raise ValueError unless `adapter` can be part of parameter names and be a folder's name."""
     if not isinstance(adapter, str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", adapter):
         raise ValueError(f"adapter name {adapter!r} must be made of letters, digits, '_' and '-'")
+    if hasattr(nn.ModuleDict(), adapter) or hasattr(nn.ParameterDict(), adapter):
+        raise ValueError(f"adapter name {adapter!r} is the name of something in torch's modules; take another")
 
 
 def _check_saved(model: nn.Module, saved: list[str]) -> None:
@@ -116,10 +135,15 @@ def _check_saved(model: nn.Module, saved: list[str]) -> None:
             raise ValueError(f"modules_to_save: {path!r} is quantized ({packed[0]}), so it cannot be trained whole")
 
 
+def _copies(module: AdapterModule) -> Any:
+    return module.modules_to_save if isinstance(module, TrainedModule) else ()
+
+
 def _train_all_biases(model: nn.Module, adapter: str, switch: Switch, autocast: bool) -> None:
+    whole = tuple(f"{path}." for path, module in adapter_modules(model) if adapter in _copies(module))
     for name in plain_module_names(model):
         module = model.get_submodule(name)
-        if module._parameters.get("bias") is None or isinstance(module, TrainedModule):
+        if module._parameters.get("bias") is None or isinstance(module, TrainedModule) or name.startswith(whole):
             continue
         become(module, TrainedBias, switch)
         assert isinstance(module, TrainedBias)

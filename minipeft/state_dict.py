@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import difflib
+import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,11 +85,37 @@ def set_peft_model_state_dict(
     """
     if ignore_mismatched_sizes:
         raise ValueError("ignore_mismatched_sizes=True is not supported: an adapter that does not fit is an error")
-    prefix = key_prefix(model, adapter_name)
-    expected = adapter_state(model, adapter_name, prefix)
-    embeddings = embedding_keys(model, prefix)
-    load_tensors(expected, peft_model_state_dict, "the given state dict", embeddings)
+    fill_adapter(model, adapter_name, peft_model_state_dict, "the given state dict")
     return LoadResult([], [])
+
+
+def fill_adapter(
+    model: nn.Module,
+    adapter: str,
+    stored: Mapping[str, Tensor],
+    source: str,
+    training: Mapping[str, Tensor] = types.MappingProxyType({}),
+) -> None:
+    """Copy what was read into the tensors of `adapter`.
+
+    Args:
+        stored: What the adapter's file holds.
+        source: Names it in errors.
+        training: What training goes on from (`training_state_dict`), if it was read apart. Looked at if `adapter` is
+            held in that form.
+
+    Raises ValueError as `load_tensors`; and when `stored` is not what comes of `training`.
+    """
+    prefix = key_prefix(model, adapter)
+    live, products = adapter_state(model, adapter, prefix), stored_state(model, adapter, prefix)
+    made = [name for name in products if name not in live]
+    read = {**stored, **training} if made else stored
+    given = {name: tensor for name, tensor in read.items() if name not in made}
+    load_tensors(live, given, source, embedding_keys(model, prefix))
+    again = stored_state(model, adapter, prefix)
+    for name in made:
+        if name in stored and not torch.allclose(again[name], stored[name].to(again[name]), rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{source}: its projection is that of another adapter; remove its file to go on without")
 
 
 def adapter_state(model: nn.Module, adapter: str, prefix: str = KEY_PREFIX) -> dict[str, Tensor]:
@@ -115,18 +142,31 @@ def _on_disk(prefix: str, path: str, name: str) -> str:
     return name[1:] if name.startswith("/") else f"{prefix}{path}.{name}"
 
 
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """The modules that transformers calls the model's embeddings; a model for images may have others or none."""
+    found = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            embedding = getattr(model, get)() if hasattr(model, get) else None
+        except NotImplementedError:
+            continue
+        if isinstance(embedding, nn.Module):
+            found.append(embedding)
+    return found
+
+
 def embedding_keys(model: nn.Module, prefix: str = KEY_PREFIX) -> dict[str, Tensor]:
     """The base embeddings of `model`, under the names that PEFT stores them by when it stores them.
 
     PEFT writes them beside an adapter of an embedding, or of a model whose vocabulary was resized.
     """
     found: dict[str, Tensor] = {}
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        embedding = getattr(model, get)() if hasattr(model, get) else None
+    for embedding in _embeddings(model):
         path = next((p for p, m in model.named_modules() if m is embedding), None)
-        if embedding is None or path is None:
+        # While an update is merged, the base weight is the one that stands aside.
+        weight = getattr(embedding, "_originals", {}).get("weight", embedding._parameters.get("weight"))
+        if path is None or weight is None:
             continue
-        weight = embedding._parameters["weight"]
         found[f"{prefix}{path}.weight"] = found[f"{prefix}{path}.base_layer.weight"] = weight
     return found
 

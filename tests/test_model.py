@@ -338,6 +338,94 @@ def _short(state: dict[str, Any]) -> set[str]:
     return {name.removeprefix("base_model.model.") for name in state}
 
 
+def test_a_bias_inside_a_module_that_is_trained_whole_belongs_to_its_copy(tmp_path: Any) -> None:
+    config = lora(target_modules=["q_proj"], bias="all", modules_to_save=["layers.1.mlp"])
+    model = get_peft_model(tiny_llama(mlp_bias=True, attention_bias=True), config)
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(mlp_bias=True, attention_bias=True), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=0, atol=1e-5)
+
+
+def test_embeddings_are_not_resized_under_an_adapter_that_trains_them() -> None:
+    for config in (lora(modules_to_save=["lm_head"]), lora(target_modules=["embed_tokens"])):
+        with pytest.raises(ValueError, match="which cannot be resized under them: resize the base model first"):
+            get_peft_model(tiny_llama(), config).resize_token_embeddings(140)
+    model = get_peft_model(tiny_llama(), lora())
+    assert model.resize_token_embeddings(140).weight.shape[0] == 140
+    assert isinstance(model, PeftModel)
+
+
+def test_tied_embeddings_with_adapters_can_be_saved(tmp_path: Any) -> None:
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), lora(target_modules=["embed_tokens", "lm_head"]))
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama(tie_word_embeddings=True), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_saving_while_merged_saves_the_same(tmp_path: Any) -> None:
+    model = get_peft_model(tiny_llama(), lora(target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"]))
+    randomize(model)
+    expected = logits(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path)), expected)
+
+
+def test_an_adapter_that_fails_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    model = get_peft_model(tiny_llama(), lora())
+    before = model.state_dict().keys()
+    calls = []
+
+    def out_of_memory(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr("minipeft.methods.lora.LoraLayer._init_factors", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.add_adapter("second", lora(target_modules="all-linear"))
+    assert model.state_dict().keys() == before and list(model.peft_config) == ["default"]
+    monkeypatch.undo()
+    model.add_adapter("second", lora(target_modules="all-linear"))
+    model.save_pretrained(tmp_path)
+
+
+def test_a_loaded_adapter_acts_without_dropout(tmp_path: Any) -> None:
+    model = get_peft_model(tiny_llama(), lora(lora_dropout=0.5))
+    randomize(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny_llama().train(), tmp_path)
+    assert not again.training and torch.equal(logits(again), logits(model.eval()))
+
+
+def test_the_adapter_that_is_loaded_or_made_acts(tmp_path: Any) -> None:
+    two_adapters(tiny_llama()).save_pretrained(tmp_path)
+    model = get_peft_model(tiny_llama(), lora())
+    PeftModel.from_pretrained(model, tmp_path / "other", adapter_name="second")
+    assert model.active_adapter == "second"
+    injected = minipeft.inject_adapter_in_model(lora(), tiny_llama(), "one")
+    assert get_peft_model(injected, lora(), "two").active_adapter == "two"
+
+
+def test_stored_values_are_not_loaded_under_other_settings(tmp_path: Any) -> None:
+    get_peft_model(tiny_llama(), lora(lora_alpha=64)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not fit the adapter 'default' .* lora_alpha is 64, expected 16"):
+        get_peft_model(tiny_llama(), lora()).load_adapter(tmp_path, "default")
+
+
+def test_a_state_of_other_adapters_is_refused() -> None:
+    model = get_peft_model(tiny_llama(), lora())
+    for other in (lora(target_modules=["o_proj", "v_proj"]), lora(r=2), lora(target_modules=["o_proj"])):
+        state = get_peft_model(tiny_llama(), other).state_dict()
+        adapters_alone = {name: tensor for name, tensor in state.items() if "lora_" in name}
+        with pytest.raises(ValueError, match="the state of adapters does not fit this model"):
+            model.load_state_dict(adapters_alone, strict=False)
+
+
 def test_status_tells_what_is_attached() -> None:
     model = two_adapters(tiny_llama())
     model.merge_adapter(["other"])
@@ -358,7 +446,19 @@ def test_status_tells_what_is_attached() -> None:
         (lambda m: m.merge_adapter(["nope"]), ValueError, "no adapter called 'nope'"),
         (lambda m: m.add_adapter("default", lora()), ValueError, "an adapter called 'default' already"),
         (lambda m: m.add_adapter("a.b", lora()), ValueError, "adapter name 'a.b' must be made of"),
-        (lambda m: m.add_adapter(lora(), "x"), TypeError, "peft_config must be a PeftConfig"),
+        (lambda m: m.add_adapter("keys", lora()), ValueError, "adapter name 'keys' is the name of something"),
+        (lambda m: m.add_adapter("x", lora(exclude_modules=["nope"])), ValueError, "exclude_modules: 'nope'"),
+        (lambda m: m.add_adapter("x", lora(rank_pattern={"o_proj": 3})), ValueError, "rank_pattern: 'o_proj'"),
+        (
+            lambda m: m.load_adapter("no/where", "x"),
+            FileNotFoundError,
+            "no adapter at 'no/where': .* download it first",
+        ),
+        (
+            lambda m: m.add_adapter(lora(), "x"),
+            TypeError,
+            "peft_config must be minipeft's LoraConfig .* got builtins.str",
+        ),
         (lambda m: get_peft_model(m, lora()), ValueError, "has adapters already"),
         (lambda m: m.save_pretrained("x", safe_serialization=False), ValueError, "would write a pickle"),
         (lambda m: m.save_pretrained("x", push_to_hub=True), ValueError, "push_to_hub=True"),

@@ -61,7 +61,8 @@ class LoraLayer(TrainedBias):
         """Create the tensors of `adapter`, in `dtype`; left uninitialized when `init` is false (for loading)."""
         r, alpha, scaling = config.settings_for(path)
         self.r[adapter], self.lora_alpha[adapter], self.scaling[adapter] = r, alpha, scaling
-        self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_dropout[adapter] = dropout.train(self.training)
         self._create_factors(adapter, r, dtype)
         if init:
             self._init_factors(adapter, config.init_lora_weights)
@@ -112,7 +113,7 @@ class LoraLayer(TrainedBias):
         return ratio[:, None] * (weight + product) - weight
 
     def _product(self, adapter: str) -> Tensor:
-        lora_A, lora_B = self._factors(adapter)
+        lora_A, lora_B = self.factors(adapter)
         return (_wide(lora_B) @ _wide(lora_A)) * self.scaling[adapter]
 
     def merged_weight(self, adapters: tuple[str, ...]) -> Tensor:
@@ -179,7 +180,7 @@ class LoraLayer(TrainedBias):
         self.lora_B[adapter] = nn.utils.skip_init(nn.Linear, r, out_features, **like)
 
     def _init_factors(self, adapter: str, kind: bool | str) -> None:
-        lora_A, lora_B = self._factors(adapter)
+        lora_A, lora_B = self.factors(adapter)
         if kind == "gaussian":
             nn.init.normal_(lora_A, std=1 / self.r[adapter])
         else:
@@ -189,11 +190,12 @@ class LoraLayer(TrainedBias):
         else:
             nn.init.zeros_(lora_B)
 
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """The live A (r, in_features) and B (out_features, r) of `adapter`."""
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight
 
     def _factor_state(self, adapter: str) -> dict[str, Tensor]:
-        lora_A, lora_B = self._factors(adapter)
+        lora_A, lora_B = self.factors(adapter)
         return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
 
 
@@ -255,7 +257,7 @@ class LoraNF4Linear(LoraLayer):
         return None if isinstance(dropout, nn.Dropout) and dropout.training else acting[0]
 
     def _fused_forward(self, adapter: str, x: Tensor) -> Tensor:
-        factors = (*self._factors(adapter), self.scaling[adapter])
+        factors = (*self.factors(adapter), self.scaling[adapter])
         return lora_matmul(self.autocast(x), self.packed(), *factors, *self.sizes(), self.bias, self.compute_dtype)
 
     def unmerge(self) -> None:
@@ -298,6 +300,7 @@ class LoraEmbedding(LoraLayer):
     _own_attributes: ClassVar[tuple[str, ...]] = ("lora_embedding_A", "lora_embedding_B")
 
     weight: nn.Parameter
+    padding_idx: int | None
     lora_embedding_A: nn.ParameterDict
     lora_embedding_B: nn.ParameterDict
 
@@ -308,14 +311,16 @@ class LoraEmbedding(LoraLayer):
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
-        lora_A, lora_B = self._factors(adapter)
-        looked_up = F.embedding(x, lora_A.T)  # (..., r)
+        lora_A, lora_B = self.factors(adapter)
+        # No gradient for padding, as for the table itself.
+        looked_up = F.embedding(x, lora_A.T, self.padding_idx)  # (..., r)
         # Gemma's embeddings multiply what they look up.
         return looked_up @ lora_B.T * (self.scaling[adapter] * getattr(self, "embed_scale", 1.0))
 
     def delete_adapter(self, adapter: str) -> None:
-        if adapter in self.scaling:
-            del self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
+        for factors in (self.lora_embedding_A, self.lora_embedding_B):
+            if adapter in factors:
+                del factors[adapter]
         super().delete_adapter(adapter)
 
     def dense_weight(self) -> Tensor:
@@ -335,18 +340,18 @@ class LoraEmbedding(LoraLayer):
         self.lora_embedding_B[adapter] = nn.Parameter(torch.empty(hidden, r, **like))
 
     def _init_factors(self, adapter: str, kind: bool | str) -> None:
-        lora_A, lora_B = self._factors(adapter)
+        lora_A, lora_B = self.factors(adapter)
         nn.init.normal_(lora_B)
         if kind is False:
             nn.init.normal_(lora_A)
         else:
             nn.init.zeros_(lora_A)
 
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
 
     def _factor_state(self, adapter: str) -> dict[str, Tensor]:
-        lora_A, lora_B = self._factors(adapter)
+        lora_A, lora_B = self.factors(adapter)
         return {"lora_embedding_A": lora_A, "lora_embedding_B": lora_B}
 
 

@@ -93,6 +93,16 @@ class LoraConfig(PeftConfig):
             value = getattr(self, field)
             if isinstance(value, set | tuple):
                 setattr(self, field, sorted(value))
+            _check_names(field, getattr(self, field), expression=field != "modules_to_save")
+        for field in ("fan_in_fan_out", "use_rslora", "use_dora"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be true or false, got {getattr(self, field)!r}")
+        _check_number("lora_alpha", self.lora_alpha)
+        _check_number("lora_dropout", self.lora_dropout)
+        for field in ("rank_pattern", "alpha_pattern"):
+            _check_pattern(field, getattr(self, field))
+        for name, alpha in self.alpha_pattern.items():
+            _check_number(f"alpha_pattern[{name!r}]", alpha)
         _check_positive_int("r", self.r)
         for name, rank in self.rank_pattern.items():
             _check_positive_int(f"rank_pattern[{name!r}]", rank)
@@ -106,6 +116,9 @@ class LoraConfig(PeftConfig):
             _check_regex("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):
             _check_regex("exclude_modules", self.exclude_modules)
+        layers = self.layers_to_transform
+        if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, list) else [layers])):
+            raise ValueError(f"layers_to_transform must be a layer number or a list of them, got {layers!r}")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where to count layers_to_transform, which is not given")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -128,6 +141,26 @@ def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
 def _check_positive_int(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _check_names(field: str, value: Any, expression: bool) -> None:
+    if value is None or (expression and isinstance(value, str)):
+        return
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        kinds = "a list of names" + (" or a regular expression" if expression else "")
+        raise ValueError(f"{field} must be {kinds}, got {value!r}")
+
+
+def _check_number(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{field} must be a finite number, got {value!r}")
+
+
+def _check_pattern(field: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{field} must map ends of names to numbers, got {value!r}")
+    for key in value:
+        _check_regex(f"{field} key", key)
 
 
 def _check_regex(name: str, expression: str) -> None:

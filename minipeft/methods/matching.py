@@ -85,16 +85,40 @@ def match_targets(
     return left
 
 
+def check_unused_names(model: nn.Module, config: Any, targets: list[str]) -> None:
+    """Raise ValueError for a name in exclude_modules that matches nothing, or a pattern that matches no target.
+
+    For new adapters: a stored one is judged by its tensors, whatever else its configuration mentions.
+    """
+    excluded = getattr(config, "exclude_modules", None)
+    if isinstance(excluded, list):
+        names = plain_module_names(model)
+        for name in excluded:
+            if not any(ends_with(module, name) for module in names):
+                raise ValueError(_no_match("exclude_modules", name, names, model, lambda module: True))
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field, None) or ():
+            if not any(re.match(rf"(.*\.)?({key})$", target) for target in targets):
+                raise ValueError(f"{field}: {key!r} matches none of the targets, such as {targets[0]!r}")
+
+
 def plain_module_names(model: nn.Module) -> list[str]:
     """Names of the model's own modules: what adapters added is left out."""
-    inside: list[str] = []
-    names = []
-    for name, module in model.named_modules():
-        if not name or any(name.startswith(prefix) for prefix in inside):
-            continue
-        names.append(name)
-        if isinstance(module, AdapterModule):
-            inside += [f"{name}.{own}" for own in own_attributes(module)]
+    names: list[str] = []
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if path:
+            names.append(path)
+        own = own_attributes(module) if isinstance(module, AdapterModule) else ()
+        for name, child in module.named_children():
+            if name not in own:
+                walk(child, f"{path}.{name}" if path else name)
+
+    walk(model, "")
     return names
 
 
@@ -192,8 +216,10 @@ def modules_to_save(model: nn.Module, config: Any) -> list[str]:
         # PEFT's files list every name that a task's head has in some family.
         if heads and wanted in known_heads:
             continue
-        if not any(ends_with(name, wanted) for name in names):
+        if not any(name.endswith(wanted) for name in names):
             raise ValueError(_no_match("modules_to_save", wanted, names, model, lambda module: True))
     if heads:
         config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or ()), *heads])]
-    return [name for name in names if any(ends_with(name, w) for w in config.modules_to_save or ())]
+    # PEFT's rule for these: the end of a name, also within a word ("norm" takes every "input_layernorm").
+    found = [name for name in names if name.endswith(tuple(config.modules_to_save or ()))]
+    return [name for name in found if not name.startswith(tuple(f"{outer}." for outer in found))]

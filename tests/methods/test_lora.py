@@ -217,3 +217,38 @@ def test_patterns_set_rank_and_alpha_per_target() -> None:
 def test_config_refuses_what_it_cannot_do(arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         LoraConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"lora_alpha": "16"}, "lora_alpha must be a finite number, got '16'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number, got nan"),
+        ({"lora_dropout": "0.1"}, "lora_dropout must be a finite number, got '0.1'"),
+        ({"target_modules": 5}, "target_modules must be a list of names or a regular expression, got 5"),
+        ({"target_modules": [1]}, r"target_modules must be a list of names .* got \[1\]"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names, got 'lm_head'"),
+        ({"rank_pattern": None}, "rank_pattern must map ends of names to numbers, got None"),
+        ({"alpha_pattern": {"(": 1}}, r"alpha_pattern key '\(' is not a regular expression"),
+        ({"alpha_pattern": {"q": "1"}}, r"alpha_pattern\['q'\] must be a finite number"),
+        ({"layers_to_transform": "1"}, "layers_to_transform must be a layer number or a list of them, got '1'"),
+        ({"use_dora": "false"}, "use_dora must be true or false, got 'false'"),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(arguments: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        LoraConfig(**arguments)
+
+
+def test_padding_of_an_embedding_gets_no_gradient() -> None:
+    model = adapted(nn.Embedding(11, 6, padding_idx=2, dtype=torch.float64))
+    model(torch.tensor([[2, 2, 2, 3]])).square().sum().backward()
+    gradient = model.layer.lora_embedding_A["default"].grad
+    assert not gradient[:, 2].any() and gradient[:, 3].all()
+
+
+def test_dropout_follows_the_mode_of_the_layer_that_it_is_added_to() -> None:
+    for training in (False, True):
+        model = OneLayer(nn.Linear(4, 4)).train(training)
+        get_peft_model(model, LoraConfig(target_modules=["layer"], lora_dropout=0.5))
+        assert model.layer.lora_dropout["default"].training is training

@@ -112,7 +112,8 @@ def _launch(
     obstacle = fused_obstacle(x.dtype, in_features, blocksize)
     if obstacle:
         raise ValueError(f"the fused NF4 kernels cannot run: {obstacle}")
-    codes, absmax, levels, nested_absmax, nested_map, offset = weight
+    codes, absmax, levels, *nested = (None if t is None else t.contiguous() for t in weight)
+    assert codes is not None and absmax is not None and levels is not None
     m = x.shape[0]
     width, depth = (in_features, out_features) if grad else (out_features, in_features)
     assert x.shape == (m, depth), (x.shape, depth)
@@ -135,7 +136,7 @@ def _launch(
     low, up = lora or (x, x)
     arguments: tuple[Any, ...] = (
         *(x, codes, absmax, levels),
-        *(levels if t is None else t for t in (nested_absmax, nested_map, offset)),
+        *(levels if t is None else t for t in nested),
         *(x if bias is None else bias, low.contiguous(), up.contiguous(), y),
         *_workspace(x.device, tiles, split, size),
         *(m, out_features, chunks, x.stride(0), low.shape[1]),
@@ -143,7 +144,7 @@ def _launch(
     constants = constants_of(tile, out_features, chunks, blocksize, split, grad)
     constants.update(
         RT=RANK_TILE if lora else 0,
-        DOUBLE=nested_absmax is not None,
+        DOUBLE=nested[0] is not None,
         HAS_BIAS=bias is not None,
         PRMT=permute,
         UPCAST=interpreting(),

@@ -24,8 +24,10 @@ ALLOWED = {
     "minipeft.adapter_files": [
         *("minipeft.checkpoint", "minipeft.state_dict", "minipeft.patching", "minipeft.configs", "minipeft.files"),
     ],
+    "minipeft.lora_model": ["minipeft.patching", "minipeft.methods"],
     "minipeft.model": [
-        *("minipeft.adapter_files", "minipeft.state_dict", "minipeft.unloading", "minipeft.patching"),
+        *("minipeft.adapter_files", "minipeft.lora_model", "minipeft.state_dict", "minipeft.unloading"),
+        "minipeft.patching",
         *("minipeft.methods", "minipeft.quantization", "minipeft.configs"),
     ],
     "minipeft.auto": ["minipeft.model", "minipeft.configs"],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minipeft import checkpoint
 from minipeft.configs import PeftConfig, PeftType
 from minipeft.files import atomic_path
+from minipeft.methods.base import Mixin
 from minipeft.patching import adapter_modules
 from minipeft.state_dict import (
     LoadResult,
@@ -25,11 +26,6 @@ from minipeft.state_dict import (
     training_state_dict,
 )
 
-if TYPE_CHECKING:
-    _Base = nn.Module
-else:
-    _Base = object
-
 logger = logging.getLogger("minipeft")
 
 # transformers' Trainer resumes from, and goes back to the best of, folders of this name. For a model whose class is
@@ -38,7 +34,7 @@ _TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
 _TRAINER_WEIGHTS = "model.safetensors"
 
 
-class AdapterFiles(_Base):
+class AdapterFiles(Mixin):
     """Loading and saving of a model's adapters (mixed into `PeftModel`)."""
 
     if TYPE_CHECKING:

@@ -22,6 +22,7 @@ ALLOWED = {
     "minipeft.checkpoint": ["minipeft.configs", "minipeft.files"],
     "minipeft.unloading": ["minipeft.patching", "minipeft.methods", "minipeft.quantization"],
     "minipeft.adapter_files": [
+        "minipeft.methods.base",
         *("minipeft.checkpoint", "minipeft.state_dict", "minipeft.patching", "minipeft.configs", "minipeft.files"),
     ],
     "minipeft.lora_model": ["minipeft.patching", "minipeft.methods"],
@@ -39,7 +40,9 @@ ALLOWED = {
 }
 TOP = ("minipeft.training", "minipeft.cli", "minipeft.commands", "minipeft.bench_command")
 BELOW_TRAINING = [name for name in ALLOWED if name not in TOP]
-MAY_IMPORT_TRANSFORMERS = ("minipeft.quantization.hf", "minipeft.model", "minipeft.state_dict", "minipeft.auto")
+MAY_IMPORT_TRANSFORMERS = (
+    *("minipeft.quantization.hf", "minipeft.model", "minipeft.state_dict", "minipeft.auto", "minipeft.methods.prompt"),
+)
 KERNELS_MAY_IMPORT = {"torch", "triton", "numpy", *sys.stdlib_module_names}
 
 

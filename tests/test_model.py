@@ -1,6 +1,7 @@
 """The model with adapters: same object, same class, adapters that come, go, act, merge and leave no trace."""
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -234,6 +235,15 @@ def test_deepcopy_is_independent(case: str) -> None:
     before = logits(twin)
     model.unload()
     assert torch.equal(logits(twin), before)
+
+
+def test_a_model_with_adapters_can_be_pickled() -> None:
+    model = two_adapters(quantize_model(tiny_llama(), NF4Config()), modules_to_save=["lm_head"])
+    again = pickle.loads(pickle.dumps(model))
+    for twin in (model, again):
+        twin.set_adapter("other")
+    assert torch.equal(logits(again), logits(model))
+    assert type(again.unload()) is LlamaForCausalLM
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -40,6 +40,25 @@ def mix_out(obj: Any) -> None:
     obj.__class__ = obj._plain_class
 
 
+class Mixin(_Base):
+    """What every mixin has: an object whose class was put together at run time can be pickled and copied."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        cls, mixins = type(self), []
+        while "_plain_class" in vars(cls):
+            mixins.append((cls.__mro__[1], cls.__name__))
+            cls = cls._plain_class  # type: ignore[attr-defined]
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _put_together, (cls, mixins[::-1]), state
+
+
+def _put_together(plain: Any, mixins: list[tuple[type, str]]) -> Any:
+    obj = plain.__new__(plain)
+    for mixin, name in mixins:
+        mix_in(obj, mixin, name)
+    return obj
+
+
 def own_attributes(module: Any) -> list[str]:
     """What adapting has added to `module`, by all the mixins in front of it."""
     return [name for cls in type(module).__mro__ for name in vars(cls).get("_own_attributes", ())]
@@ -58,7 +77,7 @@ class Switch:
         return self.active if self.enabled else ()
 
 
-class AdapterModule(_Base):
+class AdapterModule(Mixin):
     """A module that holds the tensors of some adapters, and can be asked about them.
 
     A subclass says which tensors are an adapter's (`adapter_state`), how one comes and goes (`add_adapter`,

@@ -383,6 +383,8 @@ def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list
             raise ValueError(f"target_modules: {path!r} is another adapter's modules_to_save")
         if lora_mixin_for(module) is None:
             kind = f"{type(module).__module__}.{type(module).__name__}"
+            if kind.startswith("bitsandbytes."):
+                raise ValueError(f"{path!r} is a {kind}: load the model with minipeft's BitsAndBytesConfig instead")
             raise ValueError(
                 f"target_modules: {path!r} is a {kind}{_ROUTER if 'Router' in kind else ''}; LoRA adapts "
                 "torch.nn.Linear, torch.nn.Embedding, transformers' Conv1D and minipeft's NF4Linear"

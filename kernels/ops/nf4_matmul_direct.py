@@ -70,7 +70,8 @@ def _stored_scales(
     return stored, nested
 
 
-@triton.jit
+# The number of rows changes from call to call: it must not choose the compiled kernel.
+@triton.jit(do_not_specialize=["M", "rank"])
 def _nf4_matmul_direct_kernel(
     x,
     codes,

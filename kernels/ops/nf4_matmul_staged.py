@@ -43,7 +43,8 @@ def _scaled_tile(
         return _round_to(_portable_levels(q, levels) * scale, dtype)
 
 
-@triton.jit
+# The number of rows changes from call to call: it must not choose the compiled kernel.
+@triton.jit(do_not_specialize=["M", "rank"])
 def _nf4_matmul_staged_kernel(
     x,
     codes,

@@ -10,6 +10,8 @@ _HOME = {
     "BottleneckConfig": "minipeft.methods.bottleneck_config",
     "PrefixTuningConfig": "minipeft.methods.prefix",
     "initialize_kv_prefix_from_text": "minipeft.methods.prefix",
+    "PromptTuningConfig": "minipeft.methods.prompt",
+    "PromptTuningInit": "minipeft.methods.prompt",
     "LoraConfig": "minipeft.methods.lora_config",
     "PeftConfig": "minipeft.configs",
     "PeftType": "minipeft.configs",

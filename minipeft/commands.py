@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,9 @@ METHODS = {
     "lora": Choice("LoraConfig", {"target_modules": "all-linear"}),
     "qlora": Choice("LoraConfig", {"target_modules": "all-linear"}, {"quantize": "nf4"}),
     "bottleneck": Choice("BottleneckConfig"),
+    # Random starts learn little; see `start` for the prefix's.
+    "prefix": Choice("PrefixTuningConfig", {"num_virtual_tokens": 20}),
+    "prompt": Choice("PromptTuningConfig", {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}),
 }
 
 
@@ -72,6 +76,7 @@ def train(args: argparse.Namespace) -> None:
         model = load_base_model(config.model, quantize=config.quantize, dtype=config.dtype, device=config.device)
     seed_everything(config.seed)
     model = attach(model, adapter_config)
+    start(model, data)
     model.print_trainable_parameters()
     trainer = Trainer(model, data, config, eval_data=eval_data, pad_id=pad_id_of(tokenizer))
     result = trainer.train(resume=resume)
@@ -210,6 +215,8 @@ def method_config(config: TrainConfig) -> Any:
 
     choice = METHODS[config.method]
     arguments = {**choice.arguments, "task_type": "CAUSAL_LM", **config.method_args}
+    if choice.config == "PromptTuningConfig" and "prompt_tuning_init_text" in arguments:
+        arguments.update(prompt_tuning_init="TEXT", tokenizer_name_or_path=str(config.model))
     with as_user_error(ConfigError, "method_args"):
         return getattr(minipeft, choice.config)(**arguments)
 
@@ -223,6 +230,22 @@ def attach(model: Any, adapter_config: Any) -> Any:
             # Checkpointing is the Trainer's to switch on.
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         return get_peft_model(model, adapter_config)
+
+
+def start(model: Any, data: Any) -> None:
+    """Start a prefix from the keys and values of the data's first tokens, unless its arguments say another start."""
+    config = model.peft_config["default"]
+    if config.peft_type.value != "PREFIX_TUNING" or config.init_weights or config.prefix_projection:
+        return
+    import torch
+
+    from minipeft import initialize_kv_prefix_from_text
+
+    tokens = itertools.chain.from_iterable(example.input_ids for example in data.examples)
+    ids = list(itertools.islice(itertools.cycle(tokens), config.num_virtual_tokens))
+    with as_user_error(AdapterError):
+        initialize_kv_prefix_from_text(model, text=torch.tensor(ids))
+    print(f"the prefix starts from the first {len(ids)} tokens of the data")
 
 
 def load_model(args: argparse.Namespace) -> Any:

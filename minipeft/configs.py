@@ -29,6 +29,7 @@ class PeftType(str, enum.Enum):
     LORA = "LORA"
     BOTTLENECK = "BOTTLENECK"
     PREFIX_TUNING = "PREFIX_TUNING"
+    PROMPT_TUNING = "PROMPT_TUNING"
 
 
 class TaskType(str, enum.Enum):

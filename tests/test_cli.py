@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,32 @@ def test_train_bottleneck(quantize, base, data, tmp_path):
     sentence = refused("merge", "--model", base, "--adapter", adapter, "--output", tmp_path / "merged", *quantize)
     assert "cannot be merged: Bottleneck changes more than the weights" in sentence
     assert "BOTTLENECK" in ok("inspect", adapter)
+
+
+VIRTUAL = {
+    "prefix": ("PREFIX_TUNING", "{num_virtual_tokens: 4}"),
+    "prefix_projection": ("PREFIX_TUNING", "{num_virtual_tokens: 4, prefix_projection: true}"),
+    "prompt": ("PROMPT_TUNING", "{num_virtual_tokens: 4}"),
+    "prompt_text": ("PROMPT_TUNING", "{num_virtual_tokens: 4, prompt_tuning_init_text: 'a'}"),
+}
+
+
+@pytest.mark.parametrize("case", VIRTUAL)
+def test_train_virtual_tokens_and_resume(case, base, data, tmp_path):
+    kind, method_args = VIRTUAL[case]
+    where = ["--model", base, "--data", data]
+    arguments = ["train", *where, "--method", case[:6], "--method-args", method_args, "--output", tmp_path / "run"]
+    settings = ["--max-steps", "6", "--lr", "0.1", "--batch-size", "4", "--save-every", "3"]
+    ok(*arguments, *settings)
+    adapter = tmp_path / "run" / "adapter"
+    assert loss_of(*where, "--adapter", adapter) < loss_of(*where) - 0.05
+    assert f"{kind} adapter" in ok("inspect", adapter)
+    ok("generate", "--model", base, "--adapter", adapter, "--prompt", "ab", "--max-new-tokens", "2")
+    whole = (adapter / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(adapter)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    ok(*arguments, *settings, "--resume")
+    assert (adapter / "adapter_model.safetensors").read_bytes() == whole
 
 
 def test_flags_win_over_the_yaml_file(base, data, tmp_path):
@@ -234,8 +261,8 @@ def test_inspect_counts_the_values_of_packed_weights(base, adapter, tmp_path):
 
 
 def test_commands_of_other_methods_are_absent(base, data, tmp_path):
-    said = refused("train", "--model", base, "--data", data, "--output", tmp_path / "o", "--method", "prefix")
-    assert "'prefix'" in said and "lora, qlora" in said
+    said = refused("train", "--model", base, "--data", data, "--output", tmp_path / "o", "--method", "ia3")
+    assert "'ia3'" in said and "lora, qlora" in said
 
 
 def test_targets_and_operations_that_are_none():

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.methods.base import AdapterModule
+from minipeft.methods.base import AdapterModule, Mixin
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -100,19 +100,29 @@ class Rotation:
     """
 
     def __init__(self, rotary: nn.Module, attention: nn.Module):
-        self.rotary = (rotary,)  # in a tuple, or it would become part of the attention module
+        self.rotary, self.home = rotary, plain_class(attention).__module__
+        takes_type = "layer_type" in inspect.signature(type(rotary).forward).parameters
+        self.options = {"layer_type": attention.layer_type} if takes_type else {}
+        self._find_functions()
+
+    def _find_functions(self) -> None:
         # Under its decorators, which may choose new frequencies for the positions that they see: we need the ones
         # that the text is rotated by right now.
-        self.angles = inspect.unwrap(type(rotary).forward)
-        self.apply = sys.modules[plain_class(attention).__module__].apply_rotary_pos_emb
-        takes_type = "layer_type" in inspect.signature(self.angles).parameters
-        self.options = {"layer_type": attention.layer_type} if takes_type else {}
+        self.angles = inspect.unwrap(type(self.rotary).forward)
+        self.apply = sys.modules[self.home].apply_rotary_pos_emb
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rotary": self.rotary, "home": self.home, "options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._find_functions()
 
     def back(self, key: Tensor, by: int) -> Tensor:
         """(heads, tokens, head_dim) -> the same, float32 or wider: every key turned to a position `by` lower."""
         key = key.to(torch.promote_types(key.dtype, torch.float32))[None]
         position = torch.full((1, 1), -by, device=key.device)
-        cos, sin = self.angles(self.rotary[0], key, position, **self.options)
+        cos, sin = self.angles(self.rotary, key, position, **self.options)
         # Some variants (YaRN) scale what they rotate; the learned keys are only to be turned.
         length = (cos.square() + sin.square()).sqrt()
         return self.apply(key, key, cos / length, sin / length)[1][0]
@@ -120,7 +130,7 @@ class Rotation:
 
 def plain_class(module: Any) -> type:
     """The class that `module` had before anything was mixed in."""
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, AdapterModule))
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, Mixin))
 
 
 def cache_argument(module: nn.Module) -> str | None:

@@ -6,9 +6,7 @@ Every attention module below takes its keys and values from there (see `key_valu
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -105,10 +103,24 @@ class VirtualTokensDecoder(AdapterModule):
         self.prompt_encoder[adapter] = config.make_encoder(self, dtype, init)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.merged_adapters and any(adapter in self.prompt_encoder for adapter in self.switch.acting):
+        acting = () if self.merged_adapters else self.switch.acting
+        encoders: list[Any] = [self.prompt_encoder[adapter] for adapter in acting if adapter in self.prompt_encoder]
+        if encoders:
             check_implementation(self.config)
             kwargs = _about_the_text(args, kwargs)
+            self._prepare([encoder for encoder in encoders if hasattr(encoder, "prepare")], kwargs)
         return super().forward(*args, **kwargs)
+
+    def _prepare(self, prompts: list[Any], kwargs: dict[str, Any]) -> None:
+        """Send the prompts through the model, one after the other: each sees those before it."""
+        if not prompts:
+            return
+        _check_checkpointing(self)
+        for prompt in prompts:
+            prompt.forget()
+        dtype = self.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        for prompt in prompts:
+            prompt.prepare(self.keys_and_values, dtype, kwargs.get("past_key_values"))
 
     def keys_and_values(self, **inputs: Any) -> list[tuple[Tensor, Tensor]]:
         """The keys (as rotated for positions from 0) and values of each layer for one text.
@@ -119,10 +131,23 @@ class VirtualTokensDecoder(AdapterModule):
         Returns: per layer two (heads, tokens, head_dim).
         """
         layers = [module for module in self.modules() if isinstance(module, PrefixedAttention)]
-        with _recording(layers), _without_checkpointing(self):
+        # A layer that is checkpointed would run again in the backward pass, when nothing is recorded any more.
+        checkpointed: list[Any] = [m for m in self.modules() if getattr(m, "gradient_checkpointing", False)]
+        recorded: list[Any] = [[] for _ in layers]
+        for layer in layers:
+            layer.recorder = recorded[layer.layer_idx]
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        if torch.compiler.is_compiling():
+            # The compiler cannot break its graph inside a `try`.
             super().forward(**inputs, use_cache=False)
-            recorded = {layer.layer_idx: layer.recorder for layer in layers}
-        return [(key[0], value[0]) for _, both in sorted(recorded.items()) for key, value in both or ()]
+            _end_recording(layers, checkpointed)
+        else:
+            try:
+                super().forward(**inputs, use_cache=False)
+            finally:
+                _end_recording(layers, checkpointed)
+        return [(key[0], value[0]) for both in recorded for key, value in both]
 
     def adapter_names(self) -> set[str]:
         return super().adapter_names() | set(self.prompt_encoder)
@@ -144,27 +169,27 @@ class VirtualTokensDecoder(AdapterModule):
             del self.prompt_encoder[adapter]
 
 
-@contextlib.contextmanager
-def _recording(layers: list[PrefixedAttention]) -> Iterator[None]:
+def _end_recording(layers: list[PrefixedAttention], checkpointed: list[Any]) -> None:
     for layer in layers:
-        layer.recorder = []
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.recorder = None
+        layer.recorder = None
+    for module in checkpointed:
+        module.gradient_checkpointing = True
 
 
-@contextlib.contextmanager
-def _without_checkpointing(decoder: nn.Module) -> Iterator[None]:
-    checkpointing: list[Any] = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
-    for module in checkpointing:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in checkpointing:
-            module.gradient_checkpointing = True
+def _check_checkpointing(decoder: nn.Module) -> None:
+    """Refuse reentrant checkpointing of a prompt.
+
+    There each layer's backward is a backward of its own, and would go through the prompt's one graph again.
+    """
+    for module in decoder.modules() if decoder.training else ():
+        recompute = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and recompute is not None:
+            if getattr(recompute, "keywords", {}).get("use_reentrant", True):
+                raise ValueError(
+                    "prompt tuning needs non-reentrant checkpointing: "
+                    "model.activation_checkpointing_enable({'use_reentrant': False})"
+                )
+            return
 
 
 def _about_the_text(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minipeft import set_peft_model_state_dict
+from minipeft.checkpoint import TRAINING_NAME
 from minipeft.files import atomic_path, write_text
 from minipeft.optim import PagedAdamW
 from minipeft.training.directories import atomic_directory, remove_directory
@@ -227,6 +228,8 @@ def _load_adapter(path: Path, model: Any) -> None:
     for name in model.peft_config:
         folder = path if name == "default" else path / name
         tensors = _read_tensors(folder / "adapter_model.safetensors")
+        if (folder / TRAINING_NAME).is_file():
+            tensors |= _read_tensors(folder / TRAINING_NAME)
         try:
             set_peft_model_state_dict(model, tensors, adapter_name=name)
         except ValueError as error:

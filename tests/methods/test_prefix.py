@@ -124,7 +124,7 @@ def test_a_projection_beside_another_prefix_is_refused_and_a_stale_one_removed(t
     model = prefix(tiny_llama(), prefix_projection=True)
     model.save_pretrained(tmp_path)
     save_file({"prompt_embeddings": torch.ones(P, 128)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"adapter_training\.safetensors is of another adapter"):
+    with pytest.raises(ValueError, match="its projection is that of another adapter"):
         PeftModel.from_pretrained(tiny_llama(), tmp_path, is_trainable=True)
     PeftModel.from_pretrained(tiny_llama(), tmp_path).save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_training.safetensors").exists()

@@ -1,8 +1,10 @@
-"""What `PeftModel` can do with LoRA adapters alone: combine them."""
+"""What `PeftModel` can do with LoRA adapters alone: combine them, and send the rows of a batch through several."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from minipeft.methods.lora import LoraLayer
 from minipeft.methods.lora_combine import Combination, combine_layer, combined_config
 from minipeft.methods.lora_config import LoraConfig
+from minipeft.methods.lora_rows import BASE_ROW, RowAdapters
 from minipeft.methods.matching import shortest_names
 from minipeft.patching import adapter_modules
 
@@ -28,6 +31,60 @@ class LoraModel(_Base):
         _attach: Any
         _config_of: Any
         _set_trainable: Any
+        _switch: Any
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """As the plain model's.
+
+        Args:
+            adapter_names: The LoRA adapter that each row of the batch goes through, "__base__" for none; for this call
+                they stand in the place of the adapters that act. Inference only, as in PEFT.
+
+        Raises ValueError for adapters that are unknown, of another method, merged, or that replace base tensors
+            (biases, modules_to_save); for another number of names than rows; and in training mode.
+        """
+        # Not `forward`: its signature must stay the plain model's, since Trainer and `generate` read it.
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)
+        with self._by_row(adapter_names):
+            return super().__call__(*args, **kwargs)
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """`generate` of the plain model, if it has one, which then takes `adapter_names` as a call does.
+
+        Beams and several sequences a prompt go through their prompt's adapter.
+        """
+        plain = super().generate
+
+        @functools.wraps(plain)
+        def generate(*args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+            if adapter_names is None:
+                return plain(*args, **kwargs)
+            with self._by_row(adapter_names, repeated=True):
+                return plain(*args, **kwargs)
+
+        return generate
+
+    @contextlib.contextmanager
+    def _by_row(self, names: Sequence[str], repeated: bool = False) -> Iterator[None]:
+        """Inside, each row of a batch goes through the adapter called as `names` says."""
+        if isinstance(names, str) or not names:
+            raise ValueError(f"adapter_names must be a list with one name for each row of the batch, got {names!r}")
+        if self.training:
+            raise ValueError("adapter_names is for inference: call model.eval() first")
+        for name in dict.fromkeys(names):
+            config = None if name == BASE_ROW else self._config_of(name)
+            if config is not None and not isinstance(config, LoraConfig):
+                raise ValueError(f"adapter_names: {name!r} is no LoRA adapter ({type(config).__name__})")
+            whole = [f for f in ("bias", "modules_to_save") if getattr(config, f, None) not in (None, [], "none")]
+            if whole:
+                raise ValueError(f"adapter_names: {name!r} has {whole[0]}: tensors of its own for the whole batch")
+        before, self._switch.by_row = self._switch.by_row, RowAdapters(names, repeated)
+        try:
+            yield
+        finally:
+            self._switch.by_row = before
 
     def add_weighted_adapter(
         self,

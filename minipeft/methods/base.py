@@ -70,11 +70,18 @@ class Switch:
 
     active: tuple[str, ...] = ()
     enabled: bool = True
+    # Set while each row of a batch goes through an adapter of its own (see `lora_rows.py`).
+    by_row: Any = None
 
     @property
     def acting(self) -> tuple[str, ...]:
-        """The adapters that change the model's output now."""
-        return self.active if self.enabled else ()
+        """The adapters that change the model's whole output now."""
+        return self.active if self.enabled and self.by_row is None else ()
+
+    @property
+    def rows(self) -> Any:
+        """The `RowAdapters` that change the rows of the model's output now, if any."""
+        return self.by_row if self.enabled else None
 
 
 class AdapterModule(Mixin):

@@ -21,6 +21,7 @@ from minipeft.kernels.lora_matmul import lora_matmul, lora_update
 from minipeft.kernels.nf4_matmul import Packed, Sizes
 from minipeft.methods.base import Method
 from minipeft.methods.lora_config import LoraConfig
+from minipeft.methods.lora_rows import add_row_updates
 from minipeft.methods.matching import is_conv1d, match_targets, shortest_names
 from minipeft.methods.trained_copies import TrainedBias, TrainedModule
 from minipeft.quantization import NF4Linear, NF4Weight
@@ -76,14 +77,22 @@ class LoraLayer(TrainedBias):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = super().forward(x, *args, **kwargs)
         if self.merged_adapters:
+            self._check_not_by_row()
             return base
+        if self.switch.rows is not None:
+            return add_row_updates(self, self.switch.rows, x, base)
         out = base
         for adapter in self.switch.acting:
             if adapter in self.scaling:
-                out = self._add_update(adapter, x, base, out)
+                out = self.add_update(adapter, x, base, out)
         return out
 
-    def _add_update(self, adapter: str, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
+    def _check_not_by_row(self) -> None:
+        if self.switch.rows is not None:
+            raise ValueError(f"adapter_names needs unmerged weights, but {list(self.merged_adapters)} are merged")
+
+    def add_update(self, adapter: str, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
+        """`out` with what `adapter` changes; `base` is the base layer's own output for `x`."""
         update = self.update(adapter, x)
         if adapter not in self.lora_magnitude_vector:
             return (out + update).to(out.dtype)
@@ -245,6 +254,7 @@ class LoraNF4Linear(LoraLayer):
         if self.dense_merged is None:
             adapter = self._fused_adapter()
             return super().forward(x, *args, **kwargs) if adapter is None else self._fused_forward(adapter, x)
+        self._check_not_by_row()
         bias = None if self.bias is None else self.bias.to(self.dense_merged.dtype)
         return F.linear(x.to(self.dense_merged.dtype), self.dense_merged, bias).to(x.dtype)
 

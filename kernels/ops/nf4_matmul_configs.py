@@ -69,6 +69,12 @@ BLACKWELL_INPUT_GRAD = (*_STAGED_SMALL, _BLACKWELL_32, _BLACKWELL_GRAD_64)
 FLOAT32_FORWARD = (Tile("direct", rows=16, bn=32, nb=1, warps=4, stages=2),)
 FLOAT32_INPUT_GRAD = (Tile("staged", rows=16, bn=32, nb=1, warps=4, stages=2),)
 
+# On other GPUs than NVIDIA's (and in no other case) the portable decode's levels lie in shared memory: with four chunks
+# a step they take 70 of the 64 KB of an MI300, with two 35 to 41 (compiled for gfx942).
+PORTABLE_CHUNKS = 2
+PORTABLE_ROWS = 16
+"""The fewest rows that Triton multiplies wherever it may run."""
+
 # From the model, unmeasured: rows up to which one fused kernel beats one dequantization and the vendor's product.
 # Above, the weight is decoded once into a buffer that is used again. None: at every size, since consumer cards have
 # little bandwidth for their arithmetic, and a dense copy of the weight costs nine times the packed bytes.
@@ -78,6 +84,11 @@ FLOAT32_FUSED_MAX_ROWS = 16
 
 # From the model, unmeasured: warps a multiprocessor should have in flight to cover the latency of its loads.
 WARPS_PER_MULTIPROCESSOR = 8
+
+
+def portable(tile: Tile) -> Tile:
+    """The same tile for GPUs that are not NVIDIA's."""
+    return replace(tile, nb=min(tile.nb, PORTABLE_CHUNKS))
 
 
 def tile_for(rows: int, grad: bool, capability: int, wide: bool, blocksize: int = CHUNK) -> Tile:

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from .dispatch import interpreting, on_device
-from .nf4_matmul_configs import CHUNK, Tile, split_for, tile_for
+from .nf4_matmul_configs import CHUNK, PORTABLE_ROWS, Tile, portable, split_for, tile_for
 from .nf4_matmul_direct import _nf4_matmul_direct_kernel
 from .nf4_matmul_staged import _nf4_matmul_staged_kernel
 
@@ -127,9 +127,10 @@ def _launch(
         codes = codes.clone()  # read in words of four bytes; a view into another buffer may start anywhere
 
     chunks = in_features // CHUNK
-    # Elsewhere than on NVIDIA and AMD (and in the interpreter), Triton multiplies no fewer than 16 rows.
-    rows = m if x.device.type in ("cuda", "cpu") else max(m, 16)
+    foreign = x.device.type not in ("cuda", "cpu") or torch.version.hip is not None
+    rows = max(m, PORTABLE_ROWS) if foreign else m
     tile = tile_for(rows, grad, capability_of(x.device), x.dtype == torch.float32, blocksize)
+    tile = portable(tile) if foreign else tile
     tiles, steps = grid_of(tile, m, out_features, chunks, grad)
     split = split_for(tiles, steps, m, depth, tile.warps, _multiprocessors(x.device))
     size = tile.rows * (CHUNK if grad else tile.bn)

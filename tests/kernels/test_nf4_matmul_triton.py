@@ -208,3 +208,9 @@ def test_tiles_are_shared_until_the_gpu_is_full_and_no_further() -> None:
     assert configs.split_for(tiles=1, steps=3, rows=1, depth=4096, warps=2, multiprocessors=108) == 1
     # 64 rows: from eight on, partial sums would move more bytes than the weight.
     assert configs.split_for(tiles=32, steps=64, rows=64, depth=4096, warps=4, multiprocessors=1000) == 4
+
+
+def test_gpus_of_other_makers_take_fewer_chunks_at_a_time() -> None:
+    tile = configs.tile_for(16, grad=False, capability=80, wide=False)
+    assert tile.nb == 4 and configs.portable(tile).nb == 2
+    assert configs.portable(configs.tile_for(64, grad=True, capability=80, wide=False)).nb == 1

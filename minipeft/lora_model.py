@@ -55,7 +55,7 @@ class LoraModel(_Base):
 
         Beams and several sequences a prompt go through their prompt's adapter.
         """
-        plain = super().generate
+        plain = super().generate  # type: ignore[misc]
 
         @functools.wraps(plain)
         def generate(*args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:

@@ -284,7 +284,7 @@ def _is_aligned(tensors: tuple[Tensor, ...]) -> bool:
 @functools.lru_cache(maxsize=8)
 def _chunk_table(numels: tuple[int, ...], size: int, device: torch.device) -> Tensor:
     """(chunks, 2) int32: the tensor that each chunk is of, and its number within that tensor."""
-    counts = torch.tensor([triton.cdiv(numel, size) for numel in numels], device="cpu")
+    counts = torch.tensor([-(-numel // size) for numel in numels], device="cpu")
     tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
     first = counts.cumsum(0) - counts
     within = torch.arange(len(tensor), device="cpu") - first[tensor]

@@ -25,9 +25,8 @@ from .nf4_matmul import (
     check_input,
     multiply,
     multiply_back,
-    without_autocast,
 )
-from .registration import below_autograd, define_op
+from .registration import below_autograd, define_op, without_autocast
 
 
 def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -150,7 +149,7 @@ def _run_lora_matmul(
 ) -> tuple[Tensor, Tensor]:
     packed, sizes, (compute_dtype, dtype) = args[:6], args[6:10], args[10:12]
     rows = as_rows(x)
-    with without_autocast(x.device.type):
+    with without_autocast():
         low = (rows.to(dtype) @ lora_A.to(dtype).T).mul_(scaling)  # (M, r)
         if use_triton(x):
             from .nf4_route_triton import multiply as multiply_triton
@@ -178,7 +177,7 @@ def _run_lora_matmul_backward(
     """
     packed, sizes, (compute_dtype, dtype), needed = args[:6], args[6:10], args[10:12], args[12]
     dx, dA, dB = dy.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
-    with without_autocast(dy.device.type):
+    with without_autocast():
         rows = as_rows(dy)
         wide = rows.to(dtype)
         if needed[0] or needed[1]:

@@ -105,7 +105,7 @@ def dequantize_into(
     # Without double quantization the nested tensors are not read, but a pointer is a pointer.
     nested = (quant_map if t is None else t.contiguous() for t in (nested_absmax, nested_map, offset))
     with on_device(out):
-        _nf4_dequantize_kernel[(triton.cdiv(n, tile),)](
+        _nf4_dequantize_kernel[(-(-n // tile),)](
             *(out, codes.contiguous(), absmax.contiguous(), quant_map.contiguous(), *nested, n, (n + 1) // 2),
             **constants,
             num_warps=NUM_WARPS,

@@ -7,7 +7,6 @@ itself: `nf4_matmul_triton` says how, `nf4_route_triton` when. Their smallest ti
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from .arithmetic import arithmetic_dtype
 from .dispatch import use_triton
 from .nf4_dequantize import decode_into, dequantize_absmax, level_pairs
 from .nf4_quantize import WEIGHT_DTYPES
-from .registration import below_autograd, define_op
+from .registration import below_autograd, define_op, without_autocast
 
 # codes, absmax, quant_map, nested_absmax, nested_map, offset: the tensors that an NF4 weight is.
 Packed = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -108,13 +107,6 @@ def as_rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """The arithmetic's dtype is chosen already; device meta has no autocast to switch off."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
-
-
 def decoded_rows(packed: Packed, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (first row, last row + 1, those rows of W in `dtype`), a chunk at a time in buffers used again."""
     codes, absmax, quant_map, nested_absmax, nested_map, offset = packed
@@ -171,7 +163,7 @@ def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _run_nf4_matmul(x: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
     packed, sizes, compute_dtype = args[:6], args[6:10], args[10]
-    with without_autocast(x.device.type):
+    with without_autocast():
         if use_triton(x):
             from .nf4_route_triton import multiply as multiply_triton
 
@@ -185,7 +177,7 @@ def _run_nf4_matmul(x: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
 
 def _run_nf4_matmul_input_grad(dy: Tensor, *args: Any) -> Tensor:
     packed, sizes, compute_dtype, dtype = args[:6], args[6:10], args[10], args[11]
-    with without_autocast(dy.device.type):
+    with without_autocast():
         if use_triton(dy):
             from .nf4_route_triton import multiply_back as multiply_back_triton
 

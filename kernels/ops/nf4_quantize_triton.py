@@ -116,7 +116,7 @@ def quantize_into(w: Tensor, codes: Tensor, absmax: Tensor, blocksize: int) -> N
     if n == 0:
         return
     rows = max(1, TILE // blocksize)
-    grid = (triton.cdiv(n, rows * blocksize),)
+    grid = (-(-n // (rows * blocksize)),)
     with on_device(w):
         _nf4_quantize_kernel[grid](
             *(w, *_cells(w.device), codes, absmax, n, (n + 1) // 2),
@@ -132,7 +132,7 @@ def quantize_absmax_into(absmax: Tensor, offset: Tensor, codes: Tensor, nested: 
     blocks = absmax.numel()
     if blocks == 0:
         return
-    grid = (triton.cdiv(nested.numel(), NESTED_ROWS),)
+    grid = (-(-nested.numel() // NESTED_ROWS),)
     thresholds = _thresholds(absmax.device)
     constants = {"NESTED": NESTED_BLOCKSIZE, "ROWS": NESTED_ROWS}
     with on_device(absmax):

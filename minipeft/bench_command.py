@@ -14,7 +14,7 @@ from minipeft.training.errors import TrainingError
 
 ROOT = Path(__file__).resolve().parent.parent
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-OPS = ("nf4_quantize", "nf4_dequantize", "nf4_matmul", "lora_matmul", "adamw")
+OPS = ("nf4_quantize", "nf4_dequantize", "nf4_matmul", "lora_matmul", "adamw", "paged_adamw")
 
 
 class BenchError(TrainingError, ValueError):
@@ -62,7 +62,8 @@ def load_benchmarks(root: Path = ROOT) -> ModuleType:
     """
     folder = root / "benchmarks"
     file = folder / "__init__.py"
-    if not file.is_file():
+    # Another package may have left a folder of that name beside an installed one.
+    if not file.is_file() or not (folder / "bench_nf4_matmul.py").is_file():
         raise BenchError(
             f"minipeft bench needs a source checkout, and {root} is not one: clone the repository and "
             "`pip install -e .` in it"

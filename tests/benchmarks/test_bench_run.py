@@ -99,6 +99,10 @@ def test_what_there_is_not_is_refused():
 def test_an_installed_package_says_what_it_needs(tmp_path, monkeypatch):
     with pytest.raises(BenchError, match="needs a source checkout"):
         load_benchmarks(tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").write_text("raise AssertionError('another package')")
+    with pytest.raises(BenchError, match="needs a source checkout"):
+        load_benchmarks(tmp_path)
     monkeypatch.setattr(bench_command, "ROOT", tmp_path)
     assert load_benchmarks() is benchmarks
 

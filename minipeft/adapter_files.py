@@ -16,6 +16,7 @@ from minipeft import checkpoint
 from minipeft.configs import PeftConfig, PeftType
 from minipeft.files import atomic_path
 from minipeft.methods.base import Mixin
+from minipeft.methods.lora_init import as_plain_lora, is_pissa, pissa_starts, plain_config
 from minipeft.patching import adapter_modules
 from minipeft.state_dict import (
     LoadResult,
@@ -99,6 +100,7 @@ class AdapterFiles(Mixin):
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the adapters, and nothing of the base model, to `save_directory` in PEFT's format.
@@ -109,6 +111,8 @@ class AdapterFiles(Mixin):
             save_embedding_layers: Whether base embeddings are stored too; "auto" does so when one is a target or the
                 vocabulary is not the size that the base model's own folder says.
             state_dict: Take the tensors from here (by their names in `self.state_dict()`) instead of the model.
+            path_initial_model_for_weight_conversion: Write PiSSA adapters as plain LoRA of twice the rank, which every
+                reader can use on the base model. Any path will do: the model knows what its adapters started from.
 
         Raises ValueError for an adapter that does not exist, and for arguments of PEFT's that are not supported.
         """
@@ -137,6 +141,9 @@ class AdapterFiles(Mixin):
             tensors = get_peft_model_state_dict(self, state_dict, adapter, save_embedding_layers)
             folder = directory if adapter == "default" else directory / adapter
             training = training_state_dict(self, adapter, state_dict)
+            if path_initial_model_for_weight_conversion is not None:
+                config = plain_config(config)
+                tensors = as_plain_lora(tensors, pissa_starts(self, adapter, config.key_prefix))
             checkpoint.save_adapter(folder, config, tensors, _model_card(config), training)
         if _TRAINER_FOLDER.fullmatch(directory.name):
             with atomic_path(directory / _TRAINER_WEIGHTS) as temporary:
@@ -187,8 +194,11 @@ _ABOUT_TRAINING = {
 def _check_same_settings(here: PeftConfig, stored: PeftConfig, adapter: str, directory: Path) -> None:
     """Raise ValueError if tensors stored under `stored` would act otherwise under `here`."""
     ours, theirs = here.to_dict(), stored.to_dict()
+    # A PiSSA adapter's tensors mean something only beside what they started from.
+    pissa = is_pissa(ours.get("init_lora_weights")) or is_pissa(theirs.get("init_lora_weights"))
+    free = _ABOUT_TRAINING - {"init_lora_weights"} if pissa else _ABOUT_TRAINING
     for field in ours.keys() | theirs.keys():
-        if field not in _ABOUT_TRAINING and ours.get(field) != theirs.get(field):
+        if field not in free and ours.get(field) != theirs.get(field):
             raise ValueError(
                 f"{directory} does not fit the adapter {adapter!r} that is there: {field} is {theirs.get(field)!r}, "
                 f"expected {ours.get(field)!r}; load it under another name"

@@ -13,6 +13,7 @@ from torch import nn
 from minipeft.methods.lora import LoraLayer
 from minipeft.methods.lora_combine import Combination, combine_layer, combined_config
 from minipeft.methods.lora_config import LoraConfig
+from minipeft.methods.lora_init import is_pissa
 from minipeft.methods.lora_rows import BASE_ROW, RowAdapters
 from minipeft.methods.matching import shortest_names
 from minipeft.patching import adapter_modules
@@ -119,7 +120,7 @@ class LoraModel(_Base):
         kind = combination_type if len(adapters) > 1 else "linear"
         how = Combination(kind, svd_rank, svd_clamp, svd_driver, density, majority_sign_method, generator)
         configs = {adapter: self._config_of(adapter) for adapter in adapters}
-        layers = self._layers_to_combine(configs)
+        layers = self._layers_to_combine(configs, how)
         paths = shortest_names(self, list(layers))
         self._attach(adapter_name, combined_config(layers, configs, how, paths), True, init=False)
         for layer in layers.values():
@@ -128,11 +129,16 @@ class LoraModel(_Base):
                 factor.data.copy_(value)
         self._set_trainable(adapter_name, False)
 
-    def _layers_to_combine(self, configs: dict[str, Any]) -> dict[str, LoraLayer]:
+    def _layers_to_combine(self, configs: dict[str, Any], how: Combination) -> dict[str, LoraLayer]:
         """The layers, by dotted name, that at least one of the adapters has an update in."""
         for name, config in configs.items():
             if not isinstance(config, LoraConfig):
                 raise ValueError(f"adapter {name!r} is no LoRA adapter ({type(config).__name__}): only those combine")
+            if is_pissa(config.init_lora_weights) and not how.kind.endswith("svd"):
+                raise ValueError(
+                    f"adapter {name!r} is PiSSA: combination_type {how.kind!r} adds up factors and would leave out "
+                    "what it started from; take 'svd'"
+                )
             if config.use_dora:
                 raise ValueError(f"adapter {name!r} cannot be combined: DoRA's update is not linear in its tensors")
         layers = {}

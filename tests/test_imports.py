@@ -22,7 +22,7 @@ ALLOWED = {
     "minipeft.checkpoint": ["minipeft.configs", "minipeft.files"],
     "minipeft.unloading": ["minipeft.patching", "minipeft.methods", "minipeft.quantization"],
     "minipeft.adapter_files": [
-        "minipeft.methods.base",
+        *("minipeft.methods.base", "minipeft.methods.lora_init"),
         *("minipeft.checkpoint", "minipeft.state_dict", "minipeft.patching", "minipeft.configs", "minipeft.files"),
     ],
     "minipeft.lora_model": ["minipeft.patching", "minipeft.methods"],

@@ -9,7 +9,6 @@ module it was, `q_proj.weight` keeps its name, and the adapter lies beside it as
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -21,6 +20,7 @@ from minipeft.kernels.lora_matmul import lora_matmul, lora_update
 from minipeft.kernels.nf4_matmul import Packed, Sizes
 from minipeft.methods.base import Method
 from minipeft.methods.lora_config import LoraConfig
+from minipeft.methods.lora_init import init_factors, is_pissa, pissa_start
 from minipeft.methods.lora_rows import add_row_updates
 from minipeft.methods.matching import is_conv1d, match_targets, shortest_names
 from minipeft.methods.trained_copies import TrainedBias, TrainedModule
@@ -34,18 +34,20 @@ class LoraLayer(TrainedBias):
         lora_A, lora_B: the factors, (r, in_features) and (out_features, r).
         lora_dropout: applied to the update's input.
         lora_magnitude_vector: (out_features,), DoRA's m; only for adapters that use it.
+        lora_start: what is subtracted from the base; only for adapters that start as PiSSA (see `lora_init.py`).
         r, lora_alpha, scaling: the numbers.
     """
 
     name_prefix: ClassVar[str] = "Lora"
     _own_attributes: ClassVar[tuple[str, ...]] = (
-        *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "r", "lora_alpha", "scaling"),
+        *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "lora_start", "r", "lora_alpha", "scaling"),
     )
 
     lora_A: Any
     lora_B: Any
     lora_dropout: nn.ModuleDict
     lora_magnitude_vector: nn.ParameterDict
+    lora_start: Any
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
@@ -54,6 +56,7 @@ class LoraLayer(TrainedBias):
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ParameterDict()
+        self.lora_start = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -65,6 +68,9 @@ class LoraLayer(TrainedBias):
         dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_dropout[adapter] = dropout.train(self.training)
         self._create_factors(adapter, r, dtype)
+        if is_pissa(config.init_lora_weights):
+            kind = str(config.init_lora_weights)
+            self.lora_start[adapter] = pissa_start(self.dense_weight(), r, scaling, kind, dtype)
         if init:
             self._init_factors(adapter, config.init_lora_weights)
         if config.use_dora:
@@ -102,13 +108,14 @@ class LoraLayer(TrainedBias):
         return (out + (ratio - 1) * unbiased + ratio * update).to(out.dtype)
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
-        """s B A dropout(x): (..., in_features) -> (..., out_features)."""
-        x = self.lora_dropout[adapter](x)
-        return lora_update(x, self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter])
+        """s B A dropout(x), minus s B0 A0 x for PiSSA: (..., in_features) -> (..., out_features)."""
+        scaling = self.scaling[adapter]
+        update = lora_update(self.lora_dropout[adapter](x), *self.factors(adapter), scaling)
+        return update - self.lora_start[adapter].update(x, scaling) if adapter in self.lora_start else update
 
     @torch.no_grad()
     def adapted_length(self, adapter: str) -> Tensor:
-        """(out_features,) float32: |W + s B A|, one Euclidean length per output feature."""
+        """(out_features,) float32: |W'|, the weight with the update; one Euclidean length per output feature."""
         return (self.dense_weight() + self._product(adapter)).norm(dim=1)
 
     @torch.no_grad()
@@ -123,7 +130,10 @@ class LoraLayer(TrainedBias):
 
     def _product(self, adapter: str) -> Tensor:
         lora_A, lora_B = self.factors(adapter)
-        return (_wide(lora_B) @ _wide(lora_A)) * self.scaling[adapter]
+        product = _wide(lora_B) @ _wide(lora_A)
+        if adapter in self.lora_start:
+            product = product - self.lora_start[adapter].product()
+        return product * self.scaling[adapter]
 
     def merged_weight(self, adapters: tuple[str, ...]) -> Tensor:
         """(out_features, in_features) float32: the base weight with the updates of `adapters` added."""
@@ -157,7 +167,8 @@ class LoraLayer(TrainedBias):
 
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)
-        for holder in (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector):
+        own = (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector, self.lora_start)
+        for holder in own:
             if adapter in holder:
                 del holder[adapter]
         for numbers in (self.r, self.lora_alpha, self.scaling):
@@ -190,14 +201,11 @@ class LoraLayer(TrainedBias):
 
     def _init_factors(self, adapter: str, kind: bool | str) -> None:
         lora_A, lora_B = self.factors(adapter)
-        if kind == "gaussian":
-            nn.init.normal_(lora_A, std=1 / self.r[adapter])
+        if adapter in self.lora_start:
+            lora_A.data.copy_(self.lora_start[adapter].lora_A)
+            lora_B.data.copy_(self.lora_start[adapter].lora_B)
         else:
-            nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        if kind is False:
-            nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(lora_B)
+            init_factors(lora_A, lora_B, kind)
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """The live A (r, in_features) and B (out_features, r) of `adapter`."""
@@ -261,7 +269,7 @@ class LoraNF4Linear(LoraLayer):
     def _fused_adapter(self) -> str | None:
         """The adapter whose update is made in one operation with the base product: it acts alone, on the same x."""
         acting = [] if self.merged_adapters else [a for a in self.switch.acting if a in self.scaling]
-        if len(acting) != 1 or acting[0] in self.lora_magnitude_vector:
+        if len(acting) != 1 or acting[0] in self.lora_magnitude_vector or acting[0] in self.lora_start:
             return None
         dropout = self.lora_dropout[acting[0]]
         return None if isinstance(dropout, nn.Dropout) and dropout.training else acting[0]
@@ -399,6 +407,8 @@ def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list
                 f"target_modules: {path!r} is a {kind}{_ROUTER if 'Router' in kind else ''}; LoRA adapts "
                 "torch.nn.Linear, torch.nn.Embedding, transformers' Conv1D and minipeft's NF4Linear"
             )
+        if is_pissa(config.init_lora_weights) and isinstance(module, nn.Embedding):
+            raise ValueError(f"init_lora_weights={config.init_lora_weights!r} is for linear layers, {path!r} is not one")
     if config.target_modules == "all-linear":
         config.target_modules = shortest_names(model, targets)
     return targets

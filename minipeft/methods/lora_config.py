@@ -33,8 +33,9 @@ class LoraConfig(PeftConfig):
         bias: Which base biases the adapter trains copies of: "none", "all" of the model's, or "lora_only".
         use_rslora: scaling = lora_alpha / sqrt(r).
         modules_to_save: Modules that the adapter trains whole.
-        init_lora_weights: True (B = 0), "gaussian" (the same with normal A), or False (both random: a start that is
-            not the identity, for tests).
+        init_lora_weights: True (B = 0), "gaussian" (the same with normal A), "pissa" or "pissa_niter_N" (the weight's
+            principal components, see `lora_init.py`), or False (both random: a start that is not the identity, for
+            tests).
         layers_to_transform, layers_pattern: Only targets in layers of these numbers, counted in the module list
             called `layers_pattern`.
         rank_pattern, alpha_pattern: r and lora_alpha of targets whose name ends with the key (a regular expression).
@@ -110,8 +111,11 @@ class LoraConfig(PeftConfig):
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(f"init_lora_weights must be True, False or 'gaussian', got {self.init_lora_weights!r}")
+        kind = self.init_lora_weights
+        if kind not in (True, False, "gaussian", "pissa") and not re.fullmatch(r"pissa_niter_\d+", str(kind)):
+            raise ValueError(
+                f"init_lora_weights must be True, False, 'gaussian', 'pissa' or 'pissa_niter_N', got {kind!r}"
+            )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             _check_regex("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):

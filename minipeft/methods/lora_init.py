@@ -116,7 +116,7 @@ def as_plain_lora(tensors: Mapping[str, Tensor], starts: Mapping[str, PissaStart
     return plain
 
 
-def plain_config(config: LoraConfig) -> LoraConfig:
+def plain_config(config: Any) -> LoraConfig:
     """The config that goes with `as_plain_lora`: twice the rank, the same scaling.
 
     Raises ValueError when `config` is not a PiSSA adapter's.
@@ -127,7 +127,7 @@ def plain_config(config: LoraConfig) -> LoraConfig:
             f"init_lora_weights={getattr(config, 'init_lora_weights', None)!r}"
         )
     times = math.sqrt(2) if config.use_rslora else 2
-    plain = copy.deepcopy(config)
+    plain: LoraConfig = copy.deepcopy(config)
     plain.init_lora_weights, plain.r, plain.lora_alpha = True, 2 * config.r, times * config.lora_alpha
     plain.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
     plain.alpha_pattern = {name: times * alpha for name, alpha in config.alpha_pattern.items()}

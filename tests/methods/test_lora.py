@@ -205,7 +205,7 @@ def test_patterns_set_rank_and_alpha_per_target() -> None:
         ({"rank_pattern": {"q": -1}}, r"rank_pattern\['q'\] must be a positive integer, got -1"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"bias": "some"}, "bias must be .* got 'some'"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights must be .* got 'pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights must be .* got 'olora'"),
         ({"target_modules": "("}, "is not a regular expression"),
         ({"use_qalora": True}, "use_qalora=True.* is not supported"),
         ({"loftq_config": {"loftq_bits": 4}}, "loftq_config=.* is not supported"),

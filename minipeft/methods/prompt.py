@@ -72,12 +72,15 @@ class PromptTuningConfig(VirtualTokensConfig):
         self._settle("token_dim", config.hidden_size)
         self._settle("num_attention_heads", config.num_attention_heads)
         self._settle("num_layers", config.num_hidden_layers)
-        self._settle("num_transformer_submodules", 1)
+        # PEFT counts an encoder-decoder as two, and then trains P more vectors that it never uses.
+        both = bool(config.is_encoder_decoder) and self.num_transformer_submodules == 2
+        self._settle("num_transformer_submodules", 2 if both else 1)
 
     def make_encoder(self, decoder: Any, dtype: torch.dtype, init: bool) -> nn.Module:
         assert self.num_virtual_tokens and self.token_dim
         words = decoder.get_input_embeddings()
-        encoder = PromptEncoder(self.num_virtual_tokens, self.token_dim).to(words.weight.device, dtype)
+        unused = (self.num_transformer_submodules or 1) - 1
+        encoder = PromptEncoder(self.num_virtual_tokens, self.token_dim, unused).to(words.weight.device, dtype)
         if init:
             self._start(encoder.embedding.weight, words)
         return encoder
@@ -116,14 +119,14 @@ class PromptEncoder(nn.Module):
     """The tensors of one prompt.
 
     Attributes:
-        embedding: weight (P, hidden).
+        embedding: weight (P, hidden); further rows, as PEFT has for encoder-decoders, are not used.
         key_values: per layer what the model makes of it, two (heads, P, head_dim); set anew in every call.
     """
 
-    def __init__(self, length: int, hidden: int):
+    def __init__(self, length: int, hidden: int, unused: int = 0):
         super().__init__()
         self.length = length
-        self.embedding = nn.utils.skip_init(nn.Embedding, length, hidden)
+        self.embedding = nn.utils.skip_init(nn.Embedding, length * (1 + unused), hidden)
         self.key_values: list[tuple[Tensor, Tensor]] = _Passing()
 
     @property

@@ -83,14 +83,13 @@ class VirtualTokensConfig(PeftConfig):
         setattr(self, field, right)
 
 
-class VirtualTokensDecoder(AdapterModule):
-    """A decoder (what a language model calls `model` or `transformer`) that holds adapters' virtual tokens."""
+class VirtualTokensHolder(AdapterModule):
+    """The part of a model that holds adapters' virtual tokens: what a language model calls `model` or `transformer`."""
 
     # Nothing is put before the class's name: transformers finds what it knows about a model by it.
     name_prefix: ClassVar[str] = ""
     _own_attributes: ClassVar[tuple[str, ...]] = ("prompt_encoder",)
 
-    config: Any
     prompt_encoder: nn.ModuleDict
 
     def attach(self, switch: Any) -> None:
@@ -102,9 +101,38 @@ class VirtualTokensDecoder(AdapterModule):
         """Create the encoder of `adapter`, in `dtype`; left uninitialized when `init` is false (for loading)."""
         self.prompt_encoder[adapter] = config.make_encoder(self, dtype, init)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def acting_encoders(self) -> list[Any]:
+        """The encoders of the adapters that act, in their order."""
         acting = () if self.merged_adapters else self.switch.acting
-        encoders: list[Any] = [self.prompt_encoder[adapter] for adapter in acting if adapter in self.prompt_encoder]
+        return [self.prompt_encoder[adapter] for adapter in acting if adapter in self.prompt_encoder]
+
+    def adapter_names(self) -> set[str]:
+        return super().adapter_names() | set(self.prompt_encoder)
+
+    def adapter_state(self, adapter: str) -> dict[str, Tensor]:
+        own = super().adapter_state(adapter)
+        return {**own, **self.prompt_encoder[adapter].state()} if adapter in self.prompt_encoder else own  # type: ignore[operator]
+
+    def stored_state(self, adapter: str, values: Any) -> dict[str, Tensor]:
+        own = super().stored_state(adapter, values)
+        if adapter not in self.prompt_encoder:
+            return own
+        left = {name: own[name] for name in own if name not in self.prompt_encoder[adapter].state()}  # type: ignore[operator]
+        return {**left, "/prompt_embeddings": self.prompt_encoder[adapter].flat(values)}  # type: ignore[operator]
+
+    def delete_adapter(self, adapter: str) -> None:
+        super().delete_adapter(adapter)
+        if adapter in self.prompt_encoder:
+            del self.prompt_encoder[adapter]
+
+
+class VirtualTokensDecoder(VirtualTokensHolder):
+    """A causal decoder with virtual tokens."""
+
+    config: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        encoders = self.acting_encoders()
         if encoders:
             check_implementation(self.config)
             kwargs = _about_the_text(args, kwargs)
@@ -148,25 +176,6 @@ class VirtualTokensDecoder(AdapterModule):
             finally:
                 _end_recording(layers, checkpointed)
         return [(key[0], value[0]) for both in recorded for key, value in both]
-
-    def adapter_names(self) -> set[str]:
-        return super().adapter_names() | set(self.prompt_encoder)
-
-    def adapter_state(self, adapter: str) -> dict[str, Tensor]:
-        own = super().adapter_state(adapter)
-        return {**own, **self.prompt_encoder[adapter].state()} if adapter in self.prompt_encoder else own  # type: ignore[operator]
-
-    def stored_state(self, adapter: str, values: Any) -> dict[str, Tensor]:
-        own = super().stored_state(adapter, values)
-        if adapter not in self.prompt_encoder:
-            return own
-        left = {name: own[name] for name in own if name not in self.prompt_encoder[adapter].state()}  # type: ignore[operator]
-        return {**left, "/prompt_embeddings": self.prompt_encoder[adapter].flat(values)}  # type: ignore[operator]
-
-    def delete_adapter(self, adapter: str) -> None:
-        super().delete_adapter(adapter)
-        if adapter in self.prompt_encoder:
-            del self.prompt_encoder[adapter]
 
 
 def _end_recording(layers: list[PrefixedAttention], checkpointed: list[Any]) -> None:

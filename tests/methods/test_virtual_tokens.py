@@ -11,12 +11,12 @@ import torch
 from tiny import randomize, some_ids, tiny_llama
 from tiny_decoders import FAMILIES, tiny_decoder
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
-    T5Config,
-    T5ForConditionalGeneration,
     Trainer,
     TrainingArguments,
 )
@@ -246,12 +246,15 @@ def test_other_attention_implementations_are_refused_by_name(method: str) -> Non
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "t5": (lambda: T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1, vocab_size=32)), "T5"),
-    "bert": (
-        lambda: BertForSequenceClassification(
-            BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32)
+    "bart": (
+        lambda: BartForConditionalGeneration(
+            BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=32, max_position_embeddings=8)
         ),
-        "'bert' tells positions",
+        "BartForConditionalGeneration is an encoder-decoder",
+    ),
+    "bloom": (
+        lambda: BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=32)),
+        "'bloom' tells positions",
     ),
     "no transformer": (lambda: torch.nn.Sequential(torch.nn.Linear(2, 2)), "Sequential"),
 }

@@ -408,7 +408,9 @@ def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list
                 "torch.nn.Linear, torch.nn.Embedding, transformers' Conv1D and minipeft's NF4Linear"
             )
         if is_pissa(config.init_lora_weights) and isinstance(module, nn.Embedding):
-            raise ValueError(f"init_lora_weights={config.init_lora_weights!r} is for linear layers, {path!r} is not one")
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} is for linear layers, {path!r} is not one"
+            )
     if config.target_modules == "all-linear":
         config.target_modules = shortest_names(model, targets)
     return targets

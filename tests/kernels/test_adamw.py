@@ -98,6 +98,24 @@ def test_the_kernel_writes_all_of_its_tensors_and_nothing_else(
             torch.testing.assert_close(buffer.check(), t, rtol=eps, atol=1e-6)
 
 
+def test_places_beyond_32_bits_are_found() -> None:
+    import triton.language as tl
+
+    from minipeft.kernels.adamw_triton import CHUNK, _adamw_kernel
+
+    # The last chunk of a tensor of more than 2^32 elements, of which only that chunk exists.
+    chunk, n = (1 << 32) // CHUNK, 100
+    tensors = [torch.ones(n) for _ in range(4)]
+    table = torch.tensor([(1 << 32) + n, *(t.data_ptr() - 4 * chunk * CHUNK for t in tensors)])
+    chunks = torch.tensor([[0, chunk]], dtype=torch.int32)
+    numbers = (0.9, 0.1, 0.99, 0.01, 1e-8, 1.0, 0.5, 1.0)
+    constants = {"PARAM": tl.float32, "GRAD": tl.float32, "ALIGNED": False, "CHUNK": CHUNK}
+    _adamw_kernel[(1,)](table, chunks, *numbers, **constants)
+    g, p, m, v = tensors
+    assert all((t == 1).all() for t in (g, m, v))
+    torch.testing.assert_close(p, torch.full((n,), 0.5))
+
+
 @pytest.mark.usefixtures("backend")
 def test_strided_tensors_are_updated_in_place() -> None:
     values = [torch.randn(40, 30) for _ in range(3)] + [torch.rand(40, 30)]

@@ -13,6 +13,8 @@ _HOME = {
     "PromptTuningConfig": "minipeft.methods.prompt",
     "PromptTuningInit": "minipeft.methods.prompt",
     "LoraConfig": "minipeft.methods.lora_config",
+    "create_loraplus_optimizer": "minipeft.methods.lora_plus",
+    "lora_plus_groups": "minipeft.methods.lora_plus",
     "PeftConfig": "minipeft.configs",
     "PeftType": "minipeft.configs",
     "TaskType": "minipeft.configs",

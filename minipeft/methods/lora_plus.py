@@ -28,24 +28,22 @@ def lora_plus_groups(
         loraplus_weight_decay: Of matrices; vectors are not decayed.
         loraplus_lr_embedding: Of both factors on embeddings.
 
-    Raises ValueError when nothing is trained, and for a ratio or rates that are not positive.
+    Raises ValueError when no LoRA factor is trained, and for a ratio that is not positive.
     """
-    for name, value in (("lr", lr), ("loraplus_lr_ratio", loraplus_lr_ratio)):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+    if not loraplus_lr_ratio > 0:
+        raise ValueError(f"loraplus_lr_ratio must be positive, got {loraplus_lr_ratio}")
     embedding, fast = _factors_of(model)
+    if not any(id(p) in embedding | fast and p.requires_grad for p in model.parameters()):
+        raise ValueError("loraplus_lr_ratio is for LoRA: the model trains no LoRA adapter")
     rates: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
+        rate = lr * loraplus_lr_ratio if id(parameter) in fast or parameter.ndim < 2 else lr
         if id(parameter) in embedding:
             rate = loraplus_lr_embedding
-        else:
-            rate = lr * loraplus_lr_ratio if id(parameter) in fast or parameter.ndim < 2 else lr
         decay = loraplus_weight_decay if parameter.ndim >= 2 else 0.0
         rates.setdefault((rate, decay), []).append(parameter)
-    if not rates:
-        raise ValueError("the model has no trainable parameter: attach an adapter with get_peft_model first")
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in rates.items()]
 
 

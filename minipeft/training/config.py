@@ -86,6 +86,7 @@ class TrainConfig:
         default_factory=dict, metadata={"help": "memory of a paged optimizer, such as {host_budget: 1e9, spill_dir: d}"}
     )
     lr: float = _setting("peak learning rate", 2e-4)
+    loraplus_lr_ratio: float | None = _setting("LoRA+: the factors B learn at lr times this, such as 16", None)
     scheduler: str = _setting("learning-rate schedule, by transformers' name", "linear", SCHEDULER_CHOICES)
     scheduler_args: dict[str, Any] = field(default_factory=dict, metadata={"help": "extra arguments of the schedule"})
     warmup_steps: int | None = _setting("steps of linear warm-up", None)
@@ -252,7 +253,7 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...] | None) -> Non
 
 _POSITIVE: tuple[str, ...] = (
     *("max_length", "batch_size", "gradient_accumulation", "epochs", "max_steps", "eps", "max_grad_norm"),
-    *("eval_every", "eval_batch_size", "save_every", "keep_last", "log_every"),
+    *("eval_every", "eval_batch_size", "save_every", "keep_last", "log_every", "loraplus_lr_ratio"),
 )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
+from minipeft.methods.lora_plus import lora_plus_groups
 from minipeft.optim import PagedAdamW
 from minipeft.training.config import TrainConfig
 from minipeft.training.errors import ConfigError
@@ -35,15 +36,19 @@ MEMORY_SETTINGS = ("page_bytes", "device_budget", "host_budget", "spill_dir")
 def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; weight decay on matrices only, not on biases and magnitudes.
 
+    With `loraplus_lr_ratio`, LoRA's factors B learn faster than the rest (see `methods/lora_plus.py`).
+
     Raises:
-        ConfigError: `optimizer_args` that the optimizer does not take.
+        ConfigError: `optimizer_args` that the optimizer does not take; `loraplus_lr_ratio` without LoRA.
     """
     parameters = trainable_parameters(model).values()
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    if config.loraplus_lr_ratio is None:
+        groups = _plain_groups(parameters, config)
+    else:
+        try:
+            groups = lora_plus_groups(model, config.lr, config.loraplus_lr_ratio, config.weight_decay)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.optimizer == "adamw":
         if config.optimizer_args:
@@ -54,6 +59,15 @@ def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
         return PagedAdamW(groups, **settings, state_bits=bits, **_memory(config.optimizer_args))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer {config.optimizer} with {config.optimizer_args}: {error}") from None
+
+
+def _plain_groups(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> list[dict[str, Any]]:
+    parameters = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _memory(args: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+DEVICE_TYPES = ("cpu", "cuda")
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,3 +38,19 @@ def check_parameter(p: Tensor, name: str) -> None:
     """Raise TypeError for a parameter that cannot be updated."""
     if p.dtype not in PARAMETER_DTYPES:
         raise TypeError(f"{name} is {p.dtype}: PagedAdamW updates {', '.join(map(str, PARAMETER_DTYPES))}")
+
+
+def common_device(parameters: Iterable[Tensor]) -> torch.device:
+    """Where all parameters are.
+
+    Raises:
+        ValueError: they are on several devices, or on one whose memory cannot be paged.
+    """
+    devices = {p.device for p in parameters}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"PagedAdamW updates parameters on one device, these are on {names}: use one for each")
+    (device,) = devices
+    if device.type not in DEVICE_TYPES:
+        raise ValueError(f"PagedAdamW updates parameters on {' and '.join(DEVICE_TYPES)}, these are on {device}")
+    return device

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minipeft.optim.adamw import Hyper, Pieces, update_8bit, update_32bit
-from minipeft.optim.checks import check_group, check_parameter, parameter_name
+from minipeft.optim.checks import check_group, check_parameter, common_device, parameter_name
 from minipeft.optim.fuse_backward import BackwardSweep
 from minipeft.optim.paged_state import Memory, PagedState, Views
 from minipeft.optim.pages import Segment
@@ -145,7 +145,7 @@ class PagedAdamW(torch.optim.Optimizer):
         with torch.no_grad():
             jobs = self.jobs_of(p for group in self.param_groups for p in group["params"])
             if jobs:
-                self.pages.prepare(next(iter(jobs.values()))[1].device)
+                self.pages.prepare(common_device(p for _, p, _ in jobs.values()))
                 self.update(jobs, self.pages.sweep(jobs))
         return loss
 
@@ -179,12 +179,13 @@ class PagedAdamW(torch.optim.Optimizer):
         states = checked_states(groups, state_dict)
         self._lay_out(list(states), frozen=True)
         self.param_groups = groups
+        stale = {self._numbers[p] for p in self.state}
         self._steps[:] = [0] * len(self._steps)
         self.state.clear()
         for p, state in states.items():
             self._steps[self._numbers[p]] = int(state["step"])
             self._expose(p)
-        write_states(self.pages, {self._numbers[p]: state for p, state in states.items()})
+        write_states(self.pages, {self._numbers[p]: state for p, state in states.items()}, stale)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -215,7 +216,11 @@ class PagedAdamW(torch.optim.Optimizer):
         return self.pages.stats()
 
     def trace_pages(self, on: bool = True) -> None:
-        """Note from now on when each page is used or moves: `memory_stats()["trace"]`, (seconds, event, page, tier)."""
+        """Note from now on where pages are, in `memory_stats()["trace"]`: (seconds, event, page, tier).
+
+        Events: "is" for every page at the start of the record; "created", "used" by the arithmetic, "in" and "out" (has
+        moved to this tier, towards the arithmetic and away).
+        """
         self.pages.pager.trace(on)
 
     def close(self) -> None:
@@ -302,7 +307,7 @@ class PagedAdamW(torch.optim.Optimizer):
             if self._backward is not None:
                 self._backward.attach(p)
         if new:
-            self.pages.prepare(new[0].device)
+            self.pages.prepare(common_device(new))
 
     def _expose(self, p: Tensor) -> None:
         self.state[p] = ParameterState(self.pages, self._numbers[p], p.shape, self._steps)

@@ -31,12 +31,14 @@ MOVERS = 2
 
 @dataclass
 class Place:
-    """Where a page is. `users` counts who works on it; a page that is `moving` belongs to one of the movers."""
+    """Where a page is. `users` counts who works on it; a page that is `moving`, to the level `target`, belongs to one
+    of the movers."""
 
     level: int = NOWHERE
     slot: int = -1
     users: int = 0
     moving: bool = False
+    target: int = NOWHERE
     next_use: int = NEVER
 
 
@@ -142,9 +144,12 @@ class Pager:
             }
 
     def trace(self, on: bool) -> None:
-        """Begin a new record of every use and move, in `stats.trace`: (seconds, event, page, tier); or stop."""
+        """Begin a new record in `stats.trace`, of where every page is and of every use and move after that; or stop."""
         with self._wake:
             self.stats.trace = [] if on else None
+            for page, place in enumerate(self._places):
+                if place.level != NOWHERE:
+                    self._trace("is", page, place.level)
 
     def close(self) -> None:
         """Stop, and give all memory back. May be called twice."""
@@ -225,16 +230,20 @@ class Pager:
         return False
 
     def _next_below(self, level: int) -> int | None:
-        """The page used soonest that is not yet in tier `level` or above, nor on its way."""
+        """The page used soonest that is not yet in tier `level` or above, nor has a slot there."""
         order, places = self._order, self._places
         pages, end = order.pages, min(len(order.pages), order.cursor + order.ahead)
         index = max(self._fetched[level], self._order.cursor)
         while index < end and NOWHERE < places[pages[index]].level <= level:
             index += 1
         self._fetched[level] = index
-        while index < end and (places[pages[index]].moving or NOWHERE < places[pages[index]].level <= level):
+        # One that comes from farther below has none yet: what is used after it must not take the slot.
+        while index < end and self._has_slot(places[pages[index]], level):
             index += 1
         return pages[index] if index < end else None
+
+    def _has_slot(self, place: Place, level: int) -> bool:
+        return NOWHERE < place.level <= level or (place.moving and place.target <= level)
 
     def _bring(self, page: int) -> bool:
         """Bring a page to the first tier, step by step, whatever has to leave for it. False: nothing could be done."""
@@ -252,7 +261,7 @@ class Pager:
         if place.moving or place.level != (level + 1 if place.level != NOWHERE or level else NOWHERE):
             return False
         # From here on no other mover takes it up, or away.
-        place.moving = True
+        place.moving, place.target = True, level
         slot = self._claim(level, place, forced)
         if slot is None:
             place.moving = False
@@ -283,7 +292,7 @@ class Pager:
         """Move a page to the tier below, and keep one slot free there. Returns the slot that it had."""
         place, below = self._places[victim], level + 1
         vacated = place.slot
-        place.moving = True
+        place.moving, place.target = True, below
         self._move(victim, below, self.tiers[below].take(), keep_slot=True)
         if below < len(self.tiers) - 1 and self.tiers[below].free == 0:
             farthest = self._victim(below)

@@ -86,11 +86,10 @@ def part(field: Field, whole: Tensor, segment: Segment) -> Tensor:
     return whole.reshape(-1)[segment.start // field.per : field.count(segment.stop)]
 
 
-def write_states(pages: PagedState, states: Mapping[int, Mapping[str, Any]]) -> None:
-    """Give the numbered parameters these states, and all others none."""
-    every = range(len(pages.table.of_parameter))
+def write_states(pages: PagedState, states: Mapping[int, Mapping[str, Any]], stale: set[int]) -> None:
+    """Give the numbered parameters these states, and take away that of those that had one, the `stale`."""
     with pages.all_or_nothing():
-        for segments in pages.sweep(every):
+        for segments in pages.sweep(states.keys() | stale):
             for segment, views in segments:
                 state = states.get(segment.parameter)
                 if state is None:

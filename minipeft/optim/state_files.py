@@ -84,7 +84,8 @@ def _header(pages: PagedState, numbers: Numbers, groups: list[dict[str, Any]]) -
         entries[f"{index}.step"] = (torch.float32, ())
         for field in pages.table.layout.fields:
             entries[f"{index}.{field.name}"] = (field.dtype, field_shape(field, shape))
-    text = json.dumps({"format": FORMAT, "param_groups": groups})
+    # A learning rate may be a tensor.
+    text = json.dumps({"format": FORMAT, "param_groups": groups}, default=float)
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "optimizer": text}}
     offsets, end = {}, 0
     # Wide dtypes first, so that every tensor is aligned.

@@ -243,6 +243,14 @@ def test_other_dtypes_are_refused():
         PagedAdamW([torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(2, dtype=torch.float64))])
 
 
+def test_parameters_elsewhere_are_refused():
+    here, nowhere = (torch.nn.Parameter(torch.ones(1, device=device)) for device in ("cpu", "meta"))
+    with pytest.raises(ValueError, match="on one device, these are on cpu, meta"):
+        PagedAdamW([here, nowhere])
+    with pytest.raises(ValueError, match="on cpu and cuda, these are on meta"):
+        PagedAdamW([nowhere])
+
+
 def test_foreach_and_fused_are_accepted():
     for flags in ({"foreach": True}, {"foreach": False}, {"fused": True}):
         params = parameters()

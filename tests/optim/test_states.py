@@ -110,6 +110,22 @@ def test_an_empty_state_takes_all_state_away(tmp_path):
     assert distance(ours, fresh) < 1e-6 and len(reference) == len(ours)
 
 
+def test_an_empty_state_loaded_at_the_start_touches_no_memory():
+    """accelerate does so whenever it prepares an optimizer."""
+    optimizer = PagedAdamW(parameters())
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.memory_stats()["tiers"]["host"]["peak_bytes"] == 0
+
+
+def test_learning_rate_that_is_a_tensor_is_saved(tmp_path):
+    params = parameters()
+    optimizer = PagedAdamW(params, lr=torch.tensor(0.5))
+    train(optimizer, params, 1)
+    optimizer.save_state(tmp_path / "state.safetensors")
+    optimizer.load_state(tmp_path / "state.safetensors")
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_state_of_a_parameter_is_read_when_it_is_asked_for(tmp_path):
     ours, optimizer = trained(tmp_path)
     whole = optimizer.state_dict()["state"]

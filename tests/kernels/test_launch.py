@@ -14,6 +14,7 @@ STREAMING = {
     *("_nf4_quantize_kernel", "_quantize_absmax_kernel", "_nf4_dequantize_kernel"),
     *("_adamw_kernel", "_adamw_8bit_kernel"),
 }
+WIDE = {"_nf4_quantize_kernel": ["LDG"], "_nf4_dequantize_kernel": ["STG"], "_adamw_kernel": ["LDG", "STG"]}
 FUSED = {"_nf4_matmul_direct_kernel", "_nf4_matmul_staged_kernel"}
 
 
@@ -40,3 +41,20 @@ def test_many_rows_and_ragged_weights_are_decoded_first(launches: list[dict[str,
     rest = names[names.index("many rows") :]
     # In each of the two, W is decoded for two products, forward and backward, and once alone.
     assert rest == ["many rows", *["_nf4_dequantize_kernel"] * 5, "ragged", *["_nf4_dequantize_kernel"] * 5]
+
+
+def codes_of(launches: list[dict[str, Any]], kernel: str) -> list[set[str]]:
+    """The kinds of instructions of each launch of a kernel."""
+    return [set(launch["code"].split()) for launch in launches if launch["kernel"] == kernel]
+
+
+def test_decoding_rounds_products_and_sums_apart(launches: list[dict[str, Any]]) -> None:
+    for code in codes_of(launches, "_nf4_dequantize_kernel"):
+        assert not any(name.startswith("FFMA") for name in code)
+    assert any("FADD" in code for code in codes_of(launches, "_nf4_dequantize_kernel"))
+
+
+def test_aligned_tensors_are_read_and_written_16_bytes_at_a_time(launches: list[dict[str, Any]]) -> None:
+    for kernel, ways in WIDE.items():
+        accesses = [f"{way}.E.128" for way in ways]
+        assert any(code.issuperset(accesses) for code in codes_of(launches, kernel)), kernel

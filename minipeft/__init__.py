@@ -14,6 +14,7 @@ _HOME = {
     "PromptTuningInit": "minipeft.methods.prompt",
     "LoraConfig": "minipeft.methods.lora_config",
     "create_loraplus_optimizer": "minipeft.methods.lora_plus",
+    "hotswap_adapter": "minipeft.hotswap",
     "lora_plus_groups": "minipeft.methods.lora_plus",
     "PeftConfig": "minipeft.configs",
     "PeftType": "minipeft.configs",

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from minipeft.configs import PeftConfig, PeftType
-from minipeft.methods.base import AdapterModule, Method, Switch, mix_in, mix_out
+from minipeft.methods.base import AdapterModule, Method, Switch, base_modules, mix_in, mix_out
 from minipeft.methods.bottleneck import BOTTLENECK
 from minipeft.methods.lora import LORA
 from minipeft.methods.matching import check_unused_names, modules_to_save, plain_module_names
@@ -35,7 +35,7 @@ METHODS: dict[Any, Method] = {
 
 def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
     """The adapted modules of `model` with their dotted names."""
-    for path, module in model.named_modules():
+    for path, module in base_modules(model):
         if isinstance(module, AdapterModule):
             yield path, module
 
@@ -131,7 +131,10 @@ def _check_saved(model: nn.Module, saved: list[str]) -> None:
         module = model.get_submodule(path)
         if isinstance(module, AdapterModule) and not isinstance(module, TrainedModule):
             raise ValueError(f"modules_to_save: {path!r} already carries another adapter's {type(module).__name__}")
-        packed = [n for n, p in module.named_parameters() if not p.is_floating_point()]
+        inside = [
+            (f"{path}.{name}".strip("."), p) for path, m in base_modules(module) for name, p in m._parameters.items()
+        ]
+        packed = [name for name, p in inside if p is not None and not p.is_floating_point()]
         if packed:
             raise ValueError(f"modules_to_save: {path!r} is quantized ({packed[0]}), so it cannot be trained whole")
 
@@ -154,7 +157,7 @@ def _train_all_biases(model: nn.Module, adapter: str, switch: Switch, autocast: 
 
 def _adapter_dtype(module: nn.Module, autocast: bool) -> torch.dtype:
     """float32 over a 16-bit or 4-bit module, unless `autocast` is off: then the module's own."""
-    packed = next((m for m in module.modules() if isinstance(m, NF4Linear)), None)
+    packed = next((m for _, m in base_modules(module) if isinstance(m, NF4Linear)), None)
     if packed is not None:
         own = packed.nf4_weight().dtype
     else:

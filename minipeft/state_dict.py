@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.configs import PeftConfig
+from minipeft.methods.base import base_modules
 from minipeft.methods.lora import LoraLayer
 from minipeft.patching import adapter_modules
 
@@ -162,7 +163,7 @@ def embedding_keys(model: nn.Module, prefix: str = KEY_PREFIX) -> dict[str, Tens
     """
     found: dict[str, Tensor] = {}
     for embedding in _embeddings(model):
-        path = next((p for p, m in model.named_modules() if m is embedding), None)
+        path = next((p for p, m in base_modules(model) if m is embedding), None)
         # While an update is merged, the base weight is the one that stands aside.
         weight = getattr(embedding, "_originals", {}).get("weight", embedding._parameters.get("weight"))
         if path is None or weight is None:

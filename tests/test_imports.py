@@ -31,6 +31,9 @@ ALLOWED = {
         "minipeft.patching",
         *("minipeft.methods", "minipeft.quantization", "minipeft.configs"),
     ],
+    "minipeft.hotswap": [
+        *("minipeft.checkpoint", "minipeft.state_dict", "minipeft.patching", "minipeft.methods", "minipeft.configs"),
+    ],
     "minipeft.auto": ["minipeft.model", "minipeft.configs"],
     "minipeft.status": ["minipeft.model", "minipeft.patching"],
     "minipeft.training": ["minipeft"],

@@ -11,7 +11,7 @@ assignment, however large the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -174,6 +174,25 @@ class AdapterModule(Mixin):
             if original is not None:
                 original.data = fn(original.data)
         return super()._apply(fn, recurse)
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The dotted names and modules of the base model: `named_modules` without what adapters added.
+
+    So it costs the same however many adapters there are.
+    """
+    yield from _base_modules(model, "", set())
+
+
+def _base_modules(module: Any, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    yield path, module
+    added = own_attributes(module) if isinstance(module, AdapterModule) else ()
+    for name, child in module._modules.items():
+        if child is not None and name not in added:
+            yield from _base_modules(child, f"{path}.{name}" if path else name, seen)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.kernels.lora_matmul import lora_update
+from minipeft.methods.base import base_modules
 from minipeft.methods.lora_config import LoraConfig
 
 # More directions than are wanted make the approximate decomposition sharp (Halko et al. 2011, section 4.2: 5 or 10).
@@ -136,8 +137,6 @@ def plain_config(config: Any) -> LoraConfig:
 
 def pissa_starts(model: nn.Module, adapter: str, prefix: str) -> dict[str, PissaStart]:
     """What the PiSSA layers of `adapter` in `model` started from, by `prefix` + the layer's dotted name."""
-    return {
-        f"{prefix}{path}": module.lora_start[adapter]
-        for path, module in model.named_modules()
-        if adapter in getattr(module, "lora_start", ())
-    }
+    modules: Iterator[tuple[str, Any]] = base_modules(model)
+    layers = {path: module for path, module in modules if adapter in getattr(module, "lora_start", ())}
+    return {f"{prefix}{path}": layer.lora_start[adapter] for path, layer in layers.items()}

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from minipeft.configs import TaskType
-from minipeft.methods.base import AdapterModule, own_attributes
+from minipeft.methods.base import base_modules
 from minipeft.quantization import NF4Linear
 
 # What PEFT targets when target_modules is not given, by transformers' `config.model_type`.
@@ -104,22 +104,7 @@ def check_unused_names(model: nn.Module, config: Any, targets: list[str]) -> Non
 
 def plain_module_names(model: nn.Module) -> list[str]:
     """Names of the model's own modules: what adapters added is left out."""
-    names: list[str] = []
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, path: str) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        if path:
-            names.append(path)
-        own = own_attributes(module) if isinstance(module, AdapterModule) else ()
-        for name, child in module.named_children():
-            if name not in own:
-                walk(child, f"{path}.{name}" if path else name)
-
-    walk(model, "")
-    return names
+    return [name for name, _ in base_modules(model) if name]
 
 
 def _targets_or_default(model: nn.Module, config: Any) -> list[str] | str:

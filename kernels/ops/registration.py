@@ -34,7 +34,7 @@ def define_op(
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"minipeft::{name}", fake, lib=LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.minipeft, name).default
-    LIBRARY.impl(name, _without_gradient(op) if autograd is None else autograd.apply, "Autograd")
+    LIBRARY.impl(name, _recorded(op, autograd), "Autograd")
     return op
 
 
@@ -48,8 +48,10 @@ def without_autocast() -> Any:
     return torch._C._DisableAutocast()
 
 
-def _without_gradient(op: Callable[..., Any]) -> Callable[..., Any]:
+def _recorded(op: Callable[..., Any], autograd: type[torch.autograd.Function] | None) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
+        if autograd is not None and torch.is_grad_enabled():
+            return autograd.apply(*args)
         with below_autograd():
             return op(*args)
 

@@ -100,6 +100,17 @@ def test_the_order_of_programs_does_not_change_a_bit(few_processors: Any) -> Non
     assert torch.equal(first, module.nf4_matmul_forward(x, *weight.tensors, *weight.sizes))
 
 
+def test_counters_are_zero_again_after_a_launch(few_processors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the next launch finds them as this one leaves them."""
+    few_processors(64)
+    made, workspace = [], module._workspace
+    monkeypatch.setattr(module, "_workspace", lambda *sizes: made.append(workspace(*sizes)) or made[-1])
+    check(1, Weight(70, 1024), torch.float32)
+    assert len(made) == 2
+    for partial, counters in made:
+        assert partial.numel() and counters.numel() and not counters.any()
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_shape_equals_float64(data: st.DataObject) -> None:

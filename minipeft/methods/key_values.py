@@ -197,9 +197,6 @@ class PrefixedAttention(AdapterModule):
             after -= encoder.length
         return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
-    def adapter_names(self) -> set[str]:
-        return super().adapter_names() | set(self.virtual_tokens)
-
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)
         self.virtual_tokens.pop(adapter, None)
@@ -236,9 +233,6 @@ class ShiftedPositions(AdapterModule):
 
     def forward(self, position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return super().forward(position_ids + self.shift(), *args, **kwargs)
-
-    def adapter_names(self) -> set[str]:
-        return super().adapter_names() | set(self.virtual_tokens)
 
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)

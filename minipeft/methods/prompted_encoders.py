@@ -81,9 +81,6 @@ class PromptReader(AdapterModule):
                 )
         return super().forward(*args, **kwargs)
 
-    def adapter_names(self) -> set[str]:
-        return super().adapter_names() | set(self.virtual_tokens)
-
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)
         self.virtual_tokens.pop(adapter, None)

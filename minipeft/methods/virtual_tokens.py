@@ -230,7 +230,10 @@ def _about_the_text(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _find(model: Any, config: VirtualTokensConfig, skip: list[str]) -> list[str]:
     decoder = _decoder(model, config)
-    attentions = [path for path, module in model.named_modules() if is_self_attention(module)]
+    # Of the decoder alone: a model that sees has attention elsewhere, too.
+    path = next(path for path, module in model.named_modules() if module is decoder)
+    inside = [(f"{path}.{name}".lstrip("."), module) for name, module in decoder.named_modules() if name]
+    attentions = [name for name, module in inside if is_self_attention(module)]
     model_config = model.config.get_text_config()
     layers = sorted(model.get_submodule(path).layer_idx for path in attentions)
     if layers != list(range(model_config.num_hidden_layers)):
@@ -241,8 +244,7 @@ def _find(model: Any, config: VirtualTokensConfig, skip: list[str]) -> list[str]
     if not all(model.get_submodule(path).is_causal for path in attentions):
         raise ValueError(f"{type(model).__name__} attends in both directions; virtual tokens need a causal decoder")
     config.fit(model_config)
-    tables = [path for path, module in model.named_modules() if _is_position_table(module, path)]
-    path = next(path for path, module in model.named_modules() if module is decoder)
+    tables = [name for name, module in inside if _is_position_table(module, name)]
     return [path, *attentions, *(tables if model_config.model_type in LEARNED else [])]
 
 

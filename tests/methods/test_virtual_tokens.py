@@ -15,6 +15,8 @@ from transformers import (
     BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaForSequenceClassification,
     LlamaModel,
     Trainer,
@@ -377,6 +379,35 @@ def test_sixteen_bit_models_keep_a_float32_adapter(method: str) -> None:
 
 
 @every_method
+def test_a_model_that_sees_has_them_in_its_language_part(method: str, tmp_path: Path) -> None:
+    def base() -> Any:
+        torch.manual_seed(0)
+        text = {**tiny_decoder("gemma3").config.to_dict(), "dtype": None}
+        vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        settings = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 8, "patch_size": 4})
+        return Gemma3ForConditionalGeneration(settings).eval()
+
+    model = adapted(method, base())
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "model.language_model.prompt_encoder.default.embedding.weight"
+    ]
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path)
+    ids = some_ids(2, 5)
+    torch.testing.assert_close(logits(model, ids), logits(theirs, ids)[:, -5:], **EXACT)
+
+
+@every_method
+def test_the_status_names_the_adapters(method: str, tmp_path: Path) -> None:
+    model = adapted(method, tiny_llama())
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "frozen")
+    status = minipeft.get_model_status(model)
+    assert status.requires_grad == {"default": True, "frozen": False}
+    assert set(status.peft_types.values()) == {f"{method.upper()}_TUNING"}
+
+
+@every_method
 def test_classifier_and_its_head_are_exchanged_with_peft(method: str, tmp_path: Path) -> None:
     def base() -> Any:
         torch.manual_seed(0)
@@ -397,7 +428,7 @@ def test_classifier_and_its_head_are_exchanged_with_peft(method: str, tmp_path: 
 @every_method
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
 def test_compiled_forward_gives_the_same_loss_and_gradients(method: str) -> None:
-    model = adapted(method, tiny_llama())
+    model = adapted(method, tiny_llama(num_hidden_layers=1))
 
     def run(forward: Any) -> list[torch.Tensor]:
         model.zero_grad()
@@ -406,7 +437,7 @@ def test_compiled_forward_gives_the_same_loss_and_gradients(method: str) -> None
         return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
 
     eager = run(model)
-    for compiled, plain in zip(run(torch.compile(model, backend="aot_eager")), eager, strict=True):
+    for compiled, plain in zip(run(torch.compile(model, backend="eager")), eager, strict=True):
         torch.testing.assert_close(compiled, plain)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from minipeft.kernels import adamw_, adamw_8bit_
@@ -64,7 +65,38 @@ class Pieces:
 
 def update_32bit(pieces: Pieces, hyper: Hyper) -> None:
     """Update parameters and float32 moments, in place. State of a piece: (m, v), float32, of its length."""
-    _update_by_op(adamw_, pieces, hyper)
+    if pieces.params[0].device.type == "cpu" and pieces.params[0].dtype == pieces.grads[0].dtype == torch.float32:
+        _update_fused(pieces, hyper)
+    else:
+        _update_by_op(adamw_, pieces, hyper)
+
+
+def _update_fused(pieces: Pieces, hyper: Hyper) -> None:
+    """What the operation does on a CPU, without its checks and dispatch: those are half of a small tensor's time.
+
+    For 112 tensors of 16 elements, one thread: 2.9 microseconds each in all of torch.optim.AdamW(fused=True)'s step,
+    6.1 in ours by way of the operation.
+    """
+    counts = {step: torch.tensor(float(step), device="cpu") for step in set(pieces.steps)}
+    torch._fused_adamw_(
+        pieces.params,
+        pieces.grads,
+        [state[0] for state in pieces.states],
+        [state[1] for state in pieces.states],
+        [],
+        [counts[step] for step in pieces.steps],
+        lr=hyper.lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,
+        amsgrad=False,
+        maximize=hyper.maximize,
+        grad_scale=None,
+        found_inf=None,
+    )
+    # The kernel does not tell autograd that it wrote: a backward that still needs the old values must fail.
+    torch.autograd.graph.increment_version(pieces.params)
 
 
 def update_8bit(pieces: Pieces, hyper: Hyper) -> None:

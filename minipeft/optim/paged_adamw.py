@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -31,6 +32,15 @@ UPDATES = {32: update_32bit, 8: update_8bit}
 
 # A parameter to be updated: (which hyperparameters, its dtype, its gradient's), its elements, its gradient's.
 Job = tuple[tuple[Hyper, torch.dtype, torch.dtype], Tensor, Tensor]
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where a parameter is: its group and index there, and its number in the pages, -1 until it has one."""
+
+    group: int
+    index: int
+    number: int = -1
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -83,9 +93,7 @@ class PagedAdamW(torch.optim.Optimizer):
             raise ValueError(f"state_bits must be one of {', '.join(map(str, UPDATES))}, got {state_bits}")
         memory = Memory(page_bytes, device_budget, host_budget, spill_dir)
         self._update = UPDATES[state_bits]
-        # Where each parameter is: group and index there; and its number in the pages, once it has one.
-        self._group_of: dict[Tensor, tuple[int, int]] = {}
-        self._numbers: dict[Tensor, int] = {}
+        self._places: dict[Tensor, _Place] = {}
         self._steps: list[int] = []
         self._backward = BackwardSweep(self) if fuse_backward else None
         defaults = {
@@ -118,7 +126,7 @@ class PagedAdamW(torch.optim.Optimizer):
         number = len(self.param_groups) - 1
         for index, p in enumerate(group["params"]):
             check_parameter(p, parameter_name(group, number, index))
-            self._group_of[p] = (number, index)
+            self._places[p] = _Place(number, index)
         # The first groups are laid out together, when all are known.
         if hasattr(self, "pages"):
             self._lay_out(group["params"])
@@ -179,13 +187,13 @@ class PagedAdamW(torch.optim.Optimizer):
         states = checked_states(groups, state_dict)
         self._lay_out(list(states), frozen=True)
         self.param_groups = groups
-        stale = {self._numbers[p] for p in self.state}
+        stale = {self._places[p].number for p in self.state}
         self._steps[:] = [0] * len(self._steps)
         self.state.clear()
         for p, state in states.items():
-            self._steps[self._numbers[p]] = int(state["step"])
+            self._steps[self._places[p].number] = int(state["step"])
             self._expose(p)
-        write_states(self.pages, {self._numbers[p]: state for p, state in states.items()}, stale)
+        write_states(self.pages, {self._places[p].number: state for p, state in states.items()}, stale)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -194,7 +202,7 @@ class PagedAdamW(torch.optim.Optimizer):
         numbers = {}
         for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
             if p in self.state:
-                numbers[self._numbers[p]] = (index, p.shape, self._steps[self._numbers[p]])
+                numbers[self._places[p].number] = (index, p.shape, self._steps[self._places[p].number])
         save_states(path, self.pages, numbers, super().state_dict()["param_groups"])
 
     def load_state(self, path: str | Path) -> None:
@@ -237,19 +245,29 @@ class PagedAdamW(torch.optim.Optimizer):
             RuntimeError: a gradient is sparse.
         """
         hypers = [Hyper.of_group(group) for group in self.param_groups]
+        places = self._places
         jobs: dict[int, Job] = {}
+        key: Any = (None, None, None)
         for p in parameters:
             g = p.grad
             if g is None:
                 continue
-            group, index = self._group_of[p]
-            if g.is_sparse:
-                name = parameter_name(self.param_groups[group], group, index)
-                raise RuntimeError(f"PagedAdamW does not support sparse gradients, such as that of {name}")
-            if p not in self._numbers:
-                self._lay_out([p], frozen=True)
-            jobs[self._numbers[p]] = ((hypers[group], p.dtype, g.dtype), p, g)
+            # One look-up for everything: a tensor's hash is slow, and there may be hundreds of small ones.
+            place = places[p]
+            if g.is_sparse or place.number < 0:
+                self._admit(p, g, place)
+            hyper = hypers[place.group]
+            if key[0] is not hyper or key[1] is not p.dtype or key[2] is not g.dtype:
+                key = (hyper, p.dtype, g.dtype)
+            jobs[place.number] = (key, p, g)
         return jobs
+
+    def _admit(self, p: Tensor, g: Tensor, place: _Place) -> None:
+        """Refuse a sparse gradient; lay out a parameter that was frozen until now."""
+        if g.is_sparse:
+            name = parameter_name(self.param_groups[place.group], place.group, place.index)
+            raise RuntimeError(f"PagedAdamW does not support sparse gradients, such as that of {name}")
+        self._lay_out([p], frozen=True)
 
     def update(self, jobs: dict[int, Job], sweep: Iterable[list[tuple[Segment, Views]]]) -> None:
         """Do the jobs, taking the pages as they come."""
@@ -270,7 +288,7 @@ class PagedAdamW(torch.optim.Optimizer):
         copies = []
         for number, (key, p, g) in jobs.items():
             self._steps[number] += 1
-            if p not in self.state:
+            if self._steps[number] == 1:
                 self._expose(p)
             if not (p.is_contiguous() and g.is_contiguous()):
                 jobs[number] = (key, p.contiguous(), g.contiguous())
@@ -281,16 +299,15 @@ class PagedAdamW(torch.optim.Optimizer):
     def _collect(
         self, segments: Iterable[tuple[Segment, Views]], jobs: dict[int, Job], calls: dict[Any, Pieces]
     ) -> None:
-        steps = self._steps
+        steps, known, pieces = self._steps, None, Pieces.none()
         for segment, views in segments:
             number = segment.parameter
             key, p, g = jobs[number]
+            if key is not known:
+                known, pieces = key, calls.setdefault(key, Pieces.none())
             if not segment.whole:
                 part = slice(segment.start, segment.stop)
                 p, g = p.view(-1)[part], g.view(-1)[part]
-            pieces = calls.get(key)
-            if pieces is None:
-                pieces = calls[key] = Pieces.none()
             pieces.add(p, g, views, steps[number])
 
     def _run(self, calls: dict[Any, Pieces]) -> None:
@@ -300,14 +317,14 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _lay_out(self, parameters: list[Tensor], frozen: bool = False) -> None:
         """Give parameters their places in the pages. A frozen one gets its place with its first gradient."""
-        new = [p for p in parameters if p not in self._numbers and (p.requires_grad or frozen)]
+        new = [p for p in parameters if self._places[p].number < 0 and (p.requires_grad or frozen)]
         for p in new:
-            self._numbers[p] = self.pages.add(p.numel())
+            self._places[p].number = self.pages.add(p.numel())
             self._steps.append(0)
-            if self._backward is not None:
+            if self._backward is not None and p.requires_grad:
                 self._backward.attach(p)
         if new:
             self.pages.prepare(common_device(new))
 
     def _expose(self, p: Tensor) -> None:
-        self.state[p] = ParameterState(self.pages, self._numbers[p], p.shape, self._steps)
+        self.state[p] = ParameterState(self.pages, self._places[p].number, p.shape, self._steps)

@@ -57,7 +57,7 @@ class StateLayout:
         return quanta * self.quantum
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Elements [start, stop) of a parameter, whose state lies in `page` from byte `offset` on; `whole`: all of them."""
 

@@ -12,6 +12,8 @@ _HOME = {
     "initialize_kv_prefix_from_text": "minipeft.methods.prefix",
     "PromptTuningConfig": "minipeft.methods.prompt",
     "PromptTuningInit": "minipeft.methods.prompt",
+    "LoftQConfig": "minipeft.methods.loftq",
+    "replace_lora_weights_loftq": "minipeft.loftq_replace",
     "LoraConfig": "minipeft.methods.lora_config",
     "create_loraplus_optimizer": "minipeft.methods.lora_plus",
     "hotswap_adapter": "minipeft.hotswap",

@@ -16,7 +16,7 @@ from minipeft import checkpoint
 from minipeft.configs import PeftConfig, PeftType
 from minipeft.files import atomic_path
 from minipeft.methods.base import Mixin
-from minipeft.methods.lora_init import as_plain_lora, is_pissa, pissa_starts, plain_config
+from minipeft.methods.lora_init import as_plain_lora, changes_base, pissa_starts, plain_config
 from minipeft.patching import adapter_modules
 from minipeft.state_dict import (
     LoadResult,
@@ -194,9 +194,8 @@ _ABOUT_TRAINING = {
 def _check_same_settings(here: PeftConfig, stored: PeftConfig, adapter: str, directory: Path) -> None:
     """Raise ValueError if tensors stored under `stored` would act otherwise under `here`."""
     ours, theirs = here.to_dict(), stored.to_dict()
-    # A PiSSA adapter's tensors mean something only beside what they started from.
-    pissa = is_pissa(ours.get("init_lora_weights")) or is_pissa(theirs.get("init_lora_weights"))
-    free = _ABOUT_TRAINING - {"init_lora_weights"} if pissa else _ABOUT_TRAINING
+    started = changes_base(ours.get("init_lora_weights")) or changes_base(theirs.get("init_lora_weights"))
+    free = _ABOUT_TRAINING - {"init_lora_weights"} if started else _ABOUT_TRAINING
     for field in ours.keys() | theirs.keys():
         if field not in free and ours.get(field) != theirs.get(field):
             raise ValueError(

@@ -18,7 +18,7 @@ from minipeft import checkpoint
 from minipeft.configs import PeftConfig
 from minipeft.methods.lora import LoraLayer
 from minipeft.methods.lora_config import LoraConfig
-from minipeft.methods.lora_init import is_pissa
+from minipeft.methods.lora_init import changes_base
 from minipeft.patching import adapter_modules
 from minipeft.state_dict import fill_adapter
 
@@ -62,8 +62,9 @@ def _check_alike(here: Any, new: Any, source: str) -> None:
     for field in ("use_dora", "bias"):
         if getattr(here, field) != getattr(new, field):
             raise ValueError(f"{source}: {field} is {getattr(new, field)!r}, expected {getattr(here, field)!r}")
-    if is_pissa(here.init_lora_weights) or is_pissa(new.init_lora_weights):
-        raise ValueError(f"{source}: PiSSA adapters are not hot-swapped; save them with the conversion to plain LoRA")
+    kinds = (here.init_lora_weights, new.init_lora_weights)
+    if any(changes_base(kind) for kind in kinds):
+        raise ValueError(f"{source}: adapters that change the base are not hot-swapped, init_lora_weights is {kinds}")
 
 
 def _fit(tensors: dict[str, Tensor], layer: LoraLayer, adapter: str, path: str, new: LoraConfig, prefix: str) -> None:

@@ -78,6 +78,8 @@ class LoraModel(_Base):
             config = None if name == BASE_ROW else self._config_of(name)
             if config is not None and not isinstance(config, LoraConfig):
                 raise ValueError(f"adapter_names: {name!r} is no LoRA adapter ({type(config).__name__})")
+            if getattr(config, "init_lora_weights", None) == "loftq":
+                raise ValueError(f"adapter_names: {name!r} is LoftQ: it replaces the base weight for the whole batch")
             whole = [f for f in ("bias", "modules_to_save") if getattr(config, f, None) not in (None, [], "none")]
             if whole:
                 raise ValueError(f"adapter_names: {name!r} has {whole[0]}: tensors of its own for the whole batch")

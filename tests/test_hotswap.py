@@ -79,7 +79,10 @@ def test_other_ranks_and_scalings_are_fitted(changes: dict[str, Any], tmp_path: 
         ({"bias": "lora_only"}, "bias is 'lora_only', expected 'none'"),
         ({"target_modules": ["q_proj"]}, "missing tensors"),
         ({"target_modules": ["q_proj", "v_proj", "embed_tokens"]}, "unknown tensors"),
-        ({"init_lora_weights": "pissa", "target_modules": ["q_proj"]}, "PiSSA adapters are not hot-swapped"),
+        (
+            {"init_lora_weights": "pissa", "target_modules": ["q_proj"]},
+            "adapters that change the base are not hot-swapped",
+        ),
     ],
 )
 def test_what_does_not_fit_changes_nothing(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

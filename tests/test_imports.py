@@ -31,6 +31,7 @@ ALLOWED = {
         "minipeft.patching",
         *("minipeft.methods", "minipeft.quantization", "minipeft.configs"),
     ],
+    "minipeft.loftq_replace": ["minipeft.methods", "minipeft.patching", "minipeft.state_dict"],
     "minipeft.hotswap": [
         *("minipeft.checkpoint", "minipeft.state_dict", "minipeft.patching", "minipeft.methods", "minipeft.configs"),
     ],

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from minipeft.kernels.lora_matmul import lora_matmul, lora_update
 from minipeft.kernels.nf4_matmul import Packed, Sizes
 from minipeft.methods.base import Method
+from minipeft.methods.loftq import LoftqBase, LoftQConfig, loftq
 from minipeft.methods.lora_config import LoraConfig
-from minipeft.methods.lora_init import init_factors, is_pissa, pissa_start
+from minipeft.methods.lora_init import changes_base, init_factors, is_pissa, pissa_start
 from minipeft.methods.lora_rows import add_row_updates
 from minipeft.methods.matching import is_conv1d, match_targets, shortest_names
 from minipeft.methods.trained_copies import TrainedBias, TrainedModule
@@ -35,12 +36,14 @@ class LoraLayer(TrainedBias):
         lora_dropout: applied to the update's input.
         lora_magnitude_vector: (out_features,), DoRA's m; only for adapters that use it.
         lora_start: what is subtracted from the base; only for adapters that start as PiSSA (see `lora_init.py`).
+        lora_base: what acts in the place of the base weight; only for adapters that start as LoftQ (see `loftq.py`).
         r, lora_alpha, scaling: the numbers.
     """
 
     name_prefix: ClassVar[str] = "Lora"
     _own_attributes: ClassVar[tuple[str, ...]] = (
-        *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "lora_start", "r", "lora_alpha", "scaling"),
+        *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "lora_start", "lora_base"),
+        *("r", "lora_alpha", "scaling"),
     )
 
     lora_A: Any
@@ -48,6 +51,7 @@ class LoraLayer(TrainedBias):
     lora_dropout: nn.ModuleDict
     lora_magnitude_vector: nn.ParameterDict
     lora_start: Any
+    lora_base: Any
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
@@ -56,7 +60,7 @@ class LoraLayer(TrainedBias):
         self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
         self.lora_dropout = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ParameterDict()
-        self.lora_start = nn.ModuleDict()
+        self.lora_start, self.lora_base = nn.ModuleDict(), nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -71,7 +75,9 @@ class LoraLayer(TrainedBias):
         if is_pissa(config.init_lora_weights):
             kind = str(config.init_lora_weights)
             self.lora_start[adapter] = pissa_start(self.dense_weight(), r, scaling, kind, dtype)
-        if init:
+        if config.init_lora_weights == "loftq":
+            self._quantize_base(adapter, config, init)
+        elif init:
             self._init_factors(adapter, config.init_lora_weights)
         if config.use_dora:
             # m starts as the weight's own length, so that the start is the identity (section 4.1 of the paper).
@@ -81,7 +87,7 @@ class LoraLayer(TrainedBias):
             self.train_bias(adapter, dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base = super().forward(x, *args, **kwargs)
+        base = self._base_output(x, *args, **kwargs)
         if self.merged_adapters:
             self._check_not_by_row()
             return base
@@ -92,6 +98,14 @@ class LoraLayer(TrainedBias):
             if adapter in self.scaling:
                 out = self.add_update(adapter, x, base, out)
         return out
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        acting = self.switch.acting if self.lora_base and not self.merged_adapters else ()
+        own = next((adapter for adapter in acting if adapter in self.lora_base), None)
+        if own is None:
+            return super().forward(x, *args, **kwargs)
+        out: Tensor = self.lora_base[own](x)
+        return out if self.bias is None else (out + self.bias).to(out.dtype)
 
     def _check_not_by_row(self) -> None:
         if self.switch.rows is not None:
@@ -137,7 +151,8 @@ class LoraLayer(TrainedBias):
 
     def merged_weight(self, adapters: tuple[str, ...]) -> Tensor:
         """(out_features, in_features) float32: the base weight with the updates of `adapters` added."""
-        weight = self.dense_weight().clone()
+        own = next((adapter for adapter in adapters if adapter in self.lora_base), None)
+        weight = self.dense_weight().clone() if own is None else self.lora_base[own].dequantize(torch.float32)
         for adapter in adapters:
             if adapter in self.scaling:
                 weight += self.delta_weight(adapter)
@@ -165,9 +180,12 @@ class LoraLayer(TrainedBias):
         # PEFT wraps the modules that it adapts, and this name is what the wrapping leaves in its files.
         return {**state, **{f"base_layer.{name}": tensor for name, tensor in bias.items()}}
 
+    def replaced_tensors(self, adapter: str) -> list[str]:
+        return [*super().replaced_tensors(adapter), *(["weight"] if adapter in self.lora_base else [])]
+
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)
-        own = (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector, self.lora_start)
+        own = (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector, self.lora_start, self.lora_base)
         for holder in own:
             if adapter in holder:
                 del holder[adapter]
@@ -206,6 +224,14 @@ class LoraLayer(TrainedBias):
             lora_B.data.copy_(self.lora_start[adapter].lora_B)
         else:
             init_factors(lora_A, lora_B, kind)
+
+    def _quantize_base(self, adapter: str, config: LoraConfig, init: bool) -> None:
+        """Give `adapter` the quantized weight of LoftQ, and with `init` the factors that go with it."""
+        rounds = LoftQConfig(**config.loftq_config).loftq_iter
+        packed, *new = loftq(self.dense_weight().float(), self.r[adapter], self.scaling[adapter], rounds)
+        self.lora_base[adapter] = LoftqBase.of(packed, self._weight_device())
+        for factor, value in zip(self.factors(adapter), new, strict=True) if init else ():
+            factor.data.copy_(value)
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """The live A (r, in_features) and B (out_features, r) of `adapter`."""
@@ -281,6 +307,14 @@ class LoraNF4Linear(LoraLayer):
     def unmerge(self) -> None:
         super().unmerge()
         self.dense_merged = None
+
+    def _quantize_base(self, adapter: str, config: LoraConfig, init: bool) -> None:
+        # An adapter of one round was trained on the plain quantization, which this layer has.
+        if init or LoftQConfig(**config.loftq_config).loftq_iter != 1:
+            raise ValueError(
+                "init_lora_weights='loftq' needs the weights before quantization, and this layer is NF4 already: "
+                "attach the adapter to the plain model, or attach an ordinary one and call replace_lora_weights_loftq"
+            )
 
     def dense_weight(self) -> Tensor:
         return self.dequantize(torch.float32)
@@ -407,7 +441,7 @@ def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list
                 f"target_modules: {path!r} is a {kind}{_ROUTER if 'Router' in kind else ''}; LoRA adapts "
                 "torch.nn.Linear, torch.nn.Embedding, transformers' Conv1D and minipeft's NF4Linear"
             )
-        if is_pissa(config.init_lora_weights) and isinstance(module, nn.Embedding):
+        if changes_base(config.init_lora_weights) and isinstance(module, nn.Embedding):
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} is for linear layers, {path!r} is not one"
             )

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from minipeft.configs import PeftConfig, PeftType, register_method
+from minipeft.methods.loftq import LoftQConfig
 
 _UNSUPPORTED = (
-    *("megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    *("megatron_config", "trainable_token_indices", "eva_config", "corda_config", "lora_ga_config"),
     *("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias"),
     *("target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
 )
@@ -34,8 +35,9 @@ class LoraConfig(PeftConfig):
         use_rslora: scaling = lora_alpha / sqrt(r).
         modules_to_save: Modules that the adapter trains whole.
         init_lora_weights: True (B = 0), "gaussian" (the same with normal A), "pissa" or "pissa_niter_N" (the weight's
-            principal components, see `lora_init.py`), or False (both random: a start that is not the identity, for
-            tests).
+            principal components, see `lora_init.py`), "loftq" (what quantization loses, see `loftq.py`), or False
+            (both random: a start that is not the identity, for tests).
+        loftq_config: A `LoftQConfig` or its fields, for init_lora_weights="loftq".
         layers_to_transform, layers_pattern: Only targets in layers of these numbers, counted in the module list
             called `layers_pattern`.
         rank_pattern, alpha_pattern: r and lora_alpha of targets whose name ends with the key (a regular expression).
@@ -59,12 +61,12 @@ class LoraConfig(PeftConfig):
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     use_dora: bool = False
+    loftq_config: Any = dataclasses.field(default_factory=dict)
 
     # PEFT 0.21's further fields: here so that files round-trip, refused when they ask for something.
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list | dict | None = None
-    loftq_config: dict = dataclasses.field(default_factory=dict)
     eva_config: dict | None = None
     corda_config: dict | None = None
     lora_ga_config: dict | None = None
@@ -112,10 +114,11 @@ class LoraConfig(PeftConfig):
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
         kind = self.init_lora_weights
-        if kind not in (True, False, "gaussian", "pissa") and not re.fullmatch(r"pissa_niter_\d+", str(kind)):
+        if kind not in (True, False, "gaussian", "pissa", "loftq") and not re.fullmatch(r"pissa_niter_\d+", str(kind)):
             raise ValueError(
-                f"init_lora_weights must be True, False, 'gaussian', 'pissa' or 'pissa_niter_N', got {kind!r}"
+                f"init_lora_weights must be True, False, 'gaussian', 'pissa', 'pissa_niter_N' or 'loftq', got {kind!r}"
             )
+        self._check_loftq()
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             _check_regex("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):
@@ -130,6 +133,18 @@ class LoraConfig(PeftConfig):
                 "layers_to_transform needs target_modules as a list of names, got the string "
                 f"{self.target_modules!r}; put the layer numbers into the expression instead"
             )
+
+    def _check_loftq(self) -> None:
+        if isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = dataclasses.asdict(self.loftq_config)
+        if (self.init_lora_weights == "loftq") != bool(self.loftq_config):
+            raise ValueError(
+                "init_lora_weights='loftq' and loftq_config go together, got "
+                f"{self.init_lora_weights!r} and {self.loftq_config!r}"
+            )
+        LoftQConfig(**self.loftq_config)
+        if self.loftq_config and self.use_dora:
+            raise ValueError("use_dora with init_lora_weights='loftq' is not supported by minipeft")
 
     def settings_for(self, path: str) -> tuple[int, float, float]:
         """(r, lora_alpha, scaling) of the target at `path`."""

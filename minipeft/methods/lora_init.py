@@ -31,6 +31,11 @@ def is_pissa(kind: Any) -> bool:
     return isinstance(kind, str) and kind.startswith("pissa")
 
 
+def changes_base(kind: Any) -> bool:
+    """Whether an adapter of this `init_lora_weights` means something only beside a base weight that it came with."""
+    return is_pissa(kind) or kind == "loftq"
+
+
 def init_factors(lora_A: Tensor, lora_B: Tensor, kind: bool | str) -> None:
     """A random; B zero, so that the start is the identity, or random too when `kind` is False."""
     if kind == "gaussian":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,6 +45,9 @@ class TaskType(str, enum.Enum):
 
 
 _CONFIG_OF_METHOD: dict[PeftType, Any] = {}
+
+# Whose import registers a config class: a config may be read before any method is used.
+_HOMES = tuple(f"minipeft.methods.{name}" for name in ("lora_config", "bottleneck_config", "prefix", "prompt"))
 
 
 def register_method(peft_type: PeftType) -> Callable[[ConfigClass], ConfigClass]:
@@ -158,6 +162,8 @@ def _type_of(config_class: type[PeftConfig]) -> PeftType | None:
 
 
 def _class_of(values: Mapping[str, Any], source: str) -> type[PeftConfig]:
+    for home in _HOMES:
+        importlib.import_module(home)
     name = values.get("peft_type")
     if name not in [t.value for t in _CONFIG_OF_METHOD]:
         known = ", ".join(t.value for t in _CONFIG_OF_METHOD)

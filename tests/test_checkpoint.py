@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,9 @@ def test_config_survives_the_round_trip(tmp_path: Path) -> None:
     config.inference_mode, config.peft_version = True, again.peft_version
     assert again == config
     assert minipeft.get_peft_config(again.to_dict()) == again
+
+
+def test_a_config_is_read_before_any_method_is_used(directory: Path) -> None:
+    code = "import sys, minipeft; print(type(minipeft.PeftConfig.from_pretrained(sys.argv[1])).__name__)"
+    done = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=True)
+    assert done.stdout == "LoraConfig\n"

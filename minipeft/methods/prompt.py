@@ -8,6 +8,10 @@ leaves stands before the text as a prefix does (`key_values.py`). That is the sa
 batch, and gives the rest for nothing: padding stays in front of the prompt, and ids, mask, labels, logits and the
 cache are about the text alone. It costs P tokens a call instead of P a row. In generation the keys and values stay
 with the cache, as those of ordinary tokens would.
+
+Two things differ from putting it into the batch, as PEFT does. The text's first token is no target (PEFT scores it
+from the prompt's last position; a first label of -100 gives equal losses). And a sliding window never moves past the
+prompt. A text that is read in both directions needs the prompt in the batch: see `prompted_encoders.py`.
 """
 
 from __future__ import annotations

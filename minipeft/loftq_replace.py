@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minipeft.methods.loftq import leading_factors
-from minipeft.methods.lora import LoraNF4Linear
+from minipeft.methods.lora_layers import LoraNF4Linear
 from minipeft.patching import adapter_modules
 from minipeft.state_dict import base_name
 

@@ -16,7 +16,7 @@ from torch import nn
 from minipeft.configs import PeftConfig, PeftType
 from minipeft.methods.base import AdapterModule, Method, Switch, base_modules, mix_in, mix_out
 from minipeft.methods.bottleneck import BOTTLENECK
-from minipeft.methods.lora import LORA
+from minipeft.methods.lora_layers import LORA
 from minipeft.methods.matching import check_unused_names, modules_to_save, plain_module_names
 from minipeft.methods.prefix import PrefixTuningConfig  # noqa: F401 - so that its files can be read
 from minipeft.methods.prompt import PromptTuningConfig  # noqa: F401

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minipeft.methods.lora import LoraNF4Linear
+from minipeft.methods.lora_layers import LoraNF4Linear
 from minipeft.patching import adapter_modules
 from minipeft.quantization import NF4Linear, NF4Weight
 

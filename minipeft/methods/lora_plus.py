@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.methods.lora import LoraEmbedding, LoraLayer
+from minipeft.methods.lora import LoraLayer
+from minipeft.methods.lora_layers import LoraEmbedding
 
 
 def lora_plus_groups(

@@ -153,11 +153,11 @@ class PromptEncoder(nn.Module):
         remembers = cache is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         made = getattr(cache, "_prompts", {}) if remembers else {}
         weight = self.embedding.weight
-        version, known = made.get(id(weight), (None, None))
-        if known is None or version != weight._version or not _in_use(cache):
+        of, version, known = made.get(id(weight), (None, None, None))
+        if of is not weight or version != weight._version or not _in_use(cache):
             known = run(inputs_embeds=weight.to(dtype)[None])
             if remembers:
-                cache._prompts = {**made, id(weight): (weight._version, known)}
+                cache._prompts = {**made, id(weight): (weight, weight._version, known)}
         self.key_values = _Passing(known)
 
     def key_value(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+# Memory is taken at multiples of this, so that the system can map it in pages of this size.
+HUGE_PAGE = 2 << 20
+
 
 class Tier:
     """Slots of one kind of memory. Which are in use is counted here; who uses them is the pager's affair."""
@@ -96,10 +99,12 @@ class MemoryTier(Tier):
             return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
         # Straight from the operating system: aligned to its pages for direct files, zero until it is first touched,
         # which is when it begins to count, and given back whole.
-        memory = mmap.mmap(-1, size)
+        memory = mmap.mmap(-1, size + HUGE_PAGE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        start = -whole.data_ptr() % HUGE_PAGE
+        return whole[start : start + size]
 
 
 class SimulatedDevice(MemoryTier):

@@ -113,6 +113,9 @@ def _about_checkpoint(path: Path) -> Iterator[str]:
     yield f"  steps done        {done.get('step', '?')}"
     yield f"  tokens trained on {done.get('tokens', '?')}"
     saved = read_header(path / "training_state.safetensors")
+    paged = path / "optimizer_state.safetensors"
+    if paged.exists():
+        saved |= read_header(paged)
     yield f"  optimizer state   {size(sum(tensor.nbytes for tensor in saved.values()))}"
     yield ""
     yield from _about_adapter(path)

@@ -14,6 +14,7 @@ import contextlib
 import os
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,10 @@ class SpillFile(Tier):
             os.close(self._handle)
             self._handle = -1
 
-    def _transfer(self, call, verb: str, slot: int, page: int, data: memoryview) -> None:  # type: ignore[no-untyped-def]
+    def _transfer(
+        self, call: Callable[[int, memoryview, int], int], verb: str, slot: int, page: int, data: memoryview
+    ) -> None:
+        """Read or write a page, in as many pieces as the system makes of it."""
         done = 0
         while done < len(data):
             try:

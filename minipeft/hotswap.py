@@ -59,6 +59,8 @@ def _check_alike(here: Any, new: Any, source: str) -> None:
         raise ValueError(
             f"{source}: LoRA adapters can be hot-swapped, not {type(here).__name__} by {type(new).__name__}"
         )
+    if here.target_parameters or new.target_parameters:
+        raise ValueError(f"{source}: adapters with target_parameters are not hot-swapped; load_adapter does it")
     for field in ("use_dora", "bias"):
         if getattr(here, field) != getattr(new, field):
             raise ValueError(f"{source}: {field} is {getattr(new, field)!r}, expected {getattr(here, field)!r}")

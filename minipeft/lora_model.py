@@ -80,7 +80,11 @@ class LoraModel(_Base):
                 raise ValueError(f"adapter_names: {name!r} is no LoRA adapter ({type(config).__name__})")
             if getattr(config, "init_lora_weights", None) == "loftq":
                 raise ValueError(f"adapter_names: {name!r} is LoftQ: it replaces the base weight for the whole batch")
-            whole = [f for f in ("bias", "modules_to_save") if getattr(config, f, None) not in (None, [], "none")]
+            whole = [
+                f
+                for f in ("bias", "modules_to_save", "target_parameters")
+                if getattr(config, f, None) not in (None, [], "none")
+            ]
             if whole:
                 raise ValueError(f"adapter_names: {name!r} has {whole[0]}: tensors of its own for the whole batch")
         before, self._switch.by_row = self._switch.by_row, RowAdapters(names, repeated)
@@ -141,6 +145,8 @@ class LoraModel(_Base):
                     f"adapter {name!r} is PiSSA: combination_type {how.kind!r} adds up factors and would leave out "
                     "what it started from; take 'svd'"
                 )
+            if config.target_parameters:
+                raise ValueError(f"adapter {name!r} cannot be combined: it has target_parameters")
             if config.use_dora:
                 raise ValueError(f"adapter {name!r} cannot be combined: DoRA's update is not linear in its tensors")
         layers = {}

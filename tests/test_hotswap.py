@@ -1,5 +1,6 @@
 """New weights in place: no compiling again; and loading one more adapter costs the same however many there are."""
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -118,11 +119,13 @@ def calls_in(function: Callable[[], object]) -> int:
         nonlocal calls
         calls += event in ("call", "c_call")
 
+    gc.disable()  # finalizers are not the function's work
     sys.setprofile(count)
     try:
         function()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return calls
 
 
@@ -131,4 +134,5 @@ def test_loading_the_thirtieth_adapter_is_the_work_of_the_first(changes: dict[st
     saved(tmp_path, 1, **changes)
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path, adapter_name="a1")
     work = [calls_in(lambda number=number: model.load_adapter(tmp_path, f"a{number}")) for number in range(2, 31)]
-    assert max(work) == min(work) > 1000
+    # A cache that fills up makes single calls differ by a few.
+    assert min(work) > 1000 and max(work) < 1.01 * min(work)

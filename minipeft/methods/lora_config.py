@@ -14,7 +14,7 @@ from minipeft.methods.loftq import LoftQConfig
 _UNSUPPORTED = (
     *("megatron_config", "trainable_token_indices", "eva_config", "corda_config", "lora_ga_config"),
     *("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias"),
-    *("target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
+    *("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
 )
 
 
@@ -37,6 +37,7 @@ class LoraConfig(PeftConfig):
         init_lora_weights: True (B = 0), "gaussian" (the same with normal A), "pissa" or "pissa_niter_N" (the weight's
             principal components, see `lora_init.py`), "loftq" (what quantization loses, see `loftq.py`), or False
             (both random: a start that is not the identity, for tests).
+        target_parameters: Names or name endings of 3-D parameters of a mixture's experts (see `lora_parameters.py`).
         loftq_config: A `LoftQConfig` or its fields, for init_lora_weights="loftq".
         layers_to_transform, layers_pattern: Only targets in layers of these numbers, counted in the module list
             called `layers_pattern`.
@@ -62,6 +63,7 @@ class LoraConfig(PeftConfig):
     alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     use_dora: bool = False
     loftq_config: Any = dataclasses.field(default_factory=dict)
+    target_parameters: list[str] | None = None
 
     # PEFT 0.21's further fields: here so that files round-trip, refused when they ask for something.
     megatron_config: dict | None = None
@@ -77,7 +79,6 @@ class LoraConfig(PeftConfig):
     monteclora_config: dict | None = None
     layer_replication: list | None = None
     lora_bias: bool = False
-    target_parameters: list | None = None
     use_bdlora: dict | None = None
     arrow_config: dict | None = None
     kasa_config: dict | None = None

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from minipeft.kernels.lora_matmul import lora_matmul
 from minipeft.kernels.nf4_matmul import Packed, Sizes
-from minipeft.methods.base import Method
+from minipeft.methods.base import AdapterModule, Method, base_modules
 from minipeft.methods.loftq import LoftQConfig
 from minipeft.methods.lora import LoraLayer, wide
 from minipeft.methods.lora_config import LoraConfig
 from minipeft.methods.lora_init import changes_base
+from minipeft.methods.lora_parameters import LoraParameters, check_target_parameters, find_target_parameters
 from minipeft.methods.matching import is_conv1d, match_targets, shortest_names
 from minipeft.methods.trained_copies import TrainedModule
 from minipeft.quantization import NF4Linear, NF4Weight
@@ -206,7 +207,22 @@ def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
 _ROUTER = ", the router of a mixture of experts"
 
 
+def _mixin_for(module: nn.Module) -> type[AdapterModule] | None:
+    """`lora_mixin_for`, and for a module that holds 3-D parameters `LoraParameters`."""
+    fused = any(p is not None and p.dim() == 3 for p in module._parameters.values())
+    return lora_mixin_for(module) or (LoraParameters if fused else None)
+
+
 def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
+    if not config.target_parameters:
+        return _find_layers(model, config, skip)
+    check_target_parameters(config)
+    holders = find_target_parameters(dict(base_modules(model)), config)
+    # Without a word about modules, as in PEFT, the parameters are all.
+    return [*(_find_layers(model, config, skip) if config.target_modules else ()), *holders]
+
+
+def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
     targets = match_targets(model, config, lambda module: lora_mixin_for(module) is not None, skip)
     for path in targets:
         module = model.get_submodule(path)
@@ -229,4 +245,4 @@ def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list
     return targets
 
 
-LORA = Method(find=_find_targets, mixin_for=lora_mixin_for)
+LORA = Method(find=_find_targets, mixin_for=_mixin_for)

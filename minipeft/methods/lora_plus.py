@@ -12,6 +12,7 @@ from torch import nn
 
 from minipeft.methods.lora import LoraLayer
 from minipeft.methods.lora_layers import LoraEmbedding
+from minipeft.methods.lora_parameters import ExpertFactors
 
 
 def lora_plus_groups(
@@ -66,6 +67,8 @@ def _factors_of(model: nn.Module) -> tuple[set[int], set[int]]:
     embedding: set[int] = set()
     fast: set[int] = set()
     for module in model.modules():
+        if isinstance(module, ExpertFactors):
+            fast.add(id(module.lora_B))
         for adapter in module.scaling if isinstance(module, LoraLayer) else ():
             assert isinstance(module, LoraLayer)
             lora_A, lora_B = module.factors(adapter)

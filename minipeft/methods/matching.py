@@ -167,7 +167,7 @@ def _no_match(
     if parameters:
         name, parameter = parameters[0]
         kind = "a parameter" if parameter.dim() < 3 else f"one parameter {tuple(parameter.shape)} of all the experts"
-        return f"{message}: {name} is {kind}, not a module, and cannot be a target here"
+        return f"{message}: {name} is {kind}, not a module: LoRA takes the experts' as target_parameters"
     leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
     words = [leaf for leaf in leaves if not leaf.isdigit()]
     near = difflib.get_close_matches(target.rpartition(".")[2], words, n=3, cutoff=0.5)

@@ -208,7 +208,7 @@ def test_patterns_set_rank_and_alpha_per_target() -> None:
         ({"init_lora_weights": "olora"}, "init_lora_weights must be .* got 'olora'"),
         ({"target_modules": "("}, "is not a regular expression"),
         ({"use_qalora": True}, "use_qalora=True.* is not supported"),
-        ({"target_parameters": ["experts"]}, "target_parameters=.* is not supported"),
+        ({"kasa_config": {"beta": 1}}, "kasa_config=.* is not supported"),
         ({"task_type": "CHAT"}, "task_type must be one of .* got 'CHAT'"),
         ({"layers_pattern": "h"}, "layers_to_transform, which is not given"),
         ({"layers_to_transform": 1, "target_modules": ".*"}, "needs target_modules as a list"),

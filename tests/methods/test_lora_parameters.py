@@ -1,0 +1,145 @@
+"""LoRA on the 3-D parameters of a mixture's experts: PEFT's numbers and files, and the contract of every method."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tiny import randomize, some_ids
+from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import minipeft
+from minipeft import LoraConfig, get_peft_model, lora_plus_groups
+
+CONFIG: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+BOTH = ["gate_up_proj", "mlp.experts.down_proj"]
+SIZES: dict[str, Any] = {
+    **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+
+def mixtral() -> Any:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3)).eval()
+
+
+def qwen() -> Any:
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 8}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts)).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(some_ids()).logits
+
+
+def adapted(library: Any, plain: Any = mixtral, targets: Any = BOTH, **changes: Any) -> Any:
+    model = library.get_peft_model(plain(), library.LoraConfig(**{**CONFIG, "target_parameters": targets, **changes}))
+    randomize(model, scale=0.2)
+    return model
+
+
+@pytest.mark.parametrize("plain", [mixtral, qwen])
+@pytest.mark.parametrize("targets", [BOTH, ["down_proj"]])
+def test_adapters_move_between_the_libraries(plain: Any, targets: list[str], tmp_path: Path) -> None:
+    theirs = adapted(peft, plain, targets)
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = minipeft.PeftModel.from_pretrained(plain(), tmp_path / "theirs")
+    assert not torch.allclose(logits(loaded), logits(plain()), atol=1e-3)
+    torch.testing.assert_close(logits(loaded), logits(theirs), rtol=0, atol=1e-5)
+    ours = adapted(minipeft, plain, targets)
+    ours.save_pretrained(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(plain(), tmp_path / "ours")
+    torch.testing.assert_close(logits(back), logits(ours), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("plain", [mixtral, qwen])
+def test_contract_of_every_method(plain: Any) -> None:
+    untouched, model = plain(), get_peft_model(plain(), LoraConfig(**CONFIG, target_parameters=BOTH))
+    base = logits(untouched)
+    torch.testing.assert_close(logits(model), base, rtol=0, atol=0)
+    randomize(model, scale=0.2)
+    changed = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), changed, rtol=0, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), changed)
+    model.add_adapter("other", LoraConfig(**CONFIG, target_parameters=["down_proj"]))
+    model.set_adapter(["default", "other"])
+    torch.testing.assert_close(logits(model), changed)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), base)
+    plain_again = model.unload()
+    assert plain_again.state_dict().keys() == untouched.state_dict().keys()
+    assert all(torch.equal(plain_again.state_dict()[n], t) for n, t in untouched.state_dict().items())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_updated_weight(checkpointing: bool) -> None:
+    model = adapted(minipeft, targets=["down_proj"])
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    loss = model.train()(some_ids(), labels=some_ids()).loss
+    factors = model.model.layers[0].mlp.experts.lora_experts["default"]["down_proj"]
+    got = torch.autograd.grad(loss, (factors.lora_A, factors.lora_B))
+    experts = mixtral().model.layers[0].mlp.experts
+    plain = adapted(minipeft, targets=["down_proj"])
+    plain.merge_adapter()
+    weight = plain.model.layers[0].mlp.experts.down_proj.requires_grad_()
+    (grad,) = torch.autograd.grad(plain.train()(some_ids(), labels=some_ids()).loss, weight)
+    assert grad.shape == experts.down_proj.shape
+    wanted = torch.autograd.grad((factors.update() * grad).sum(), (factors.lora_A, factors.lora_B))
+    for ours, expected in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_parameters_alone_need_no_modules() -> None:
+    model = adapted(minipeft, target_modules=None)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 8 and all("experts" in name for name in trained)
+    rates = {g["lr"]: len(g["params"]) for g in lora_plus_groups(model, 1e-3, 4)}
+    assert rates == {1e-3: 4, 4e-3: 4}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": ["nope"]}, r"'nope' matches no parameter; 3-D ones here: \['down_proj', 'gate_up_proj'\]"),
+        ({"targets": ["q_proj.weight"]}, r"q_proj\.weight is no 3-D parameter"),
+        ({"use_dora": True}, "use_dora=True does not go with target_parameters"),
+        ({"lora_dropout": 0.1}, "lora_dropout=0.1 does not go with"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' does not go with"),
+        ({"target_modules": ["experts"]}, r"'model\.layers\.0\.mlp\.experts' is a .*MixtralExperts"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        adapted(minipeft, **changes)
+
+
+def test_calls_for_layers_refuse_parameters(tmp_path: Path) -> None:
+    model = adapted(minipeft).eval()
+    model.add_adapter("other", LoraConfig(**CONFIG))
+    with pytest.raises(ValueError, match="'default' has target_parameters"):
+        model(some_ids(2), adapter_names=["default", "other"])
+    with pytest.raises(ValueError, match="it has target_parameters"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    with pytest.raises(ValueError, match="target_parameters are not hot-swapped"):
+        minipeft.hotswap_adapter(model, tmp_path, "default")
+    model.load_adapter(tmp_path, "default")
+    assert isinstance(model.model.layers[0].mlp.experts, nn.Module)
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own doings
+@torch.no_grad()
+def test_compiled_model_gives_the_same() -> None:
+    model = adapted(minipeft).eval()
+    torch.compiler.reset()
+    torch.testing.assert_close(logits(torch.compile(model, backend="eager")), logits(model))

@@ -159,7 +159,8 @@ def merge(args: argparse.Namespace) -> None:
         bits = {"torch.bfloat16": "16-bit", "torch.float16": "16-bit", "torch.float32": "32-bit"}
         dtype = str(model.dtype)
         print(f"merged in {bits.get(dtype, '')} ({dtype.removeprefix('torch.')}): {output}")
-    print(f"use it: AutoModelForCausalLM.from_pretrained({str(output)!r})")
+    first = "from minipeft import NF4Config; " if args.requantize else ""  # transformers then reads it by itself
+    print(f"use it: {first}AutoModelForCausalLM.from_pretrained({str(output)!r})")
 
 
 def inspect(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `--help` and `--version` exit by themselves, with 0."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("MINIPEFT_DEBUG", "") not in ("", "0")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model may write what the terminal's encoding lacks; better a replacement character than no text.
+        sys.stdout.reconfigure(errors="replace")
     try:
         args = build_parser().parse_args(arguments)
         # Imported here: a mistyped flag needs none of it.
@@ -64,9 +68,12 @@ def is_users(error: Exception) -> bool:
     """Whether the error is about what the user gave or has, and not a bug of ours.
 
     Ours are raised as TrainingError (API errors about arguments are turned into it where the arguments are passed
-    on). The operating system's are about files and disks; running out of memory is about sizes.
+    on). The operating system's are about files and disks, and so are safetensors', such as a disk that is full, and
+    those of paged state; running out of memory is about sizes.
     """
-    return isinstance(error, TrainingError | OSError | MemoryError) or _is_out_of_memory(error)
+    if isinstance(error, TrainingError | OSError | MemoryError) or _is_out_of_memory(error):
+        return True
+    return _is(error, "safetensors", "SafetensorError") or _is(error, "minipeft.optim.errors", "PagingError")
 
 
 def one_sentence(error: Exception) -> str:
@@ -78,8 +85,13 @@ def one_sentence(error: Exception) -> str:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return _is(error, "torch", "OutOfMemoryError")
+
+
+def _is(error: Exception, module: str, name: str) -> bool:
+    """Whether it is of a class whose module is imported only when it is needed."""
+    imported = sys.modules.get(module)
+    return imported is not None and isinstance(error, getattr(imported, name))
 
 
 def build_parser() -> Parser:
@@ -218,6 +230,9 @@ def _add_kernels(commands: argparse._SubParsersAction) -> None:
 def _add_model(parser: Parser, adapter_required: bool = False) -> None:
     parser.add_argument("--model", required=True, help="model directory, hub name, or .gguf file")
     parser.add_argument("--adapter", required=adapter_required, metavar="DIR", help="adapter directory")
+    parser.add_argument(
+        "--any-base", action="store_true", help="use the adapter although it names another base model than --model"
+    )
     parser.add_argument("--quantize", choices=QUANTIZE_CHOICES, help="load the model in 4 bits")
     parser.add_argument(
         "--dtype", choices=DTYPE_CHOICES, default="auto", help="dtype of the model (default: as it is stored)"

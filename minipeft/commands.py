@@ -261,6 +261,7 @@ def load_model(args: argparse.Namespace) -> Any:
     check_device(args.device)
     if args.adapter is not None:
         check_adapter_path(Path(args.adapter))
+        check_base(Path(args.adapter), args.model, args.any_base)
     with without_bars():
         model = load_base_model(args.model, quantize=args.quantize, dtype=args.dtype, device=args.device)
     if args.adapter is None:
@@ -269,6 +270,22 @@ def load_model(args: argparse.Namespace) -> Any:
 
     with as_user_error(AdapterError, str(args.adapter)):
         return PeftModel.from_pretrained(model, args.adapter)
+
+
+def check_base(adapter: Path, model: str, any_base: bool) -> None:
+    """Raise AdapterError when the adapter says that it was trained on a model of another name, unless `any_base`.
+
+    Models of one shape differ in nothing that could be checked: on the wrong one an adapter gives nonsense.
+    """
+    from minipeft import PeftConfig
+
+    with as_user_error(AdapterError, str(adapter)):
+        trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if trained_on and not any_base and Path(trained_on).name != Path(model).resolve().name:
+        raise AdapterError(
+            f"{adapter} was trained on {trained_on!r}, and --model is {model!r}; if that is the same model under "
+            "another name, add --any-base"
+        )
 
 
 def check_device(device: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tiny_folder import save_model, write_jsonl
 from tolerances import TOLERANCES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minipeft import PeftModel, cli, commands
 from minipeft.cli import main
+from minipeft.optim import PagingError
 from minipeft.quantization import NF4Linear
 
 RECORDS = [{"prompt": f"{word}?", "completion": f" {word[::-1]}"} for word in ("abc", "cab", "bca", "acb") * 4]
@@ -288,10 +292,16 @@ def test_a_model_path_that_is_none(command, data, adapter, tmp_path):
 def test_an_adapter_for_another_base(adapter, data, tmp_path):
     other = save_model(tmp_path / "other", hidden_size=32, intermediate_size=48)
     for command in (["eval", "--data", data], ["generate", "--prompt", "a"], ["merge", "--output", tmp_path / "o"]):
-        said = refused(*command, "--model", other, "--adapter", adapter)
+        where = ["--model", other, "--adapter", adapter]
+        assert "was trained on" in refused(*command, *where)
+        said = refused(*command, *where, "--any-base")
         assert "does not fit this model" in said and "lora_A" in said
     deeper = save_model(tmp_path / "deeper", num_hidden_layers=3)
-    assert "missing tensors" in refused("eval", "--data", data, "--model", deeper, "--adapter", adapter)
+    said = refused("eval", "--data", data, "--model", deeper, "--adapter", adapter, "--any-base")
+    assert "missing tensors" in said
+    twin = save_model(tmp_path / "twin")
+    assert "was trained on" in refused("eval", "--data", data, "--model", twin, "--adapter", adapter)
+    assert "perplexity" in ok("eval", "--data", data, "--model", twin, "--adapter", adapter, "--any-base")
     assert tree(tmp_path / "o") == []
 
 
@@ -437,6 +447,75 @@ def test_inspect_refuses_what_is_nothing_of_ours(tmp_path):
     assert "is a file" in refused("inspect", tmp_path / "adapter_config.json")
 
 
+@pytest.fixture
+def small_files():
+    """Files of 20 kB at most, which stops a writer as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_without_room_is_one_sentence_and_leaves_nothing(base, adapter, small_files, tmp_path):
+    said = refused("merge", "--model", base, "--adapter", adapter, "--output", tmp_path / "merged")
+    assert "File too large" in said
+    assert tree(tmp_path) == []
+
+
+def test_a_merged_model_is_as_readable_as_any_new_file(base, adapter, tmp_path):
+    ok("merge", "--model", base, "--adapter", adapter, "--output", tmp_path / "merged")
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "merged").iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)])
+def test_text_that_the_terminal_cannot_show_is_printed_with_replacements(stream, base, monkeypatch):
+    arguments = ["generate", "--model", str(base), "--raw", "--prompt", "ab?", "--max-new-tokens", "24", *stream]
+    whole = ok(*arguments)
+    assert not whole.isascii()
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(arguments) == 0
+    terminal.flush()
+    assert terminal.buffer.getvalue() == whole.encode("ascii", errors="replace")
+
+
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [("lack", f"{WEIGHT}"), ("shape", f"{WEIGHT}.*5, 64.*96, 64"), ("norm", "model.norm.weight")],
+)
+def test_a_base_without_all_its_weights(method, change, expected, base, data, tmp_path):
+    damaged = shutil.copytree(base, tmp_path / "damaged")
+    weights = load_file(damaged / "model.safetensors")
+    removed = weights.pop("model.norm.weight" if change == "norm" else WEIGHT)
+    if change == "shape":
+        weights[WEIGHT] = removed[:5].clone()
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    said = refused("train", "--model", damaged, "--data", data, "--output", tmp_path / "o", "--method", method, *QUICK)
+    assert re.search(expected, said)
+    assert not (tmp_path / "o").exists()
+
+
+def test_weights_that_nf4_cannot_hold_are_named(base, data, tmp_path):
+    damaged = shutil.copytree(base, tmp_path / "damaged")
+    weights = load_file(damaged / "model.safetensors")
+    weights[WEIGHT][3, 4] = float("nan")
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    said = refused("train", "--model", damaged, "--data", data, "--output", tmp_path / "o", "--method", "qlora")
+    assert f"{WEIGHT}: NF4 needs finite weights" in said and "(3, 4) is nan" in said
+
+
+def test_a_base_without_a_tokenizer_says_what_is_missing(base, data, tmp_path):
+    bare = shutil.copytree(base, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*", "chat_template*"))
+    said = refused("eval", "--model", bare, "--data", data)
+    assert f"cannot load a tokenizer from {bare}: " in said and "`tokenizers` library serialization file" in said
+
+
 # Bugs, interruptions, debugging
 
 
@@ -465,6 +544,8 @@ def test_debug_shows_the_traceback_of_a_users_error(monkeypatch):
         (cli.TrainingInterrupted("stopped at 3", Path("c"), 3), 130, "minipeft: stopped at 3\n"),
         (OSError(28, "No space left on device"), 2, "minipeft: error: [Errno 28] No space left on device\n"),
         (torch.OutOfMemoryError("CUDA"), 2, "out of memory"),
+        (SafetensorError("No space left on device"), 2, "minipeft: error: No space left on device\n"),
+        (PagingError("no room in spill_dir"), 2, "minipeft: error: no room in spill_dir\n"),
     ],
 )
 def test_interruptions_and_the_machines_limits(raised, code, expected, monkeypatch):

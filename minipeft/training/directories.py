@@ -24,8 +24,12 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=target.parent))
     try:
         yield temporary
-        # mkdtemp makes it private; the result gets the permissions of any new directory.
-        temporary.chmod(0o777 & ~_umask())
+        # mkdtemp makes it private, as safetensors does its files; the result is as readable as anything new.
+        mask = _umask()
+        temporary.chmod(0o777 & ~mask)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o666 & ~mask)
         sync_tree(temporary)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=target.parent))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def load_base_model(
         device: "auto" is the first CUDA device, else the CPU.
 
     Raises:
-        ModelLoadError: no model there, or transformers cannot read it.
+        ModelLoadError: no model there, transformers cannot read it, or its files lack weights.
         MissingExtraError: a .gguf file without the packages gguf and accelerate.
     """
     if quantize not in (None, "nf4"):
@@ -56,8 +57,12 @@ def load_base_model(
         options["quantization_config"] = GgufConfig(gguf_file=options["gguf_file"], dequantize=True)
     elif quantize:
         options["quantization_config"] = _nf4_config(double_quant)
-    with _loading("model", path):
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    with _loading("model", path), _without_gap_report():
+        # Without ignore_mismatched_sizes transformers names the tensors in its log only.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    _check_complete(info, path)
     if quantize and "gguf_file" in options:
         from minipeft.quantization import quantize_model
 
@@ -170,13 +175,43 @@ def _nf4_config(double_quant: bool) -> Any:
     return NF4Config(double_quant=double_quant)
 
 
+def _check_complete(info: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse a model whose weights transformers made up, because its files lack them or hold other shapes."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelLoadError(f"cannot load a model from {path}: its files lack {_few(missing)}")
+    wrong = [f"{key} is {tuple(found)}, expected {tuple(due)}" for key, found, due in sorted(info["mismatched_keys"])]
+    if wrong:
+        raise ModelLoadError(f"cannot load a model from {path}: its files do not fit its config.json: {_few(wrong)}")
+
+
+def _few(items: list[str], most: int = 4) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+@contextlib.contextmanager
+def _without_gap_report() -> Iterator[None]:
+    """Keep transformers' table of missing tensors out of the log: we refuse such a model, in one sentence."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or not ("MISSING" in text or "MISMATCH" in text)
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
+
+
 @contextlib.contextmanager
 def _loading(what: str, path: str | Path) -> Iterator[None]:
     """Turn whatever transformers stumbles over in a directory or file into one sentence."""
     try:
         yield
     except Exception as error:
-        # Its errors run over many lines; the first says what is wrong.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        detail = lines[0] if lines else type(error).__name__
+        # Its errors run over many lines, and the cause may stand in any of them.
+        detail = " ".join(str(error).split()) or type(error).__name__
         raise ModelLoadError(f"cannot load a {what} from {path}: {detail}") from error

@@ -21,7 +21,7 @@ setup(
     version="0.1.0",
     description="Parameter-efficient fine-tuning written from scratch: NF4, LoRA, QLoRA",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["minipeft", "minipeft.*"]), "minipeft.kernels"],
     package_dir={"minipeft.kernels": "kernels/ops"},
     package_data={"minipeft": ["py.typed"]},

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from minipeft.bench_command import add_bench_arguments
-from minipeft.training.config import DTYPE_CHOICES, QUANTIZE_CHOICES, TOO_LONG_CHOICES, add_config_arguments
+from minipeft.training.config import DTYPE_CHOICES, QUANTIZE_CHOICES, SEED_END, TOO_LONG_CHOICES, add_config_arguments
 from minipeft.training.errors import TrainingError, TrainingInterrupted
 
 USER_ERROR = 2
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         args = build_parser().parse_args(arguments)
+        check_not_empty(args)
         # Imported here: a mistyped flag needs none of it.
         module, _, function = args.command.rpartition(":")
         getattr(importlib.import_module(module or "minipeft.commands"), function)(args)
@@ -62,6 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"minipeft: error: {one_sentence(error)}", file=sys.stderr)
         return USER_ERROR
     return 0
+
+
+def check_not_empty(args: argparse.Namespace) -> None:
+    """Raise UsageError for a path that is the empty string, which would mean the current directory."""
+    for name in ("model", "data", "output", "output_dir", "adapter", "config", "eval_data", "path", "json"):
+        if getattr(args, name, None) == "":
+            flag = {"path": "path", "output_dir": "--output"}.get(name, "--" + name.replace("_", "-"))
+            raise UsageError(f"argument {flag}: must not be empty")
 
 
 def is_users(error: Exception) -> bool:
@@ -141,7 +150,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--model", help="model directory or hub name to use instead of SmolLM2-135M-Instruct")
     parser.add_argument("--data", help="JSONL file of prompt/completion records to use instead of the rated snippets")
     parser.add_argument("--steps", type=_positive, help="optimizer steps (default: one pass over the data)")
-    parser.add_argument("--seed", type=_not_negative, default=0, help="seed of everything random (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of everything random (default: 0)")
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -183,7 +192,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
     parser.add_argument("--top-k", type=int, default=0, help="draw from this many likeliest tokens (0: all)")
-    parser.add_argument("--seed", type=_not_negative, default=0, help="seed of the drawing (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="seed of the drawing (default: 0)")
     parser.add_argument("--stream", action="store_true", help="print the text as it comes")
 
 
@@ -244,8 +253,10 @@ def _positive(text: str) -> int:
     return _whole_number(text, least=1)
 
 
-def _not_negative(text: str) -> int:
-    return _whole_number(text, least=0)
+def _seed(text: str) -> int:
+    if len(text) > 19 or _whole_number(text, least=0) >= SEED_END:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 0 or greater and below 2**63, got {text!r}")
+    return int(text)
 
 
 def _whole_number(text: str, least: int) -> int:

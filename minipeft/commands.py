@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -329,9 +330,15 @@ def check_output_path(path: Path, *, may_exist: bool) -> None:
 
 def read_prompt(prompt: str) -> str:
     """The prompt itself, or standard input for "-"."""
-    import sys
-
-    return sys.stdin.read() if prompt == "-" else prompt
+    if prompt != "-":
+        return prompt
+    buffer = getattr(sys.stdin, "buffer", None)
+    if buffer is None:
+        return sys.stdin.read()
+    try:
+        return buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt -: standard input is not UTF-8 text: {error.reason}") from None
 
 
 @contextlib.contextmanager

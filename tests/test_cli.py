@@ -199,6 +199,11 @@ def test_generate_reads_standard_input_and_streams(base, monkeypatch):
     assert ok(*arguments, "--prompt", "-", "--stream") == whole
 
 
+def test_a_prompt_from_standard_input_that_is_not_utf8(base, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    assert "standard input is not UTF-8" in refused("generate", "--model", base, "--prompt", "-")
+
+
 def test_the_adapter_changes_what_is_generated(base, adapter):
     arguments = ["generate", "--model", base, "--raw", "--prompt", "abc?", "--max-new-tokens", "8"]
     assert ok(*arguments, "--adapter", adapter) != ok(*arguments)
@@ -337,6 +342,7 @@ def test_wrong_target_names_list_the_near_ones(base, data, tmp_path):
         ('{"prompt": "a"}', "completion"),
         ('{"text": 3}', "string"),
         ('{"question": "a"}', '{"text"}'),
+        ('{"text": "a", "id": ' + "9" * 5000 + "}", "a number of too many digits"),
     ],
 )
 def test_a_malformed_record_is_named_by_file_and_line(line, expected, base, tmp_path):
@@ -411,6 +417,13 @@ def test_bad_yaml(base, data, tmp_path):
         ),
         (["demo", "--steps", "none"], "argument --steps: must be a whole number"),
         (["demo", "--seed", "-1"], "argument --seed"),
+        (["generate", "--model", "m", "--prompt", "a", "--seed", str(2**63)], "below 2**63"),
+        (["generate", "--model", "m", "--prompt", "a", "--seed", "9" * 5000], "below 2**63"),
+        (["generate", "--model", "m", "--prompt", "a", "--temperature", "1e-300"], "temperature must be 0, or 1e-06"),
+        (["generate", "--model", "", "--prompt", "a"], "argument --model: must not be empty"),
+        (["eval", "--model", "m", "--data", ""], "argument --data: must not be empty"),
+        (["train", "--model", "m", "--data", "d", "--output", ""], "argument --output: must not be empty"),
+        (["merge", "--model", "m", "--adapter", "a", "--output", ""], "argument --output: must not be empty"),
         (["inspect", "no/such/place"], "does not exist"),
         (["inspect", "x", "--wat"], "--wat"),
     ],
@@ -422,7 +435,8 @@ def test_a_wrong_command_line(arguments, expected):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device here")
 def test_a_device_that_there_is_not(base, data, tmp_path):
     for arguments in (["train", "--output", tmp_path / "o"], ["eval"]):
-        for device, expected in (("cuda", "torch sees no CUDA device"), ("gpu", "device must be auto")):
+        cases = {"cuda": "torch sees no CUDA device"}
+        for device, expected in (cases | dict.fromkeys(("gpu", "mps", "meta"), "device must be auto")).items():
             assert expected in refused(*arguments, "--model", base, "--data", data, "--device", device)
     assert tree(tmp_path) == []
 

@@ -26,6 +26,8 @@ PRECISION_CHOICES = ("none", "bf16")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE_CHOICES = ("nf4",)
 OPTIMIZER_CHOICES = ("adamw", "paged_adamw", "paged_adamw_8bit")
+# What torch and numpy both take as a seed.
+SEED_END = 2**63
 # transformers' schedules, but for reduce_lr_on_plateau and greedy: those step on a metric, not on the step
 # number, so a run could not be told from its settings.
 SCHEDULER_CHOICES = (
@@ -192,6 +194,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} is not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"config file {path} is nested too deep") from None
+    except ValueError as error:
+        # A number of too many digits, a date that there is not.
+        raise ConfigError(f"config file {path} holds a value that cannot be read: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -199,12 +206,29 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+# What other trainers call our settings, where the names are too far apart to be found by their letters.
+_ALIASES = {
+    "learning_rate": "lr",
+    "lr_scheduler_type": "scheduler",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "logging_steps": "log_every",
+    "save_steps": "save_every",
+    "eval_steps": "eval_every",
+    "save_total_limit": "keep_last",
+    "adam_epsilon": "eps",
+    "optim": "optimizer",
+    "bf16": "precision",
+}
+
+
 def _check_names(values: Mapping[str, Any], where: str) -> None:
     known = [f.name for f in dataclasses.fields(TrainConfig)]
     for name in values:
         if name in known:
             continue
-        near = difflib.get_close_matches(name.replace("-", "_"), known, n=3, cutoff=0.5)
+        plain = name.replace("-", "_")
+        near = [_ALIASES[plain]] if plain in _ALIASES else difflib.get_close_matches(plain, known, n=3, cutoff=0.5)
         hint = f"; did you mean {' or '.join(near)}?" if near else f"; known settings: {', '.join(known)}"
         raise ConfigError(f"{where}: unknown setting {name!r}{hint}")
 
@@ -222,7 +246,10 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             return None
         value = _from_string(value, target)
     if target is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"setting {name!r} must be a number, got one that is too large") from None
     wrong_bool = isinstance(value, bool) and target is not bool
     if wrong_bool or not isinstance(value, target):
         kind = {int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
@@ -241,7 +268,7 @@ def _from_string(text: str, target: type) -> Any:
             return text
     try:
         parsed = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         return text
     return parsed if isinstance(parsed, target) else text
 
@@ -260,8 +287,12 @@ _POSITIVE: tuple[str, ...] = (
 def _check_ranges(config: TrainConfig) -> None:
     for name in _POSITIVE:
         _require(config, name, lambda v: v > 0, "greater than 0")
-    for name in ("lr", "weight_decay", "warmup_steps", "seed"):
+    for name in ("lr", "weight_decay", "warmup_steps"):
         _require(config, name, lambda v: v >= 0, "0 or greater")
+    _require(config, "seed", lambda v: 0 <= v < SEED_END, "0 or greater and below 2**63")
+    for name in required_settings():
+        if not getattr(config, name):
+            raise ConfigError(f"setting {name!r} must not be empty")
     for name in ("beta1", "beta2", "eval_fraction", "warmup_ratio"):
         _require(config, name, lambda v: 0 <= v < 1, "in [0, 1)")
     if config.eval_data is not None and config.eval_fraction > 0:
@@ -276,5 +307,7 @@ def _require(config: TrainConfig, name: str, holds: typing.Callable[[Any], bool]
     value = getattr(config, name)
     if value is None:
         return
-    if (isinstance(value, float) and not math.isfinite(value)) or not holds(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"setting {name!r} must be finite and {rule}, got {value!r}")
+    if not holds(value):
         raise ConfigError(f"setting {name!r} must be {rule}, got {value!r}")

@@ -12,6 +12,9 @@ from minipeft.training.batches import pad_id_of
 from minipeft.training.encoding import encode_prompt, model_position_limit
 from minipeft.training.evaluation import eval_mode
 
+# Below it, logits over the temperature can leave float32's range; long before, the likeliest token is all but certain.
+LEAST_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -19,7 +22,7 @@ class Sampling:
 
     Attributes:
         max_new_tokens: tokens to write at most.
-        temperature: 0 takes the likeliest token; above, tokens are drawn, the more evenly the higher it is.
+        temperature: 0 takes the likeliest token; from 1e-6 on, tokens are drawn, the more evenly the higher it is.
         top_p: draw among the likeliest tokens that together have this probability.
         top_k: draw among this many likeliest tokens; 0 for no such limit.
 
@@ -35,8 +38,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or greater, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or greater, got {self.temperature}")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0, or {LEAST_TEMPERATURE} or greater, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:

@@ -53,7 +53,13 @@ def test_missing_settings_are_listed():
     [
         ("lr", "fast", "'lr' must be a number, got 'fast'"),
         ("lr", True, "'lr' must be a number, got True"),
-        ("lr", float("nan"), "'lr' must be 0 or greater, got nan"),
+        ("lr", float("nan"), "'lr' must be finite and 0 or greater, got nan"),
+        ("lr", float("inf"), "'lr' must be finite and 0 or greater, got inf"),
+        ("lr", 10**400, "'lr' must be a number, got one that is too large"),
+        ("seed", 2**63, "'seed' must be 0 or greater and below"),
+        ("data", "", "'data' must not be empty"),
+        ("method_args", "[" * 10_000, "'method_args' must be a mapping"),
+        ("method_args", "{r: " + "9" * 5000 + "}", "'method_args' must be a mapping"),
         ("batch_size", 2.5, "'batch_size' must be a whole number, got 2.5"),
         ("batch_size", 0, "'batch_size' must be greater than 0, got 0"),
         ("batch_size", None, "'batch_size' must be a whole number, got None"),
@@ -92,6 +98,9 @@ def test_contradictions_are_errors(settings, message):
         (b"a: [\n", "not valid YAML"),
         (b"\xff\xfe\n", "not UTF-8"),
         (b"1: 2\n", "must hold a mapping"),
+        (b"seed: " + b"9" * 5000, "a value that cannot be read"),
+        (b"method_args: " + b"[" * 10_000, "nested too deep"),
+        (b"learning_rate: 1", "unknown setting 'learning_rate'; did you mean lr?"),
     ],
 )
 def test_unreadable_config_file_is_one_sentence(tmp_path, content, message):

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,8 +66,11 @@ def train(args: argparse.Namespace) -> None:
         prepare_data,
         seed_everything,
     )
+    from minipeft.training.rundir import check_not_running
 
+    check_not_running(Path(config.output_dir))
     check_output_dir(config.output_dir, resume)
+    check_extras(config)
     adapter_config = method_config(config)
     tokenizer = load_tokenizer(config.model)
     data, eval_data = prepare_data(config, tokenizer, load_position_limit(config.model))
@@ -223,6 +227,22 @@ def method_config(config: TrainConfig) -> Any:
         return getattr(minipeft, choice.config)(**arguments)
 
 
+def check_extras(config: TrainConfig) -> None:
+    """Raise for optional packages that are not there and a schedule's bad arguments, before the model is loaded."""
+    import torch
+
+    from minipeft.training.metrics import check_tensorboard
+    from minipeft.training.plots import check_matplotlib
+    from minipeft.training.schedule import make_schedule
+
+    if config.plot:
+        check_matplotlib()
+    if config.tensorboard:
+        check_tensorboard()
+    # Any optimizer and length will do: only the arguments are looked at.
+    make_schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr), config, total_steps=100)
+
+
 def attach(model: Any, adapter_config: Any) -> Any:
     """`get_peft_model`, with its refusals (such as names that match no module) as AdapterError."""
     from minipeft import get_peft_model, prepare_model_for_kbit_training
@@ -321,11 +341,18 @@ def check_output_path(path: Path, *, may_exist: bool) -> None:
     if path.is_dir():
         if not may_exist and any(path.iterdir()):
             raise OutputDirError(f"output directory {path} exists and is not empty: choose another one")
+        _check_writable(path)
         return
     if path.exists():
         raise OutputDirError(f"output {path} exists and is not a directory")
     if not path.parent.is_dir():
         raise OutputDirError(f"cannot make {path}: its parent directory {path.parent} does not exist")
+    _check_writable(path.parent)
+
+
+def _check_writable(directory: Path) -> None:
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise OutputDirError(f"cannot write in {directory}: permission denied")
 
 
 def read_prompt(prompt: str) -> str:

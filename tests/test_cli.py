@@ -22,6 +22,7 @@ from minipeft import PeftModel, cli, commands
 from minipeft.cli import main
 from minipeft.optim import PagingError
 from minipeft.quantization import NF4Linear
+from minipeft.training.rundir import hold_run
 
 RECORDS = [{"prompt": f"{word}?", "completion": f" {word[::-1]}"} for word in ("abc", "cab", "bca", "acb") * 4]
 QUICK = ["--max-steps", "6", "--lr", "0.02", "--batch-size", "4", "--method-args", "{r: 4, lora_alpha: 8}"]
@@ -528,6 +529,40 @@ def test_a_base_without_a_tokenizer_says_what_is_missing(base, data, tmp_path):
     bare = shutil.copytree(base, tmp_path / "bare", ignore=shutil.ignore_patterns("*token*", "chat_template*"))
     said = refused("eval", "--model", bare, "--data", data)
     assert f"cannot load a tokenizer from {bare}: " in said and "`tokenizers` library serialization file" in said
+
+
+def test_a_second_run_in_the_same_directory(base, data, lora_run, monkeypatch):
+    monkeypatch.setattr("minipeft.training.load_base_model", None)
+    arguments = ["train", "--model", base, "--data", data, "--output", lora_run[0], *QUICK]
+    with hold_run(lora_run[0]):
+        for resume in ((), ("--resume",)):
+            assert f"another process is training in {lora_run[0]}" in refused(*arguments, *resume)
+    with hold_run(lora_run[0]):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("package", "flags", "expected"),
+    [
+        ("matplotlib", ["--plot"], "needs matplotlib"),
+        ("torch.utils.tensorboard", ["--tensorboard"], "package tensorboard"),
+        ("none", ["--scheduler-args", "{nope: 1}", "--scheduler", "cosine"], "refuses scheduler_args"),
+    ],
+)
+def test_extras_and_schedules_are_checked_before_the_model_is_loaded(
+    package, flags, expected, base, data, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr("minipeft.training.load_base_model", None)
+    said = refused("train", "--model", base, "--data", data, "--output", tmp_path / "o", *flags)
+    assert expected in said
+    assert tree(tmp_path) == []
+
+
+def test_an_output_that_cannot_be_written_is_refused_at_once(base, data, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    for command in (["train", "--data", data], ["merge", "--adapter", adapter], ["demo"]):
+        assert f"cannot write in {tmp_path}" in refused(*command, "--model", base, "--output", tmp_path / "o")
 
 
 # Bugs, interruptions, debugging

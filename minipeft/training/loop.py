@@ -39,7 +39,7 @@ from minipeft.training.modes import training_mode
 from minipeft.training.packing import check_isolation
 from minipeft.training.plots import check_matplotlib, plot_loss_curve
 from minipeft.training.report import Reporter
-from minipeft.training.rundir import open_run
+from minipeft.training.rundir import check_output_dir, hold_run, open_run
 from minipeft.training.schedule import make_optimizer, make_schedule, trainable_parameters
 from minipeft.training.signals import StopSignal
 
@@ -125,6 +125,12 @@ class Trainer:
             TrainingInterrupted: SIGINT or SIGTERM; the run is saved.
         """
         self._check_extras()
+        check_output_dir(self.output_dir, resume)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with hold_run(self.output_dir):
+            return self._train(resume)
+
+    def _train(self, resume: bool | str | Path) -> TrainResult:
         identity = run_identity(self.model, self.data, self.config)
         checkpoint = open_run(self.output_dir, resume, self.config, identity)
         torch.manual_seed(self.config.seed)

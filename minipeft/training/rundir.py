@@ -10,8 +10,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,37 @@ def check_output_dir(output_dir: str | Path, resume: bool | str | Path = False) 
     elif holds_run(directory):
         message = f"output_dir {directory} already holds a run"
         raise OutputDirError(f"{message}: resume it (--resume), or choose another directory")
+
+
+@contextlib.contextmanager
+def hold_run(directory: Path) -> Iterator[None]:
+    """Keep other processes from training in `directory`; the lock ends with the block or with the process.
+
+    Raises:
+        OutputDirError: another process is training there.
+    """
+    # The directory itself is locked, so that no lock file can be left behind.
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        message = f"another process is training in {directory}: wait for it, or choose another directory"
+        raise OutputDirError(message) from None
+    except OSError:
+        # Some network file systems have no locks; there the run goes on without one.
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_not_running(directory: Path) -> None:
+    """Raise OutputDirError if another process is training in `directory`."""
+    if directory.is_dir():
+        with hold_run(directory):
+            pass
 
 
 def holds_run(directory: Path) -> bool:

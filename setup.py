@@ -28,7 +28,7 @@ setup(
     install_requires=[
         # Each lower bound is the oldest release that the tests were run with.
         "torch>=2.13",
-        'triton>=3.7; sys_platform == "linux"',
+        'triton>=3.8; sys_platform == "linux"',
         "transformers>=5.23",
         "safetensors>=0.8",
         "numpy>=1.26",

@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-DEMO = ["gguf>=0.18", "accelerate>=1.10", "matplotlib>=3.8"]
+DEMO = ["gguf>=0.18", "accelerate>=1.10", "matplotlib>=3.11"]
 TEST = [
     *DEMO,
     "pytest>=8",

@@ -22,7 +22,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        _readable_like_new(temporary)
+        readable_like_new(temporary)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -45,8 +45,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _readable_like_new(path: Path) -> None:
-    # mkstemp makes private files; what we write is as readable as any new file of the user's.
+def readable_like_new(path: Path, mode: int = 0o666) -> None:
+    """Give a file (or, with mode 0o777, a directory) the permissions that a new one of the user's would have.
+
+    What tempfile and safetensors make is private.
+    """
+    # Reading the umask means setting it; this is the only way the standard library offers.
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(mode & ~mask)

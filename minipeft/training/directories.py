@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from minipeft.files import sync
+from minipeft.files import readable_like_new, sync
 
 TEMPORARY_PREFIX = ".incomplete-"
 
@@ -24,12 +24,10 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=target.parent))
     try:
         yield temporary
-        # mkdtemp makes it private, as safetensors does its files; the result is as readable as anything new.
-        mask = _umask()
-        temporary.chmod(0o777 & ~mask)
+        readable_like_new(temporary, 0o777)
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(0o666 & ~mask)
+                readable_like_new(file)
         sync_tree(temporary)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=target.parent))
@@ -65,10 +63,3 @@ def sync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
         sync(path)
     sync(directory)
-
-
-def _umask() -> int:
-    # Reading the umask means setting it; this is the only way the standard library offers.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -13,46 +13,19 @@ When all pages fit into the first tier, there are no threads, and nothing moves.
 from __future__ import annotations
 
 import contextlib
-import heapq
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from minipeft.optim.errors import PagingError
+from minipeft.optim.moves import Moves
 from minipeft.optim.order import NEVER, Order
+from minipeft.optim.places import NOWHERE, Farthest, Place
 from minipeft.optim.tiers import MemoryTier, Tier
 
-NOWHERE = -1  # the level of a page that was never written: it is all zeros
 MOVERS = 2
-
-
-@dataclass
-class Place:
-    """Where a page is. `users` counts who works on it; a page that is `moving`, to the level `target`, belongs to one
-    of the movers."""
-
-    level: int = NOWHERE
-    slot: int = -1
-    users: int = 0
-    moving: bool = False
-    target: int = NOWHERE
-    next_use: int = NEVER
-
-
-@dataclass
-class Stats:
-    """Counts since the pager was made. `stall_seconds`: how long the arithmetic waited for pages."""
-
-    page_ins: int = 0
-    page_outs: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
-    stall_seconds: float = 0.0
-    by_link: dict[str, int] = field(default_factory=dict)
-    trace: list[tuple[float, str, int, str]] | None = None
 
 
 class Pager:
@@ -70,11 +43,10 @@ class Pager:
         first = tiers[0]
         assert isinstance(first, MemoryTier)
         self.tiers, self._first = list(tiers), first
-        self.stats = Stats()
+        self.stats = Moves()
         self._places: list[Place] = []
         self._order = Order([], [], 0)
-        # For each tier its pages, farthest next use first; entries that no longer hold are skipped.
-        self._farthest: list[list[tuple[int, int]]] = [[] for _ in tiers]
+        self._farthest = [Farthest() for _ in tiers]
         # For each tier the use before which every page is in that tier or above.
         self._fetched = [0] * len(tiers)
         self._demanded: int | None = None
@@ -109,13 +81,11 @@ class Pager:
             self._check()
             self._order = Order(pages, next_pages, len(self._places), ahead)
             self._fetched = [0] * len(self.tiers)
-            self._farthest = [[] for _ in self.tiers]
+            self._farthest = [Farthest() for _ in self.tiers]
             for page, place in enumerate(self._places):
                 place.next_use = self._order.next_use(page)
                 if place.level != NOWHERE:
-                    self._farthest[place.level].append((-place.next_use, page))
-            for farthest in self._farthest:
-                heapq.heapify(farthest)
+                    self._farthest[place.level].add(page, place)
             if not self.all_fit and not self._threads:
                 for _ in range(MOVERS):
                     self._threads.append(threading.Thread(target=self._run, name="minipeft-pager", daemon=True))
@@ -149,7 +119,7 @@ class Pager:
             self.stats.trace = [] if on else None
             for page, place in enumerate(self._places):
                 if place.level != NOWHERE:
-                    self._trace("is", page, place.level)
+                    self.stats.note("is", page, self.tiers[place.level].name)
 
     def close(self) -> None:
         """Stop, and give all memory back. May be called twice."""
@@ -192,10 +162,10 @@ class Pager:
         self._first.mark_used(place.slot)
         with self._wake:
             place.users -= 1
-            self._trace("used", page, 0)
+            self.stats.note("used", page, self._first.name)
             self._order.pass_use(page)
             place.next_use = self._order.next_use(page)
-            heapq.heappush(self._farthest[0], (-place.next_use, page))
+            self._farthest[0].add(page, place)
             self._wake.notify_all()
 
     def _check(self) -> None:
@@ -284,7 +254,7 @@ class Pager:
         if victim is None:
             return None
         if not forced and self._places[victim].next_use < place.next_use:
-            heapq.heappush(self._farthest[level], (-self._places[victim].next_use, victim))
+            self._farthest[level].add(victim, self._places[victim])
             return None
         return self._send_down(victim, level)
 
@@ -302,29 +272,15 @@ class Pager:
         return vacated
 
     def _victim(self, level: int) -> int | None:
-        """The page of a tier that is needed last and may leave, taken off the tier's list."""
-        waiting, found = [], None
-        farthest = self._farthest[level]
-        while farthest and found is None:
-            entry = heapq.heappop(farthest)
-            page, place = entry[1], self._places[entry[1]]
-            if place.level != level or -entry[0] != place.next_use:
-                continue
-            # What is waited for must not leave before it was used.
-            if place.users or place.moving or page == self._demanded:
-                waiting.append(entry)
-            else:
-                found = page
-        for entry in waiting:
-            heapq.heappush(farthest, entry)
-        return found
+        # What is waited for must not leave before it was used.
+        return self._farthest[level].take(level, self._places, kept=self._demanded)
 
     def _create(self, page: int, slot: int) -> None:
         """A page is written for the first time by the arithmetic: nothing is to be copied."""
         with self._unlocked():
             self._first.clear(slot)
         self._settle(page, 0, slot)
-        self._trace("created", page, 0)
+        self.stats.note("created", page, self._first.name)
 
     def _move(self, page: int, level: int, slot: int, keep_slot: bool = False) -> None:
         """Copy a page into a slot of the tier `level`, a neighbour of its own."""
@@ -338,7 +294,7 @@ class Pager:
                 source.get(place.slot, page, target.view(slot))
         if not keep_slot:
             source.give_back(place.slot)
-        self._count(page, place.level, level)
+        self.stats.count(page, self._first.page_bytes, place.level, level, (source.name, target.name))
         # What leaves a tier must be fetched again.
         for passed in range(place.level, level):
             self._fetched[passed] = min(self._fetched[passed], place.next_use)
@@ -347,24 +303,8 @@ class Pager:
     def _settle(self, page: int, level: int, slot: int) -> None:
         place = self._places[page]
         place.level, place.slot, place.moving = level, slot, False
-        heapq.heappush(self._farthest[level], (-place.next_use, page))
+        self._farthest[level].add(page, place)
         self._wake.notify_all()
-
-    def _count(self, page: int, old: int, new: int) -> None:
-        size, stats = self._first.page_bytes, self.stats
-        link = f"{self.tiers[old].name}->{self.tiers[new].name}"
-        stats.by_link[link] = stats.by_link.get(link, 0) + size
-        if new < old:
-            stats.bytes_in += size
-            stats.page_ins += new == 0
-        else:
-            stats.bytes_out += size
-            stats.page_outs += old == 0
-        self._trace("in" if new < old else "out", page, new)
-
-    def _trace(self, event: str, page: int, level: int) -> None:
-        if self.stats.trace is not None:
-            self.stats.trace.append((time.perf_counter(), event, page, self.tiers[level].name))
 
     @contextlib.contextmanager
     def _unlocked(self) -> Iterator[None]:

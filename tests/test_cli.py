@@ -18,8 +18,9 @@ from tiny_folder import save_model, write_jsonl
 from tolerances import TOLERANCES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minipeft import PeftModel, cli, commands
+from minipeft import PeftModel, cli
 from minipeft.cli import main
+from minipeft.commands import others
 from minipeft.optim import PagingError
 from minipeft.quantization import NF4Linear
 from minipeft.training.rundir import hold_run
@@ -573,7 +574,7 @@ def test_a_bug_keeps_its_traceback(bug, monkeypatch):
     def broken(args):
         raise bug
 
-    monkeypatch.setattr(commands, "inspect", broken)
+    monkeypatch.setattr(others, "inspect", broken)
     with pytest.raises(type(bug), match="a bug"):
         main(["inspect", "x"])
 
@@ -601,7 +602,7 @@ def test_interruptions_and_the_machines_limits(raised, code, expected, monkeypat
     def stopped(args):
         raise raised
 
-    monkeypatch.setattr(commands, "inspect", stopped)
+    monkeypatch.setattr(others, "inspect", stopped)
     got, _, err = run("inspect", "x")
     assert got == code and expected in err
 

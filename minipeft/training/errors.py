@@ -5,6 +5,8 @@ All derive from `TrainingError`, so a caller such as the command line can print 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -76,3 +78,18 @@ class TrainingInterrupted(TrainingError):
         self.checkpoint = checkpoint
         self.step = step
         super().__init__(message)
+
+
+@contextlib.contextmanager
+def as_user_error(kind: type[TrainingError], what: str | None = None) -> Iterator[None]:
+    """Turn the ValueError, TypeError or OSError by which our API refuses an argument into `kind`.
+
+    Only calls that check what the user gave stand inside; elsewhere such an error is a bug and keeps its traceback.
+    """
+    try:
+        yield
+    except TrainingError:
+        raise
+    except (ValueError, TypeError, OSError) as error:
+        message = " ".join(str(error).split())
+        raise kind(f"{what}: {message}" if what and what not in message else message) from error

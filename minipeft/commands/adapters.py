@@ -1,0 +1,155 @@
+"""`minipeft eval`, `generate` and `merge`: what is done with a base model and a trained adapter."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minipeft.commands.paths import check_adapter_path, check_device, check_output_path
+from minipeft.commands.texts import loss_text
+from minipeft.training.errors import ConfigError, as_user_error
+from minipeft.training.methods import AdapterError, is_packed
+from minipeft.training.quiet import without_bars
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """`minipeft eval`: loss and perplexity on a JSONL file."""
+    from minipeft.training import (
+        Batches,
+        encode_records,
+        evaluate_loss,
+        load_position_limit,
+        load_tokenizer,
+        pad_id_of,
+        read_jsonl,
+        resolve_max_length,
+    )
+
+    records = read_jsonl(args.data)
+    tokenizer = load_tokenizer(args.model)
+    max_length = resolve_max_length(args.max_length, load_position_limit(args.model))
+    data = encode_records(records, tokenizer, max_length, args.too_long)
+    for notice in data.notices:
+        print(notice)
+    model = load_model(args)
+    # Alike in length, so that little is padded.
+    examples = sorted(data.examples, key=len)
+    result = evaluate_loss(model, Batches(examples, args.batch_size, pad_id=pad_id_of(tokenizer)))
+    print(f"{loss_text(result)} over {result.tokens:,} learned tokens of {len(data)} records")
+
+
+def generate(args: argparse.Namespace) -> None:
+    """`minipeft generate`: continue a prompt."""
+    from minipeft.training import load_position_limit, load_tokenizer, seed_everything
+    from minipeft.training.generation import Sampling, check_fits, prompt_ids
+    from minipeft.training.generation import generate as generate_text
+
+    with as_user_error(ConfigError):
+        sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
+        tokenizer = load_tokenizer(args.model)
+        ids = prompt_ids(tokenizer, read_prompt(args.prompt), raw=args.raw, system=args.system)
+        check_fits(load_position_limit(args.model), ids, sampling)
+    model = load_model(args)
+    seed_everything(args.seed)
+    text = generate_text(model, tokenizer, [ids], sampling, stream=args.stream)[0]
+    if not args.stream:
+        print(text)
+
+
+def merge(args: argparse.Namespace) -> None:
+    """`minipeft merge`: fold an adapter into its base model and save an ordinary model folder."""
+    output = Path(args.output)
+    check_output_path(output, may_exist=False)
+
+    from minipeft.training import load_tokenizer
+    from minipeft.training.directories import atomic_directory
+
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args)
+    packed = is_packed(model)
+    if args.requantize and not packed:
+        raise ConfigError("--requantize needs a 4-bit base: add --quantize nf4, or give a 4-bit model folder")
+    # It logs what became of the weights; so do we, with the place where they are.
+    with as_user_error(AdapterError), _silent_log():
+        model = model.merge_and_unload(requantize=args.requantize)
+    with atomic_directory(output) as temporary, without_bars():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    if args.requantize:
+        print(f"merged in NF4: {output}")
+        print("The merged weights were rounded to 4 bits again: updates smaller than half a step of NF4 are lost. So")
+        print("compare it with the adapter by minipeft eval, or merge in 16 bits, without --requantize.")
+    else:
+        bits = {"torch.bfloat16": "16-bit", "torch.float16": "16-bit", "torch.float32": "32-bit"}
+        dtype = str(model.dtype)
+        print(f"merged in {bits.get(dtype, '')} ({dtype.removeprefix('torch.')}): {output}")
+    first = "from minipeft import NF4Config; " if args.requantize else ""  # transformers then reads it by itself
+    print(f"use it: {first}AutoModelForCausalLM.from_pretrained({str(output)!r})")
+
+
+def load_model(args: argparse.Namespace) -> Any:
+    """The base model that `args` name, with its adapter where one is given.
+
+    Raises:
+        ModelLoadError: no such model.
+        AdapterError: no adapter there, a damaged one, or one that was trained on another model.
+    """
+    from minipeft.training import load_base_model
+
+    check_device(args.device)
+    if args.adapter is not None:
+        check_adapter_path(Path(args.adapter))
+        check_base(Path(args.adapter), args.model, args.any_base)
+    with without_bars():
+        model = load_base_model(args.model, quantize=args.quantize, dtype=args.dtype, device=args.device)
+    if args.adapter is None:
+        return model
+    from minipeft import PeftModel
+
+    with as_user_error(AdapterError, str(args.adapter)):
+        return PeftModel.from_pretrained(model, args.adapter)
+
+
+def check_base(adapter: Path, model: str, any_base: bool) -> None:
+    """Raise AdapterError when the adapter says that it was trained on a model of another name, unless `any_base`.
+
+    Models of one shape differ in nothing that could be checked: on the wrong one an adapter gives nonsense.
+    """
+    from minipeft import PeftConfig
+
+    with as_user_error(AdapterError, str(adapter)):
+        trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if trained_on and not any_base and Path(trained_on).name != Path(model).resolve().name:
+        raise AdapterError(
+            f"{adapter} was trained on {trained_on!r}, and --model is {model!r}; if that is the same model under "
+            "another name, add --any-base"
+        )
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or standard input for "-"."""
+    if prompt != "-":
+        return prompt
+    buffer = getattr(sys.stdin, "buffer", None)
+    if buffer is None:
+        return sys.stdin.read()
+    try:
+        return buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompt -: standard input is not UTF-8 text: {error.reason}") from None
+
+
+@contextlib.contextmanager
+def _silent_log() -> Iterator[None]:
+    logger = logging.getLogger("minipeft")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

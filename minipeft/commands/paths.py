@@ -1,0 +1,48 @@
+"""Checks of what the user named, before any work is done: places to write, adapters, devices."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from minipeft.training.errors import ConfigError, OutputDirError, as_user_error
+from minipeft.training.methods import AdapterError
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigError for a device that there is not."""
+    from minipeft.training import resolve_device
+
+    with as_user_error(ConfigError):
+        resolve_device(device)
+
+
+def check_adapter_path(path: Path) -> None:
+    """Raise AdapterError now rather than after the base model is loaded."""
+    if not (path / "adapter_config.json").is_file():
+        inner = path / "adapter"
+        hint = f"; there is one in {inner}" if (inner / "adapter_config.json").is_file() else ""
+        raise AdapterError(f"no adapter at {path}: expected a directory with adapter_config.json{hint}")
+
+
+def check_output_path(path: Path, *, may_exist: bool) -> None:
+    """Raise OutputDirError for a place where a directory cannot be made, before any work is done.
+
+    Args:
+        may_exist: False refuses whatever is there already, but for an empty directory.
+    """
+    if path.is_dir():
+        if not may_exist and any(path.iterdir()):
+            raise OutputDirError(f"output directory {path} exists and is not empty: choose another one")
+        _check_writable(path)
+        return
+    if path.exists():
+        raise OutputDirError(f"output {path} exists and is not a directory")
+    if not path.parent.is_dir():
+        raise OutputDirError(f"cannot make {path}: its parent directory {path.parent} does not exist")
+    _check_writable(path.parent)
+
+
+def _check_writable(directory: Path) -> None:
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise OutputDirError(f"cannot write in {directory}: permission denied")

@@ -1,0 +1,87 @@
+"""`minipeft train`: fine-tune on a JSONL file and save the adapter."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from minipeft.commands.paths import check_device, check_output_path
+from minipeft.commands.texts import loss_text
+from minipeft.training.config import TrainConfig, config_values
+from minipeft.training.errors import ConfigError
+from minipeft.training.methods import METHODS, attach, method_config, start
+from minipeft.training.quiet import without_bars
+
+
+def train(args: argparse.Namespace) -> None:
+    """`minipeft train`: fine-tune on a JSONL file and save the adapter."""
+    config = train_config(args)
+    resume = args.resume
+    check_output_path(Path(config.output_dir), may_exist=True)
+    check_device(config.device)
+
+    from minipeft.training import (
+        Trainer,
+        check_output_dir,
+        load_base_model,
+        load_position_limit,
+        load_tokenizer,
+        pad_id_of,
+        prepare_data,
+        seed_everything,
+    )
+    from minipeft.training.rundir import check_not_running
+
+    check_not_running(Path(config.output_dir))
+    check_output_dir(config.output_dir, resume)
+    check_extras(config)
+    adapter_config = method_config(config)
+    tokenizer = load_tokenizer(config.model)
+    data, eval_data = prepare_data(config, tokenizer, load_position_limit(config.model))
+    for notice in data.notices:
+        print(notice)
+    print(f"{len(data)} records, {data.tokens:,} tokens, of which {data.loss_tokens:,} are learned")
+    with without_bars():
+        model = load_base_model(config.model, quantize=config.quantize, dtype=config.dtype, device=config.device)
+    seed_everything(config.seed)
+    model = attach(model, adapter_config)
+    start(model, data)
+    model.print_trainable_parameters()
+    trainer = Trainer(model, data, config, eval_data=eval_data, pad_id=pad_id_of(tokenizer))
+    result = trainer.train(resume=resume)
+    print(f"trained {result.steps} steps, {result.tokens:,} tokens, in {result.seconds:.0f} s; loss {result.loss:.4f}")
+    if result.eval_end is not None:
+        print(f"evaluation: {loss_text(result.eval_end)}")
+    print(f"adapter saved in {result.adapter_dir}")
+    quantize = f" --quantize {config.quantize}" if config.quantize else ""
+    print(f"use it: minipeft generate --model {config.model}{quantize} --adapter {result.adapter_dir} --prompt '...'")
+
+
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    """The run's settings: YAML, then flags; `qlora` spelled out.
+
+    Raises:
+        ConfigError: see `TrainConfig.from_sources`; an unknown method.
+    """
+    config = TrainConfig.from_sources(args.config, config_values(args))
+    if config.method not in METHODS:
+        raise ConfigError(f"unknown method {config.method!r}: known methods are {', '.join(METHODS)}")
+    for name, value in METHODS[config.method].settings.items():
+        setattr(config, name, value)
+    return config
+
+
+def check_extras(config: TrainConfig) -> None:
+    """Raise for optional packages that are not there and a schedule's bad arguments, before the model is loaded."""
+    import torch
+
+    from minipeft.training.metrics import check_tensorboard
+    from minipeft.training.plots import check_matplotlib
+    from minipeft.training.schedule import make_schedule
+
+    if config.plot:
+        check_matplotlib()
+    if config.tensorboard:
+        check_tensorboard()
+    # Any optimizer and length will do: only the arguments are looked at.
+    make_schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr), config, total_steps=100)

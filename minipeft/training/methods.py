@@ -1,0 +1,86 @@
+"""What a `--method` stands for: a config class with our defaults, how it is attached, and where it starts.
+
+Heavy imports are made inside the functions: a command line looks at the names alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+from minipeft.training.config import TrainConfig
+from minipeft.training.errors import ConfigError, TrainingError, as_user_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What a `--method` stands for: a config class, our defaults for its arguments, other settings of the run."""
+
+    config: str
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+METHODS = {
+    "lora": Choice("LoraConfig", {"target_modules": "all-linear"}),
+    "qlora": Choice("LoraConfig", {"target_modules": "all-linear"}, {"quantize": "nf4"}),
+    "bottleneck": Choice("BottleneckConfig"),
+    # Random starts learn little; see `start` for the prefix's.
+    "prefix": Choice("PrefixTuningConfig", {"num_virtual_tokens": 20}),
+    "prompt": Choice("PromptTuningConfig", {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}),
+}
+
+
+class AdapterError(TrainingError, ValueError):
+    """An adapter that cannot be attached, loaded or merged."""
+
+
+def method_config(config: TrainConfig) -> Any:
+    """The adapter's config: `method_args` over our defaults.
+
+    Raises:
+        ConfigError: an argument that the method does not have, or a value it refuses.
+    """
+    import minipeft
+
+    choice = METHODS[config.method]
+    arguments = {**choice.arguments, "task_type": "CAUSAL_LM", **config.method_args}
+    if choice.config == "PromptTuningConfig" and "prompt_tuning_init_text" in arguments:
+        arguments.update(prompt_tuning_init="TEXT", tokenizer_name_or_path=str(config.model))
+    with as_user_error(ConfigError, "method_args"):
+        return getattr(minipeft, choice.config)(**arguments)
+
+
+def attach(model: Any, adapter_config: Any) -> Any:
+    """`get_peft_model`, with its refusals (such as names that match no module) as AdapterError."""
+    from minipeft import get_peft_model, prepare_model_for_kbit_training
+
+    with as_user_error(AdapterError):
+        if is_packed(model):
+            # Checkpointing is the Trainer's to switch on.
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        return get_peft_model(model, adapter_config)
+
+
+def start(model: Any, data: Any) -> None:
+    """Start a prefix from the keys and values of the data's first tokens, unless its arguments say another start."""
+    config = model.peft_config["default"]
+    if config.peft_type.value != "PREFIX_TUNING" or config.init_weights or config.prefix_projection:
+        return
+    import torch
+
+    from minipeft import initialize_kv_prefix_from_text
+
+    tokens = itertools.chain.from_iterable(example.input_ids for example in data.examples)
+    ids = list(itertools.islice(itertools.cycle(tokens), config.num_virtual_tokens))
+    with as_user_error(AdapterError):
+        initialize_kv_prefix_from_text(model, text=torch.tensor(ids))
+    print(f"the prefix starts from the first {len(ids)} tokens of the data")
+
+
+def is_packed(model: Any) -> bool:
+    """Whether the model's weights are in NF4."""
+    from minipeft.quantization import NF4Linear
+
+    return any(isinstance(module, NF4Linear) for module in model.modules())

@@ -15,6 +15,7 @@ TEST = [
     "types-PyYAML",
     "types-tqdm",
 ]
+EMULATOR = ["minipeft.kernels.emulator", "minipeft.kernels.emulator.checks"]
 
 setup(
     name="minipeft",
@@ -22,8 +23,11 @@ setup(
     description="Parameter-efficient fine-tuning written from scratch: NF4, LoRA, QLoRA",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["minipeft", "minipeft.*"]), "minipeft.kernels"],
-    package_dir={"minipeft.kernels": "kernels/ops"},
+    packages=[*find_packages(include=["minipeft", "minipeft.*"]), "minipeft.kernels", *EMULATOR],
+    package_dir={
+        "minipeft.kernels": "kernels/ops",
+        **{name: name.replace("minipeft.kernels", "kernels").replace(".", "/") for name in EMULATOR},
+    },
     package_data={"minipeft": ["py.typed"]},
     install_requires=[
         # Each lower bound is the oldest release that the tests were run with.

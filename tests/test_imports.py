@@ -53,7 +53,12 @@ KERNELS_MAY_IMPORT = {"torch", "triton", "numpy", *sys.stdlib_module_names}
 def sources() -> dict[str, Path]:
     """Every module of the package with its file."""
     found = {}
-    for folder, package in ((ROOT / "minipeft", "minipeft"), (ROOT / "kernels" / "ops", "minipeft.kernels")):
+    folders = {
+        "minipeft": "minipeft",
+        "kernels/ops": "minipeft.kernels",
+        "kernels/emulator": "minipeft.kernels.emulator",
+    }
+    for folder, package in ((ROOT / f, p) for f, p in folders.items()):
         for file in folder.rglob("*.py"):
             parts = [package, *file.relative_to(folder).with_suffix("").parts]
             found[".".join(parts).removesuffix(".__init__")] = file

@@ -1,0 +1,40 @@
+"""An emulator of PTX, the code that a Triton kernel compiles to, on the CPU: what it computes, checked and counted.
+
+`parse` reads the text, `Memory` holds tensors at device addresses, `run` executes a grid of blocks. Observers watch:
+the checks find accesses out of bounds, of unwritten bytes, races, missing waits and bad barriers.
+"""
+
+from .errors import (
+    AccessError,
+    AsyncCopyError,
+    BarrierError,
+    DeadlockError,
+    EmulatorError,
+    PtxSyntaxError,
+    RaceError,
+    UninitializedError,
+    UnsupportedInstruction,
+)
+from .memory import Memory
+from .observer import Batch, Launch, Observer
+from .parse import parse
+from .program import Instruction, Program
+
+__all__ = [
+    "AccessError",
+    "AsyncCopyError",
+    "BarrierError",
+    "Batch",
+    "DeadlockError",
+    "EmulatorError",
+    "Instruction",
+    "Launch",
+    "Memory",
+    "Observer",
+    "Program",
+    "PtxSyntaxError",
+    "RaceError",
+    "UninitializedError",
+    "UnsupportedInstruction",
+    "parse",
+]

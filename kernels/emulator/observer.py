@@ -1,0 +1,89 @@
+"""What can watch a run: counts, profiles and checks are observers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .memory import Memory
+from .program import Instruction, Program
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel: `grid` blocks of `threads` threads with `shared_bytes` of shared memory each."""
+
+    program: Program
+    memory: Memory
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the grid."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Blocks that run side by side. Lanes are numbered block by block, thread by thread, from 0.
+
+    Attributes:
+        first: linear index of the first block (x fastest). blocks: how many. threads: of a block.
+    """
+
+    first: int
+    blocks: int
+    threads: int
+
+    @property
+    def lanes(self) -> int:
+        """Threads of the batch."""
+        return self.blocks * self.threads
+
+    def block_of(self, lanes: np.ndarray) -> np.ndarray:
+        """Linear index in the grid of each lane's block."""
+        return lanes // self.threads + self.first
+
+    def warp_of(self, lanes: np.ndarray) -> np.ndarray:
+        """Index in the batch of each lane's warp."""
+        return lanes // 32
+
+
+class Observer:
+    """Override what is of interest: a hook that is not overridden costs nothing.
+
+    `lanes` are always the lanes that execute, ascending, guards already applied, (n,) int64; `addresses` (n,) int64 go
+    with them. Hooks are called before the instruction takes effect. An observer that raises stops the run.
+    """
+
+    def begin(self, launch: Launch) -> None:
+        """Before the first block."""
+
+    def begin_batch(self, batch: Batch) -> None:
+        """Before the blocks of a batch, which the following hooks are about."""
+
+    def instruction(self, instruction: Instruction, lanes: np.ndarray) -> None:
+        """An instruction is executed. Lanes whose guard is false are not among `lanes`, which may be empty."""
+
+    def global_access(
+        self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
+    ) -> None:
+        """Global memory is touched: kind "load", "store", "atomic", or "async" for the source of an asynchronous copy;
+        `size` bytes a lane, all elements of a vector together."""
+
+    def shared_access(
+        self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
+    ) -> None:
+        """Shared memory is touched, by addresses in the block: kind "load", "store", "atomic", "async" when a copy to
+        it is started, "arrive" when that copy's bytes are written, "matrix" for what tensor cores read by descriptor
+        (lanes: the first of each warpgroup's, repeated)."""
+
+    def barrier(self, instruction: Instruction, lanes: np.ndarray, whole: bool) -> None:
+        """Threads pass a barrier together: `lanes` are all that it holds back, whole if these are their blocks' all
+        (exited ones apart). Called when the last has arrived; also for bar.warp.sync, with whole False."""
+
+    def finish(self) -> None:
+        """After the last block."""

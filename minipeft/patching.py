@@ -19,16 +19,16 @@ from minipeft.methods.bottleneck import BOTTLENECK
 from minipeft.methods.lora_layers import LORA
 from minipeft.methods.matching import check_unused_names, modules_to_save, plain_module_names
 from minipeft.methods.prefix import PrefixTuningConfig  # noqa: F401 - so that its files can be read
+from minipeft.methods.prefixed_encoders import PREFIXES
 from minipeft.methods.prompt import PromptTuningConfig  # noqa: F401
 from minipeft.methods.prompted_encoders import PROMPTS
 from minipeft.methods.trained_copies import TrainedBias, TrainedModule
-from minipeft.methods.virtual_tokens import VIRTUAL_TOKENS
 from minipeft.quantization import NF4Linear
 
 METHODS: dict[Any, Method] = {
     PeftType.LORA: LORA,
     PeftType.BOTTLENECK: BOTTLENECK,
-    PeftType.PREFIX_TUNING: VIRTUAL_TOKENS,
+    PeftType.PREFIX_TUNING: PREFIXES,
     PeftType.PROMPT_TUNING: PROMPTS,
 }
 

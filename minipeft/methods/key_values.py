@@ -24,6 +24,9 @@ from minipeft.methods.base import AdapterModule, Mixin
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
+# What attention modules call their cache.
+CACHE_NAMES = ("past_key_values", "layer_past")
+
 
 class PrefixedCache:
     """What an attention module takes for its cache: `cache` (or none) with a prefix in front.
@@ -36,6 +39,11 @@ class PrefixedCache:
 
     def __init__(self, cache: Any, key: Tensor | None, value: Tensor | None, columns: int | None, record: list | None):
         self.cache, self.key, self.value, self.columns, self.record = cache, key, value, columns, record
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Keys before the new ones: T5 asks, to tell its queries' positions."""
+        before = 0 if self.key is None else self.key.shape[1]
+        return before + (0 if self.cache is None else self.cache.get_seq_length(layer_idx))
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """(batch, heads, tokens, head_dim) new ones -> (batch, heads, P + cached + tokens, head_dim) all.
@@ -135,8 +143,12 @@ def plain_class(module: Any) -> type:
 
 def cache_argument(module: nn.Module) -> str | None:
     """What the attention module calls its cache, or None if it takes none."""
-    parameters = inspect.signature(plain_class(module).forward).parameters  # type: ignore[attr-defined]
-    return next((name for name in ("past_key_values", "layer_past") if name in parameters), None)
+    return next((name for name in CACHE_NAMES if name in argument_names(module)), None)
+
+
+def argument_names(module: Any) -> list[str]:
+    """What the forward of `module`, without anything mixed in, calls its arguments, in their order."""
+    return list(inspect.signature(plain_class(module).forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
 class PrefixedAttention(AdapterModule):
@@ -147,10 +159,11 @@ class PrefixedAttention(AdapterModule):
             `key_value(layer)` -> two (heads, length, head_dim), and `ready`.
         rotation: How the model turns its keys; None if it does not.
         recorder: A list that is given this module's own keys and values, while they are wanted.
+        arguments: The names of the plain forward's arguments.
     """
 
     name_prefix: ClassVar[str] = "Prefixed"
-    _own_attributes: ClassVar[tuple[str, ...]] = ("virtual_tokens", "rotation", "recorder")
+    _own_attributes: ClassVar[tuple[str, ...]] = ("virtual_tokens", "rotation", "recorder", "arguments")
 
     layer_idx: int
     is_causal: bool
@@ -161,6 +174,7 @@ class PrefixedAttention(AdapterModule):
             self.virtual_tokens: dict[str, Any] = {}
             self.rotation: Rotation | None = None
             self.recorder: list | None = None
+            self.arguments = argument_names(self)
 
     def add_adapter(self, adapter: str, config: Any, path: str, dtype: torch.dtype, init: bool) -> None:
         """Nothing: the tensors are the decoder's (`connect`)."""
@@ -174,18 +188,20 @@ class PrefixedAttention(AdapterModule):
         encoders = acting_encoders(self)
         if not encoders and self.recorder is None:
             return super().forward(*args, **kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]  # (batch, tokens, hidden)
-        name = cache_argument(self)
-        assert name is not None and len(args) < 2, "decoders pass the mask and the cache by name"
-        cache, mask = kwargs.get(name), kwargs.get("attention_mask")
+        kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        cache_name = next(name for name in CACHE_NAMES if name in self.arguments)
+        mask_name = "attention_mask" if "attention_mask" in self.arguments else "mask"  # T5's name
+        # The other half of an encoder-decoder's cache is about what its decoder reads.
+        cache = kwargs.get(cache_name)
+        cache, mask = getattr(cache, "self_attention_cache", cache), kwargs.get(mask_name)
         key = value = None
         if encoders:
             key, value = self._prefix(encoders)
-            causal = kwargs.get("is_causal", self.is_causal)
-            mask = widened_mask(self, mask, key.shape[1], hidden.shape[1], cache, causal)
+            queries = kwargs["hidden_states"].shape[1]  # (batch, tokens, hidden)
+            mask = widened_mask(self, mask, key.shape[1], queries, cache, kwargs.get("is_causal", self.is_causal))
         columns = None if mask is None else mask.shape[-1]
-        kwargs[name] = PrefixedCache(cache, key, value, columns, self.recorder)
-        return super().forward(*args, **{**kwargs, "attention_mask": mask})
+        kwargs[cache_name] = PrefixedCache(cache, key, value, columns, self.recorder)
+        return super().forward(**{**kwargs, mask_name: mask})
 
     def _prefix(self, encoders: list[Any]) -> tuple[Tensor, Tensor]:
         """Two (heads, P, head_dim): keys, turned to positions -P..-1, and values of all that act, in their order."""

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.configs import PeftType, register_method
-from minipeft.methods.virtual_tokens import VirtualTokensConfig, VirtualTokensDecoder
+from minipeft.methods.virtual_decoders import VirtualTokensDecoder
+from minipeft.methods.virtual_tokens import Sizes, VirtualTokensConfig
 
 logger = logging.getLogger("minipeft")
 
@@ -57,24 +58,28 @@ class PrefixTuningConfig(VirtualTokensConfig):
             )
             self.prefix_projection = False
 
-    def fit(self, config: Any) -> None:
-        queries = config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or queries
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
+    def fit(self, sizes: Sizes) -> None:
         # Under grouped queries PEFT, too, takes the model's own numbers for those of its keys.
-        self._settle("token_dim", heads * head_dim, accepted=(config.hidden_size,))
-        self._settle("num_attention_heads", heads, accepted=(queries,))
-        self._settle("num_layers", config.num_hidden_layers)
-        self._settle("num_transformer_submodules", 1)
+        self._settle("token_dim", sizes.heads * sizes.head_dim, accepted=(sizes.hidden,))
+        self._settle("num_attention_heads", sizes.heads, accepted=(sizes.queries,))
+        self._settle("num_layers", sizes.layers)
+        # Two, as PEFT's files say, or one: see `PrefixEncoder`.
+        self.num_transformer_submodules = self.num_transformer_submodules or sizes.submodules
+        if self.num_transformer_submodules > sizes.submodules:
+            self._settle("num_transformer_submodules", sizes.submodules)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
-    def make_encoder(self, decoder: Any, dtype: torch.dtype, init: bool) -> nn.Module:
-        device = decoder.get_input_embeddings().weight.device
+    def make_encoder(self, holder: Any, dtype: torch.dtype, init: bool) -> nn.Module:
+        device = holder.get_input_embeddings().weight.device
         return PrefixEncoder(self, init).to(device, dtype)
 
 
 class PrefixEncoder(nn.Module):
     """The tensors of one prefix.
+
+    In an encoder-decoder with `num_transformer_submodules=2`, its default, layer i of L sees the columns of layer
+    2 i mod L: that is how PEFT cuts its files' matrix up there, so for an even L half of the columns do nothing. With 1
+    every layer has its own; PEFT does not read such a file rightly.
 
     Attributes:
         embedding: weight (P, layers * 2 * token_dim), or (P, token_dim) with a projection.
@@ -87,6 +92,7 @@ class PrefixEncoder(nn.Module):
         super().__init__()
         P, dim, layers = config.num_virtual_tokens, config.token_dim, config.num_layers
         assert P and dim and layers and config.num_attention_heads and config.encoder_hidden_size
+        self.layers, self.submodules = layers, config.num_transformer_submodules or 1
         self.length, self.shape = P, (config.num_attention_heads, dim // config.num_attention_heads)
         projected = config.prefix_projection and not config.inference_mode
         self.embedding = nn.utils.skip_init(nn.Embedding, P, dim if projected else layers * 2 * dim)
@@ -109,7 +115,8 @@ class PrefixEncoder(nn.Module):
         """Two (heads, P, head_dim): the keys, not rotated, and values of `layer`."""
         heads, head_dim = self.shape
         span = 2 * heads * head_dim
-        columns = slice(layer * span, (layer + 1) * span)
+        first = layer * self.submodules % self.layers
+        columns = slice(first * span, (first + 1) * span)
         if self.transform is None:
             flat = self.embedding.weight[:, columns]
         else:
@@ -162,13 +169,19 @@ def initialize_kv_prefix_from_text(
 
     Returns: (P, layers * 2 * token_dim), what the prefix now is.
 
-    Raises ValueError for an adapter that is no prefix or has a projection, and for a text that is too short.
+    Raises ValueError for an adapter that is no prefix or has a projection, for a text that is too short, and for models
+        that are no causal decoders.
     """
     adapter = adapter_name or model.active_adapter
     config = model.peft_config.get(adapter)
     if not isinstance(config, PrefixTuningConfig):
         raise ValueError(f"adapter {adapter!r} is not a prefix ({type(config).__name__})")
-    decoder = next(m for m in model.modules() if isinstance(m, VirtualTokensDecoder))
+    decoder = next((m for m in model.modules() if isinstance(m, VirtualTokensDecoder)), None)
+    if decoder is None:
+        raise ValueError(
+            f"{type(model).__name__} is no causal decoder, so no prefix of it can start from a text; take "
+            "init_weights='zero'"
+        )
     encoder: Any = decoder.prompt_encoder[adapter]
     if encoder.transform is not None:
         raise ValueError(f"adapter {adapter!r} has a projection, whose start cannot be computed from a text")

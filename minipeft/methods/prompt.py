@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.configs import PeftType, register_method
-from minipeft.methods.virtual_tokens import VirtualTokensConfig
+from minipeft.methods.virtual_tokens import Sizes, VirtualTokensConfig
 
 
 class PromptTuningInit(str, enum.Enum):
@@ -72,17 +72,17 @@ class PromptTuningConfig(VirtualTokensConfig):
         if "trust_remote_code" in (self.tokenizer_kwargs or ()):
             raise ValueError("tokenizer_kwargs: trust_remote_code would let an adapter's file run code")
 
-    def fit(self, config: Any) -> None:
-        self._settle("token_dim", config.hidden_size)
-        self._settle("num_attention_heads", config.num_attention_heads)
-        self._settle("num_layers", config.num_hidden_layers)
+    def fit(self, sizes: Sizes) -> None:
+        self._settle("token_dim", sizes.hidden)
+        self._settle("num_attention_heads", sizes.queries)
+        self._settle("num_layers", sizes.layers)
         # PEFT counts an encoder-decoder as two, and then trains P more vectors that it never uses.
-        both = bool(config.is_encoder_decoder) and self.num_transformer_submodules == 2
+        both = sizes.submodules == self.num_transformer_submodules == 2
         self._settle("num_transformer_submodules", 2 if both else 1)
 
-    def make_encoder(self, decoder: Any, dtype: torch.dtype, init: bool) -> nn.Module:
+    def make_encoder(self, holder: Any, dtype: torch.dtype, init: bool) -> nn.Module:
         assert self.num_virtual_tokens and self.token_dim
-        words = decoder.get_input_embeddings()
+        words = holder.get_input_embeddings()
         unused = (self.num_transformer_submodules or 1) - 1
         encoder = PromptEncoder(self.num_virtual_tokens, self.token_dim, unused).to(words.weight.device, dtype)
         if init:

@@ -8,17 +8,22 @@ output reads that of the prompt, too.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.methods.base import AdapterModule, Method
-from minipeft.methods.virtual_tokens import VIRTUAL_TOKENS, VirtualTokensConfig, VirtualTokensHolder
-
-# transformers' `config.model_type` of the models that it was tried on.
-ENCODERS = ("bert", "roberta")
-ENCODER_DECODERS = ("t5",)
+from minipeft.methods.key_values import argument_names
+from minipeft.methods.virtual_decoders import DECODERS
+from minipeft.methods.virtual_tokens import (
+    ENCODER_DECODERS,
+    ENCODERS,
+    Sizes,
+    VirtualTokensConfig,
+    VirtualTokensHolder,
+)
 
 
 class PromptedEncoder(VirtualTokensHolder):
@@ -34,7 +39,8 @@ class PromptedEncoder(VirtualTokensHolder):
     cuts: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        encoders = self.acting_encoders()
+        # Prefixes, which may be here too, stand in the layers.
+        encoders = [encoder for encoder in self.acting_encoders() if hasattr(encoder, "prepare")]
         if not encoders:
             return super().forward(*args, **kwargs)
         ids = args[0] if args else kwargs.pop("input_ids", None)
@@ -135,10 +141,11 @@ def _cut(out: Any, order: Tensor, length: int) -> Any:
 def _find(model: Any, config: VirtualTokensConfig, skip: list[str]) -> list[str]:
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family not in ENCODERS + ENCODER_DECODERS:
-        return VIRTUAL_TOKENS.find(model, config, skip)
+        return DECODERS.find(model, config, skip)
     if getattr(model.config, "is_decoder", False) and family in ENCODERS:
         raise ValueError(f"prompts work on {family} models that read both ways, not on one that is a decoder")
-    config.fit(model.config)
+    # PEFT writes down the numbers of an encoder-decoder's encoder.
+    config.fit(dataclasses.replace(Sizes.of_encoder(model.config), submodules=2 if family in ENCODER_DECODERS else 1))
     holders = [model.base_model] if family in ENCODERS else [model.get_encoder(), model.get_decoder()]
     paths = {id(module): path for path, module in model.named_modules()}
     return [paths[id(holder)] for holder in holders]
@@ -149,15 +156,17 @@ def _mixin_for(module: Any) -> type[AdapterModule]:
     if family in ENCODERS:
         return PromptedEncoder
     if family in ENCODER_DECODERS:
-        return PromptReader if module.is_decoder else PromptedEncoder
-    return VIRTUAL_TOKENS.mixin_for(module)
+        # T5's halves are of one class, BART's tell themselves apart by what they take.
+        reads = getattr(module, "is_decoder", "encoder_hidden_states" in argument_names(module))
+        return PromptReader if reads else PromptedEncoder
+    return DECODERS.mixin_for(module)
 
 
 def _connect(model: Any, adapter: str, targets: list[str]) -> None:
     holder = model.get_submodule(targets[0])
     if not isinstance(holder, PromptedEncoder):
-        assert VIRTUAL_TOKENS.connect is not None
-        VIRTUAL_TOKENS.connect(model, adapter, targets)
+        assert DECODERS.connect is not None
+        DECODERS.connect(model, adapter, targets)
         return
     # RoBERTa's classifier takes the first position itself, BERT's is given it.
     whole = type(model).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice"))

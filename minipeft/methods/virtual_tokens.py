@@ -1,7 +1,8 @@
-"""Where the virtual tokens of prefix and prompt tuning live, and which models can have them.
+"""Where the virtual tokens of prefix and prompt tuning live: what is the same in every kind of model.
 
-An adapter's tensors are one module, its encoder, held by the decoder as `prompt_encoder.<adapter>` (PEFT's name).
-Every attention module below takes its keys and values from there (see `key_values.py`).
+An adapter's tensors are one module, its encoder, held by a part of the model as `prompt_encoder.<adapter>` (PEFT's
+name). Which part, and how its layers come to see the virtual tokens, depends on the model: see `virtual_decoders.py`
+(causal decoders), `prefixed_encoders.py` and `prompted_encoders.py` (BERT, T5 and their like).
 """
 
 from __future__ import annotations
@@ -13,23 +14,54 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.configs import PeftConfig
-from minipeft.methods.base import AdapterModule, Method
-from minipeft.methods.key_values import (
-    PrefixedAttention,
-    Rotation,
-    ShiftedOffset,
-    ShiftedPositions,
-    cache_argument,
-    check_implementation,
-)
+from minipeft.methods.base import AdapterModule
 
-# transformers' `config.model_type` of the decoders that rotate queries and keys, and of those with a learned table.
-# A list and not a guess: a layer that rotates in its own way would give wrong scores and no error.
-ROTARY = (
-    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"),
-    *("phi3", "smollm3", "olmo2", "granite", "gpt_neox"),
-)
-LEARNED = ("gpt2", "opt")
+# transformers' `config.model_type` of the models that read in both directions, and of the encoder-decoders, that this
+# was tried on.
+ENCODERS = ("bert", "roberta")
+ENCODER_DECODERS = ("t5", "mt5", "bart", "mbart")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The numbers of a model that virtual tokens must fit.
+
+    Attributes:
+        hidden: Numbers in an embedding.
+        queries, heads: Attention heads, and heads of a key.
+        head_dim: Numbers in one head of a key.
+        layers: Layers that attend to virtual tokens.
+        submodules: 2 for an encoder-decoder, else 1.
+    """
+
+    hidden: int
+    queries: int
+    heads: int
+    head_dim: int
+    layers: int
+    submodules: int = 1
+
+    @classmethod
+    def of_decoder(cls, config: Any) -> Sizes:
+        """Of a decoder, by its config."""
+        queries = config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or queries
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
+        return cls(config.hidden_size, queries, heads, head_dim, config.num_hidden_layers)
+
+    @classmethod
+    def of_encoder(cls, config: Any) -> Sizes:
+        """Of a model that reads in both directions."""
+        heads = config.num_attention_heads
+        return cls(config.hidden_size, heads, heads, config.hidden_size // heads, config.num_hidden_layers)
+
+    @classmethod
+    def of_encoder_decoder(cls, config: Any) -> Sizes:
+        """Of an encoder-decoder: its decoder's, under T5's names or BART's."""
+        heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "d_kv", None) or config.hidden_size // heads
+        layers = getattr(config, "num_decoder_layers", None) or config.decoder_layers
+        return cls(config.hidden_size, heads, heads, head_dim, layers, 2)
 
 
 @dataclasses.dataclass
@@ -39,7 +71,7 @@ class VirtualTokensConfig(PeftConfig):
     Args:
         num_virtual_tokens: P, how many virtual tokens stand before the text.
         token_dim: Numbers in one virtual token (a key, for a prefix). The model says it; so with the next three.
-        num_transformer_submodules: 1.
+        num_transformer_submodules: 1; in encoder-decoders 2.
         num_attention_heads: Heads of a key.
         num_layers: Layers.
         modules_to_save: Modules that the adapter trains whole.
@@ -65,15 +97,15 @@ class VirtualTokensConfig(PeftConfig):
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise ValueError(f"{field} must be a positive integer, got {value!r}")
 
-    def fit(self, config: Any) -> None:
-        """Fill in what the model's own `config` says.
+    def fit(self, sizes: Sizes) -> None:
+        """Fill in what the model says.
 
         Raises ValueError when a field that was given says something else.
         """
         raise NotImplementedError
 
-    def make_encoder(self, decoder: Any, dtype: torch.dtype, init: bool) -> nn.Module:
-        """The adapter's tensors, for `decoder`."""
+    def make_encoder(self, holder: Any, dtype: torch.dtype, init: bool) -> nn.Module:
+        """The adapter's tensors, for the part of a model that holds them."""
         raise NotImplementedError
 
     def _settle(self, field: str, right: int, accepted: tuple[int, ...] = ()) -> None:
@@ -84,7 +116,7 @@ class VirtualTokensConfig(PeftConfig):
 
 
 class VirtualTokensHolder(AdapterModule):
-    """The part of a model that holds adapters' virtual tokens: what a language model calls `model` or `transformer`."""
+    """The part of a model that holds adapters' virtual tokens: a decoder's is called `model` or `transformer`."""
 
     # Nothing is put before the class's name: transformers finds what it knows about a model by it.
     name_prefix: ClassVar[str] = ""
@@ -126,176 +158,17 @@ class VirtualTokensHolder(AdapterModule):
             del self.prompt_encoder[adapter]
 
 
-class VirtualTokensDecoder(VirtualTokensHolder):
-    """A causal decoder with virtual tokens."""
+def check_mask(mask: Any, text: Tensor, cache: Any) -> None:
+    """Raise ValueError for a 2-D mask that is not about the text alone: transformers would misread it in silence.
 
-    config: Any
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        encoders = self.acting_encoders()
-        if encoders:
-            check_implementation(self.config)
-            kwargs = _about_the_text(args, kwargs)
-            self._prepare([encoder for encoder in encoders if hasattr(encoder, "prepare")], kwargs)
-        return super().forward(*args, **kwargs)
-
-    def _prepare(self, prompts: list[Any], kwargs: dict[str, Any]) -> None:
-        """Send the prompts through the model, one after the other: each sees those before it."""
-        if not prompts:
-            return
-        _check_checkpointing(self)
-        for prompt in prompts:
-            prompt.forget()
-        dtype = self.get_input_embeddings().weight.dtype  # type: ignore[operator]
-        for prompt in prompts:
-            prompt.prepare(self.keys_and_values, dtype, kwargs.get("past_key_values"))
-
-    def keys_and_values(self, **inputs: Any) -> list[tuple[Tensor, Tensor]]:
-        """The keys (as rotated for positions from 0) and values of each layer for one text.
-
-        Args:
-            inputs: `input_ids` (1, tokens) or `inputs_embeds` (1, tokens, hidden).
-
-        Returns: per layer two (heads, tokens, head_dim).
-        """
-        layers = [module for module in self.modules() if isinstance(module, PrefixedAttention)]
-        # A layer that is checkpointed would run again in the backward pass, when nothing is recorded any more.
-        checkpointed: list[Any] = [m for m in self.modules() if getattr(m, "gradient_checkpointing", False)]
-        recorded: list[Any] = [[] for _ in layers]
-        for layer in layers:
-            layer.recorder = recorded[layer.layer_idx]
-        for module in checkpointed:
-            module.gradient_checkpointing = False
-        if torch.compiler.is_compiling():
-            # The compiler cannot break its graph inside a `try`.
-            super().forward(**inputs, use_cache=False)
-            _end_recording(layers, checkpointed)
-        else:
-            try:
-                super().forward(**inputs, use_cache=False)
-            finally:
-                _end_recording(layers, checkpointed)
-        return [(key[0], value[0]) for both in recorded for key, value in both]
-
-
-def _end_recording(layers: list[PrefixedAttention], checkpointed: list[Any]) -> None:
-    for layer in layers:
-        layer.recorder = None
-    for module in checkpointed:
-        module.gradient_checkpointing = True
-
-
-def _check_checkpointing(decoder: nn.Module) -> None:
-    """Refuse reentrant checkpointing of a prompt.
-
-    There each layer's backward is a backward of its own, and would go through the prompt's one graph again.
+    Args:
+        text: (batch, tokens, ...), this call's.
+        cache: What holds the tokens before them, or None.
     """
-    for module in decoder.modules() if decoder.training else ():
-        recompute = getattr(module, "_gradient_checkpointing_func", None)
-        if getattr(module, "gradient_checkpointing", False) and recompute is not None:
-            if getattr(recompute, "keywords", {}).get("use_reentrant", True):
-                raise ValueError(
-                    "prompt tuning needs non-reentrant checkpointing: "
-                    "model.activation_checkpointing_enable({'use_reentrant': False})"
-                )
-            return
-
-
-def _about_the_text(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keyword arguments of a decoder, with positions that count from each row's first real token.
-
-    Without positions transformers counts padding too. The text's own rotary scores do not change by that, but its
-    distance to the virtual tokens would, and a padded row would not give what it gives alone.
-
-    Raises ValueError for a 2-D mask that is not for the text alone: transformers would cut or misread it in silence.
-    """
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    ids = args[0] if args else kwargs.get("input_ids")
-    text = ids if ids is not None else kwargs.get("inputs_embeds")
-    if not torch.is_tensor(mask) or mask.dim() != 2 or text is None:
-        return kwargs
     tokens = text.shape[1] + (0 if cache is None else cache.get_seq_length())
+    # A mask for a static cache may be longer than what there is so far.
     if mask.shape[1] != tokens and not getattr(cache, "is_compileable", False):
         raise ValueError(
             f"attention_mask has {mask.shape[1]} columns for {tokens} tokens; it is about the text alone, the virtual "
             "tokens are added inside"
         )
-    if kwargs.get("position_ids") is not None or len(args) > 2:
-        return kwargs
-    counted = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
-    # A mask for a static cache may be longer than what there is so far.
-    last = tokens if mask.shape[1] > tokens else mask.shape[1]
-    return {**kwargs, "position_ids": counted[:, last - text.shape[1] : last]}
-
-
-def _find(model: Any, config: VirtualTokensConfig, skip: list[str]) -> list[str]:
-    decoder = _decoder(model, config)
-    # Of the decoder alone: a model that sees has attention elsewhere, too.
-    path = next(path for path, module in model.named_modules() if module is decoder)
-    inside = [(f"{path}.{name}".lstrip("."), module) for name, module in decoder.named_modules() if name]
-    attentions = [name for name, module in inside if is_self_attention(module)]
-    model_config = model.config.get_text_config()
-    layers = sorted(model.get_submodule(path).layer_idx for path in attentions)
-    if layers != list(range(model_config.num_hidden_layers)):
-        raise ValueError(
-            f"{type(model).__name__} has {model_config.num_hidden_layers} layers, and self-attention in {layers}; "
-            "virtual tokens need one in each"
-        )
-    if not all(model.get_submodule(path).is_causal for path in attentions):
-        raise ValueError(f"{type(model).__name__} attends in both directions; virtual tokens need a causal decoder")
-    config.fit(model_config)
-    tables = [name for name, module in inside if _is_position_table(module, name)]
-    return [path, *attentions, *(tables if model_config.model_type in LEARNED else [])]
-
-
-def _decoder(model: Any, config: VirtualTokensConfig) -> Any:
-    """The module that holds the layers. Raises ValueError for a model that cannot have virtual tokens."""
-    kind = type(config).__name__.removesuffix("Config")
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    if family is None:
-        raise ValueError(f"{kind} needs a transformers model, got {type(model).__name__}")
-    text = model.config.get_text_config()
-    if model.config.is_encoder_decoder or getattr(text, "add_cross_attention", False):
-        raise ValueError(
-            f"{kind} works on decoders alone; {type(model).__name__} is an encoder-decoder, where it is not decided "
-            "which of the two texts the virtual tokens belong to"
-        )
-    if text.model_type not in ROTARY + LEARNED:
-        raise ValueError(
-            f"{kind} does not know how a model of type {text.model_type!r} tells positions; it works on "
-            f"{', '.join(sorted(ROTARY + LEARNED))}"
-        )
-    return model.get_decoder()
-
-
-def is_self_attention(module: Any) -> bool:
-    """Whether `module` is a decoder layer's self-attention, as transformers writes them."""
-    if not hasattr(module, "layer_idx") or not hasattr(module, "is_causal"):
-        return False
-    return cache_argument(module) is not None and not getattr(module, "is_cross_attention", False)
-
-
-def _is_position_table(module: nn.Module, path: str) -> bool:
-    return isinstance(module, nn.Embedding) and path.rpartition(".")[2] in ("wpe", "embed_positions")
-
-
-def _mixin_for(module: Any) -> type[AdapterModule]:
-    if is_self_attention(module):
-        return PrefixedAttention
-    if isinstance(module, nn.Embedding):
-        return ShiftedOffset if hasattr(module, "offset") else ShiftedPositions
-    return VirtualTokensDecoder
-
-
-def _connect(model: Any, adapter: str, targets: list[str]) -> None:
-    decoder = model.get_submodule(targets[0])
-    rotary = getattr(decoder, "rotary_emb", None)
-    for path in targets[1:]:
-        module = model.get_submodule(path)
-        # SmolLM3 leaves every fourth layer without rotation.
-        rotates = getattr(module, "use_rope", True)
-        rotation = Rotation(rotary, module) if rotary is not None and rotates else None
-        module.connect(adapter, decoder.prompt_encoder[adapter], rotation)
-
-
-VIRTUAL_TOKENS = Method(find=_find, mixin_for=_mixin_for, connect=_connect)

@@ -81,6 +81,53 @@ RELATIVES = {
     "RoBERTa classifier": Family("roberta", {"num_labels": 3, "pad_token_id": 0}, "SEQ_CLS"),
 }
 
+_BART: dict[str, Any] = {
+    **{"d_model": 64, "decoder_start_token_id": 1, "pad_token_id": 0, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    **{f"{half}_{name}": n for half in ("encoder", "decoder") for name, n in (("layers", 1), ("attention_heads", 4))},
+}
+_HEADS: dict[str, Any] = {"head_dim": 16}
+_CLASSIFIER: dict[str, Any] = {"num_labels": 3, "pad_token_id": 0}
+_DISTILBERT: dict[str, Any] = {"dim": 64, "n_heads": 4, "n_layers": 2, "hidden_dim": 96}
+_MAMBA: dict[str, Any] = {
+    **{"layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3, "mamba_num_heads": 4},
+    **{"mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "head_dim": 16},
+}
+_QWEN2_MOE: dict[str, Any] = {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 32}
+
+# What LoRA knows the usual targets of, besides.
+OTHERS = {
+    **{name: Family(name) for name in ("falcon", "stablelm", "phi", "gpt_bigcode", "olmo", "olmo3", "cohere")},
+    **{name: Family(name) for name in ("cohere2", "starcoder2", "ernie4_5")},
+    **{name: Family(name, _HEADS) for name in ("glm", "glm4", "ministral", "helium", "exaone4")},
+    **{name: Family(name, _HEADS) for name in ("hunyuan_v1_dense", "seed_oss")},
+    "gemma4_text": Family(
+        "gemma4_text", {**_HEADS, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY}
+    ),
+    "bloom": Family("bloom", {"n_head": 4, "n_layer": 2}),
+    "gptj": Family("gptj", {"rotary_dim": 16}),
+    "gpt_neo": Family("gpt_neo", {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "num_heads": 4}),
+    "codegen": Family("codegen", {"rotary_dim": 16, "n_ctx": 128}),
+    "mpt": Family("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}),
+    "rwkv": Family("rwkv", {"attention_hidden_size": 64, "context_length": 64}),
+    "nemotron_h": Family("nemotron_h", _MAMBA),
+    "llama4_text": Family("llama4_text", {"num_local_experts": 2, "head_dim": 16, "intermediate_size_mlp": 96}),
+    "qwen2_moe": Family("qwen2_moe", _QWEN2_MOE),
+    "gpt_oss": Family("gpt_oss", {"num_local_experts": 4, "head_dim": 16}),
+    "phimoe": Family("phimoe", {"num_local_experts": 4}),
+    "mt5": Family("mt5", _T5, "SEQ_2_SEQ_LM"),
+    **{name: Family(name, _BART, "SEQ_2_SEQ_LM") for name in ("bart", "mbart")},
+    **{
+        name: Family(name, _CLASSIFIER, "SEQ_CLS")
+        for name in ("xlm-roberta", "xlm-roberta-xl", "camembert", "layoutlm")
+    },
+    **{name: Family(name, _CLASSIFIER, "SEQ_CLS") for name in ("deberta", "deberta-v2", "modernbert")},
+    **{name: Family(name, {**_CLASSIFIER, "embedding_size": 64}, "SEQ_CLS") for name in ("electra", "albert")},
+    "mpnet": Family("mpnet", {**_CLASSIFIER, "pad_token_id": 1}, "SEQ_CLS"),
+    "distilbert": Family(
+        "distilbert", {**_CLASSIFIER, "dim": 64, "n_heads": 4, "n_layers": 2, "hidden_dim": 96}, "SEQ_CLS"
+    ),
+}
+
 
 def tiny_gemma3_with_images() -> Any:
     """Gemma 3 with its vision tower, which has another width and modules of the same names."""

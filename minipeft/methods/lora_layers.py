@@ -197,7 +197,8 @@ def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
         return LoraConv1D
     # nn.MultiheadAttention reads its out_proj's weight without calling it, and bitsandbytes' layers are nn.Linear
     # with a packed weight: an update on either would be lost or wrong.
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    # Llama 4's router is an nn.Linear that returns two things.
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or "Router" in type(module).__name__:
         return None
     if isinstance(module, nn.Linear) and module.weight.shape == (module.out_features, module.in_features):
         return LoraLinear

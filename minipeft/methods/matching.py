@@ -15,31 +15,8 @@ from torch import nn
 
 from minipeft.configs import TaskType
 from minipeft.methods.base import base_modules
+from minipeft.methods.default_targets import DEFAULT_TARGETS
 from minipeft.quantization import NF4Linear
-
-# What PEFT targets when target_modules is not given, by transformers' `config.model_type`.
-DEFAULT_TARGETS = {
-    "llama": ["q_proj", "v_proj"],
-    "mistral": ["q_proj", "v_proj"],
-    "mixtral": ["q_proj", "v_proj"],
-    "qwen2": ["q_proj", "v_proj"],
-    "qwen3": ["q_proj", "v_proj"],
-    "qwen3_moe": ["q_proj", "v_proj"],
-    "gemma": ["q_proj", "v_proj"],
-    "gemma2": ["q_proj", "v_proj"],
-    "gemma3": ["q_proj", "v_proj"],
-    "gemma3_text": ["q_proj", "v_proj"],
-    "smollm3": ["q_proj", "v_proj"],
-    "olmo2": ["q_proj", "v_proj"],
-    "granite": ["q_proj", "v_proj"],
-    "phi3": ["qkv_proj"],
-    "gpt2": ["c_attn"],
-    "opt": ["q_proj", "v_proj"],
-    "gpt_neox": ["query_key_value"],
-    "bert": ["query", "value"],
-    "roberta": ["query", "value"],
-    "t5": ["q", "v"],
-}
 
 # Heads that start out random in these tasks, so that an adapter without them would be useless: saved whole.
 TASK_HEADS = {
@@ -82,6 +59,12 @@ def match_targets(
             f"target_modules {targets!r} matches {len(found)} modules, but exclude_modules, modules_to_save and "
             "layers_to_transform leave none of them"
         )
+    for name in left:
+        if may_not_be_called(model, name):
+            raise ValueError(
+                f"target_modules: {name!r} is a layer whose weight its state-space mixer may read without calling it, so an "
+                "adapter could be left out in silence; take in_proj"
+            )
     return left
 
 
@@ -119,13 +102,23 @@ def _targets_or_default(model: nn.Module, config: Any) -> list[str] | str:
 
 
 def _is_inner_linear(model: Any, name: str, adaptable: Callable[[nn.Module], bool]) -> bool:
-    """Whether "all-linear" takes this module: linear, and not the output head."""
+    """Whether "all-linear" takes this module: linear, and not (in) the output head, whatever the task."""
     module = model.get_submodule(name)
     if not (isinstance(module, nn.Linear | NF4Linear) or is_conv1d(module)) or not adaptable(module):
         return False
     heads = {head for heads in TASK_HEADS.values() for head in heads}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return module is not output and name.rpartition(".")[2] not in heads
+    if may_not_be_called(model, name):
+        return False
+    # RoBERTa's classifier is a module of two layers.
+    return module is not output and heads.isdisjoint(name.split("."))
+
+
+def may_not_be_called(model: nn.Module, name: str) -> bool:
+    """Whether the module is one of a state-space mixer's, whose fused CUDA kernels are given weights, not layers."""
+    path, _, leaf = name.rpartition(".")
+    mixer = model.get_submodule(path)
+    return leaf != "in_proj" and hasattr(mixer, "conv1d") and type(mixer).__name__.endswith("Mixer")
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -267,10 +267,7 @@ def row_of(family: str) -> list[str]:
 
 
 def test_the_table_of_families_says_what_is() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "families.md").read_text()
-    rows = [
-        [c.strip().replace("`", "") for c in line.strip("|").split("|")]
-        for line in text.split("\n## ")[0].splitlines()
-        if "| `" in line
-    ]
+    text = (Path(__file__).parent.parent / "docs" / "families.md").read_text().split("\n## ")[0]
+    lines = [line for line in text.splitlines() if "| `" in line]
+    rows = [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in lines]
     assert rows == [row_of(family) for family in FAMILIES]

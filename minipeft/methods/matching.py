@@ -62,8 +62,8 @@ def match_targets(
     for name in left:
         if may_not_be_called(model, name):
             raise ValueError(
-                f"target_modules: {name!r} is a layer whose weight its state-space mixer may read without calling it, so an "
-                "adapter could be left out in silence; take in_proj"
+                f"target_modules: {name!r} is a layer whose weight its state-space mixer may read without calling it, "
+                "so an adapter could be left out in silence; take in_proj"
             )
     return left
 

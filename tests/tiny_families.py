@@ -22,6 +22,8 @@ _T5: dict[str, Any] = {
     **{"d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2},
     **{"decoder_start_token_id": 0, "pad_token_id": 0},
 }
+# These configs know no such number.
+_UNGROUPED: dict[str, Any] = {"num_key_value_heads": None}
 # Shorter than the batch's rows, so that the window cuts.
 _SLIDING: dict[str, Any] = {"sliding_window": 4, "head_dim": 16}
 
@@ -64,9 +66,9 @@ FAMILIES = {
     "Gemma 3": Family("gemma3_text", {**_SLIDING, "query_pre_attn_scalar": 16}),
     "Phi3": Family("phi3"),
     "SmolLM3": Family("smollm3"),
-    "GPT-2": Family("gpt2"),
-    "OPT": Family("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 1}),
-    "GPT-NeoX": Family("gpt_neox"),
+    "GPT-2": Family("gpt2", _UNGROUPED),
+    "OPT": Family("opt", {**_UNGROUPED, "ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 1}),
+    "GPT-NeoX": Family("gpt_neox", _UNGROUPED),
     "BERT classifier": Family("bert", {"num_labels": 3, "pad_token_id": 0}, "SEQ_CLS"),
     "T5": Family("t5", _T5, "SEQ_2_SEQ_LM"),
     "Mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),

@@ -15,6 +15,7 @@ from .errors import (
     UninitializedError,
     UnsupportedInstruction,
 )
+from .machine import check_supported, run
 from .memory import Memory
 from .observer import Batch, Launch, Observer
 from .parse import parse
@@ -36,5 +37,7 @@ __all__ = [
     "RaceError",
     "UninitializedError",
     "UnsupportedInstruction",
+    "check_supported",
     "parse",
+    "run",
 ]

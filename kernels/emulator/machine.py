@@ -1,0 +1,342 @@
+"""Runs a program: grid into batches of blocks, a batch's lanes through the instructions together."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+
+# Registers the opcodes.
+from . import arithmetic, async_copy, convert, memory_ops, tensor_cores, warp, wgmma  # noqa: F401
+from .barriers import Barriers
+from .errors import BarrierError, DeadlockError, EmulatorError
+from .lanes import ANY, WARP, Lanes
+from .memory import Memory
+from .observer import Batch, Launch, Observer
+from .program import Instruction, Parameter, Program
+from .registry import Context
+from .schedule import Group, Schedule
+from .steps import BARRIER, BRANCH, EXIT, MEET, PLAIN, Step, prepare
+
+# Enough lanes that numpy's cost of a call is small beside its work, few enough that registers stay in the cache.
+LANES = 8192
+SPIN_LIMIT = 200_000
+
+
+def run(
+    program: Program,
+    arguments: Sequence[int | float | bytes],
+    memory: Memory,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared_bytes: int = 0,
+    observers: Sequence[Observer] = (),
+    *,
+    seed: int | None = None,
+    lanes: int = LANES,
+    spin_limit: int = SPIN_LIMIT,
+) -> None:
+    """Execute every block of a grid.
+
+    Args:
+        arguments: one for each parameter: an int, a float, or the parameter's bytes; pointers are device addresses of
+            `memory`. grid: blocks along x, y, z. threads: of a block, a multiple of 32.
+        shared_bytes: of dynamic shared memory a block.
+        observers: are told what happens; checks are observers.
+        seed: run a block's warps in an arbitrary order and interleaving instead of side by side.
+        lanes: about how many threads run side by side; blocks beyond follow when those have ended. A block that waits
+            for a later one needs both among them.
+        spin_limit: jumps back without a store, a barrier or an exit after which the threads count as spinning for ever.
+
+    Raises:
+        UnsupportedInstruction: before anything runs. AccessError, BarrierError, DeadlockError: see `errors`.
+        ValueError: arguments, grid or threads do not fit the program.
+    """
+    if threads % WARP or threads <= 0:
+        raise ValueError(f"threads must be a positive multiple of {WARP}, got {threads}")
+    if program.threads is not None and threads != program.threads:
+        raise ValueError(f"{program.name} is compiled for {program.threads} threads a block, got {threads}")
+    if min(grid) < 1:
+        raise ValueError(f"grid must be positive, got {grid}")
+    launch = Launch(program, memory, grid, threads, shared_bytes)
+    parameters = pack_arguments(program.parameters, arguments)
+    size = max(1, min(launch.blocks, lanes // threads))
+    with np.errstate(all="ignore"):
+        machine: _Machine | None = None
+        for first in range(0, launch.blocks, size):
+            blocks = min(size, launch.blocks - first)
+            if machine is None or machine.lanes.blocks != blocks:
+                machine = _Machine(launch, blocks, parameters, observers, seed, spin_limit)
+                if not first:
+                    for observer in observers:
+                        observer.begin(launch)
+            machine.run(first)
+    for observer in observers:
+        observer.finish()
+
+
+def check_supported(program: Program) -> None:
+    """Raise UnsupportedInstruction for the first instruction that the emulator lacks; run nothing."""
+    launch = Launch(program, Memory(), (1, 1, 1), program.threads or WARP, 0)
+    _Machine(launch, 1, bytes(program.parameter_bytes), (), None, SPIN_LIMIT)
+
+
+def pack_arguments(parameters: Sequence[Parameter], arguments: Sequence[int | float | bytes]) -> bytes:
+    """The parameters' space.
+
+    Raises:
+        ValueError: the number of arguments, or the size of one, is not the parameters'.
+    """
+    if len(parameters) != len(arguments):
+        raise ValueError(f"the kernel has {len(parameters)} parameters, got {len(arguments)} arguments")
+    space = bytearray(max((p.offset + p.size for p in parameters), default=0))
+    for parameter, value in zip(parameters, arguments, strict=True):
+        space[parameter.offset : parameter.offset + parameter.size] = _bytes_of(parameter, value)
+    return bytes(space)
+
+
+def _bytes_of(parameter: Parameter, value: int | float | bytes) -> bytes:
+    if isinstance(value, bytes):
+        if len(value) != parameter.size:
+            raise ValueError(f"{parameter.name} has {parameter.size} bytes, got {len(value)}")
+        return value
+    if isinstance(value, float):
+        return struct.pack({2: "<e", 4: "<f", 8: "<d"}[parameter.size], value)
+    return (int(value) & ((1 << 8 * parameter.size) - 1)).to_bytes(parameter.size, "little")
+
+
+class _Machine:
+    """One batch's state, and the program prepared for it."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        blocks: int,
+        parameters: bytes,
+        observers: Sequence[Observer],
+        seed: int | None,
+        spin_limit: int,
+    ) -> None:
+        self.launch, self.seed, self.spin_limit = launch, seed, spin_limit
+        self.observers = observers
+        self.lanes = Lanes(launch, blocks, parameters)
+        self.context = Context(
+            self.lanes,
+            launch.memory,
+            _overriding(observers, "global_access"),
+            _overriding(observers, "shared_access"),
+        )
+        self.watching = [o.instruction for o in _overriding(observers, "instruction")]
+        self.steps = prepare(launch.program, self.context)
+        self.idle = 0
+
+    def run(self, first: int) -> None:
+        """The blocks from `first` on, to their end."""
+        self.lanes.start(first)
+        for reset in self.context.resets:
+            reset()
+        for observer in self.observers:
+            observer.begin_batch(Batch(first, self.lanes.blocks, self.launch.threads))
+        self.alive = np.ones(self.lanes.count, bool)
+        self.schedule = Schedule(self.lanes.everyone, self.launch.threads, self.seed)
+        self.barriers = Barriers(self.lanes, _overriding(self.observers, "barrier"))
+        self.schedule.add(0, None)
+        while (group := self.schedule.take()) is not None:
+            self._advance(group)
+        if self.barriers.waiting or self.schedule.stalled:
+            raise DeadlockError("threads wait for ever: " + self._who_waits())
+
+    def _advance(self, group: Group) -> None:
+        """Run a group until it ends, waits, splits, or may meet another."""
+        steps, watching, lanes = self.steps, self.watching, group.lanes
+        limit, left = self.schedule.limit(group), self.schedule.span()
+        pc = group.pc
+        clock = self.lanes
+        while True:
+            step = steps[pc]
+            active = lanes if step.guard is None else step.guarded(lanes)
+            if step.kind == PLAIN:
+                clock.clock += 1
+                if watching:
+                    self._watch(step.instruction, active)
+                if active is None or active.size:
+                    step.execute(active)
+                    if step.stores:
+                        self.idle = 0
+                pc += 1
+            else:
+                group.pc = pc
+                if watching and step.kind != MEET:
+                    self._watch(step.instruction, active)
+                following = self._control(step, group, active)
+                if following is None:
+                    return
+                pc = following
+            left -= 1
+            if pc >= limit or left <= 0:
+                group.pc = pc
+                self.schedule.push(group)
+                return
+
+    def _watch(self, instruction: Instruction, active: ANY) -> None:
+        lanes = self.lanes.indices(active)
+        for hook in self.watching:
+            hook(instruction, lanes)
+
+    def _control(self, step: Step, group: Group, active: ANY) -> int | None:
+        """An instruction that may split or stop a group. Where it goes on, None if it was put aside."""
+        if step.kind == BRANCH:
+            return self._branch(step, group, active)
+        if step.kind == EXIT:
+            return self._exit(group, active)
+        if step.kind == BARRIER:
+            return self._barrier(step, group, active)
+        return self._meet(step, group, active)
+
+    def _branch(self, step: Step, group: Group, active: ANY) -> int | None:
+        lanes, here = group.lanes, group.pc
+        taken = self.lanes.count if active is None else active.size
+        if taken == 0:
+            return here + 1
+        whole = taken == (self.lanes.count if lanes is None else lanes.size)
+        backward = step.target <= here
+        if backward:
+            self._spin(step.instruction)
+            group.jumps += 1
+        if whole and (not backward or self.schedule.alone):
+            return step.target
+        if whole:
+            group.pc = step.target
+            self.schedule.push(group)
+            return None
+        assert active is not None
+        others = np.setdiff1d(self.lanes.indices(lanes), active, assume_unique=True)
+        for pc, part in ((step.target, active), (here + 1, others)):
+            fresh = Group(pc, part, group.slot)
+            fresh.jumps = group.jumps
+            self.schedule.push(fresh)
+        return None
+
+    def _spin(self, instruction: Instruction) -> None:
+        self.idle += 1
+        if self.idle > self.spin_limit:
+            raise DeadlockError(
+                f"{self.spin_limit} jumps back without a store, a barrier or an exit, the last at {instruction.place}: "
+                "threads seem to wait for a value that nobody writes. Blocks beyond the first "
+                f"{self.lanes.blocks} start only when those have ended: if one is waited for, raise `lanes`; if the "
+                "loop is only long, raise `spin_limit`"
+            )
+
+    def _exit(self, group: Group, active: ANY) -> int | None:
+        self.idle = 0
+        self.alive[... if active is None else active] = False
+        for pc, lanes in self.barriers.exited(self.alive, active):
+            self.schedule.add(pc, lanes)
+        # Lanes that wait for this one's warp may have all of it now.
+        stalled, self.schedule.stalled = self.schedule.stalled, []
+        for waiting in stalled:
+            self.schedule.push(waiting)
+        whole = active is None or active.size == self.lanes.indices(group.lanes).size
+        if whole:
+            return None
+        if active is not None and active.size:
+            group.lanes = np.setdiff1d(self.lanes.indices(group.lanes), active, assume_unique=True)
+            group.pc += 1
+            self.schedule.push(group)
+            return None
+        return group.pc + 1
+
+    def _barrier(self, step: Step, group: Group, active: ANY) -> int | None:
+        if active is not None and active.size == 0:
+            return group.pc + 1
+        self.idle = 0
+        released = self.barriers.arrive(step, group.pc, active, self.alive)
+        if released is None and group.lanes is None and self.seed is None:
+            return group.pc + 1
+        rest = None
+        if active is not None and active.size != self.lanes.indices(group.lanes).size:
+            rest = np.setdiff1d(self.lanes.indices(group.lanes), active, assume_unique=True)
+        if rest is not None:
+            self.schedule.push(Group(group.pc + 1, rest, group.slot))
+        for pc, lanes in [(group.pc + 1, active)] if released is None else released:
+            self.schedule.add(pc, lanes)
+        return None
+
+    def _meet(self, step: Step, group: Group, active: ANY) -> int | None:
+        """An instruction of whole warps: those that are there execute it, the others wait for their rest."""
+        if active is None or active.size == 0 or whole_warps(active, step.width):
+            self._execute(step, active)
+            return group.pc + 1
+        ready, early = self._split_by_warp(step, active)
+        if ready.size == active.size:
+            self._execute(step, active)
+            return group.pc + 1
+        here = group.pc
+        if ready.size:
+            self._execute(step, ready)
+        waiting = np.isin(self.lanes.indices(group.lanes), early, assume_unique=True)
+        going = self.lanes.indices(group.lanes)[~waiting]
+        if going.size:
+            self.schedule.push(Group(here + 1, going, group.slot))
+        self.schedule.stall(Group(here, early, group.slot))
+        return None
+
+    def _execute(self, step: Step, active: ANY) -> None:
+        if self.watching:
+            self._watch(step.instruction, active)
+        if active is None or active.size:
+            step.execute(active)
+
+    def _split_by_warp(self, step: Step, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The lanes whose warps (or warpgroups) are there as far as the mask asks for, and the others."""
+        here = np.zeros(self.lanes.count, bool)
+        here[active] = True
+        rows = active // step.width
+        wanted = step.members(active)
+        if step.aligned and not self.alive.reshape(-1, step.width)[rows].all():
+            lane = int(active[~self.alive.reshape(-1, step.width)[rows].all(1)][0])
+            raise BarrierError(
+                f"{step.instruction.place} needs all lanes of a warp, and some of that of "
+                f"{self.lanes.describe(lane)} have exited"
+            )
+        missing = wanted & ~here.reshape(-1, step.width)[rows] & self.alive.reshape(-1, step.width)[rows]
+        complete = ~missing.any(1)
+        if step.aligned:
+            # What one lane misses, all of its warp wait for.
+            complete = ~np.isin(rows, rows[~complete])
+        return active[complete], active[~complete]
+
+    def _who_waits(self) -> str:
+        """For the deadlock's message: where each warp is."""
+        places: list[tuple[int, Instruction, str]] = []
+        for lanes, pc in self.barriers.where():
+            places += [(int(lane), self.steps[pc].instruction, "a barrier") for lane in lanes]
+        for group in self.schedule.stalled:
+            assert group.lanes is not None
+            places += [(int(lane), self.steps[group.pc].instruction, "lanes of its warp") for lane in group.lanes]
+        seen: dict[tuple[int, int], str] = {}
+        for lane, instruction, what in sorted(places, key=lambda p: p[0]):
+            seen.setdefault(
+                (lane // WARP, instruction.index),
+                f"{self.lanes.describe(lane)} for {what} at {instruction.place}",
+            )
+        lines = list(seen.values())
+        more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
+        return "; ".join(lines[:8]) + more
+
+
+def whole_warps(lanes: np.ndarray, width: int = WARP) -> bool:
+    """Whether ascending lanes are whole warps (or groups of `width` lanes)."""
+    if lanes.size % width:
+        return False
+    first = lanes[::width]
+    return bool((first % width == 0).all() and (lanes[width - 1 :: width] - first == width - 1).all())
+
+
+def _overriding(observers: Sequence[Observer], hook: str) -> list[Observer]:
+    """The observers that have a hook of their own."""
+    return [o for o in observers if getattr(type(o), hook) is not getattr(Observer, hook)]
+
+
+__all__ = ["EmulatorError", "check_supported", "pack_arguments", "run"]

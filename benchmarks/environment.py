@@ -14,7 +14,8 @@ import torch
 
 from benchmarks.roofline import Roofline
 from minipeft.bench_command import HUGE_PAGES
-from minipeft.kernels.dispatch import interpreting, use_triton
+from minipeft.kernels import native
+from minipeft.kernels.dispatch import interpreting, use_native, use_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 # bitsandbytes fetches other CPU code from the hub where PyPI's `kernels` is installed.
@@ -71,8 +72,9 @@ def describe_limits(roofline: Roofline) -> dict[str, str]:
 
 def backend(device: torch.device) -> str:
     """Which form of our operations is measured."""
-    if not use_triton(torch.empty(0, device=device)):
-        return "reference (PyTorch)"
+    tensor = torch.empty(0, device=device)
+    if not use_triton(tensor):
+        return native.describe() if use_native(tensor) else "reference (PyTorch)"
     return "Triton's interpreter" if interpreting() else "Triton"
 
 

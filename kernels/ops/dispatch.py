@@ -1,9 +1,10 @@
-"""Which of an operation's two forms runs: the PyTorch reference or the Triton kernel. Nothing else decides it.
+"""Which of an operation's forms runs: Triton kernel, compiled CPU code or PyTorch reference. Nothing else decides it.
 
-Tensors on a GPU that Triton compiles for go to the kernel, tensors on a CPU to the reference. With
-TRITON_INTERPRET=1, which Triton reads when its kernels are defined, they go to the kernel on a CPU too, run by
-Triton's interpreter: that is how kernels are tested without a GPU. MINIPEFT_BACKEND=reference or =triton forces one,
-and is read at every call; a forced kernel that cannot run is an error.
+Tensors on a GPU that Triton compiles for go to the kernel. Tensors on a CPU go to the compiled code where it was built
+and has the operation (decoding and products of NF4 weights), else to the reference. With TRITON_INTERPRET=1, which
+Triton reads when its kernels are defined, they go to the kernel on a CPU too, run by Triton's interpreter: that is how
+kernels are tested without a GPU. MINIPEFT_BACKEND=reference, =native or =triton forces one, and is read at every call;
+a forced one that cannot run is an error.
 """
 
 import contextlib
@@ -15,10 +16,12 @@ import os
 import torch
 from torch import Tensor
 
+from . import native
+
 logger = logging.getLogger("minipeft")
 
 VARIABLE = "MINIPEFT_BACKEND"
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "native", "triton")
 # Triton compiles for NVIDIA and AMD, which PyTorch both calls "cuda", and for Intel.
 GPUS = ("cuda", "xpu")
 # The oldest NVIDIA GPUs that Triton supports, and the first with bfloat16.
@@ -29,11 +32,13 @@ def use_triton(tensor: Tensor) -> bool:
     """Whether an operation on `tensor` runs as a Triton kernel.
 
     Raises:
-        ValueError: MINIPEFT_BACKEND has another value than the two it may have.
-        RuntimeError: it asks for Triton, which cannot run on the tensor's device; says why.
+        ValueError: MINIPEFT_BACKEND has another value than those it may have.
+        RuntimeError: it asks for a form that cannot run on the tensor's device; says why.
     """
     forced = os.environ.get(VARIABLE, "")
-    if forced == "reference":
+    if forced in ("reference", "native"):
+        if forced == "native":
+            _check_native(tensor.device)
         return False
     if forced not in ("", "triton"):
         raise ValueError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, or unset, got {forced!r}")
@@ -43,6 +48,27 @@ def use_triton(tensor: Tensor) -> bool:
     if forced:
         raise RuntimeError(f"{VARIABLE}=triton, but {obstacle}")
     return False
+
+
+def use_native(tensor: Tensor) -> bool:
+    """Whether an operation that compiled CPU code has runs there, given that `use_triton` has said no."""
+    return tensor.device.type == "cpu" and os.environ.get(VARIABLE) != "reference" and not native_obstacle()
+
+
+@functools.cache
+def native_obstacle() -> str:
+    """Why the compiled CPU code cannot run, or "" if it can. The reason is also logged, once."""
+    obstacle = native.obstacle()
+    if obstacle:
+        logger.warning("%s; until then NF4 runs in plain PyTorch on the CPU, several times slower", obstacle)
+    return obstacle
+
+
+def _check_native(device: torch.device) -> None:
+    if native.obstacle():
+        raise RuntimeError(f"{VARIABLE}=native, but {native.obstacle()}")
+    if device.type != "cpu":
+        raise RuntimeError(f"{VARIABLE}=native, but compiled CPU code does not run on device type {device.type}")
 
 
 @functools.cache

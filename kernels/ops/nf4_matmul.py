@@ -2,19 +2,20 @@
 
 The reference decodes W a few rows at a time, so the float matrix never exists whole, forward or backward. Only the
 packed weight is kept between the two; W is frozen, so x is not needed again. The kernels read the packed weight
-itself: `nf4_matmul_triton` says how, `nf4_route_triton` when. Their smallest tiles are for decoding a token at a time
-(a product of one row), so there is no operation of its own for that.
+itself: on a GPU `nf4_matmul_triton` says how, `nf4_route_triton` when; on a CPU `nf4_native`. Their smallest tiles are
+for decoding a token at a time (a product of one row), so there is no operation of its own for that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import nf4_native
 from .arithmetic import arithmetic_dtype
-from .dispatch import use_triton
+from .dispatch import use_native, use_triton
 from .nf4_dequantize import decode_into, dequantize_absmax, level_pairs
 from .nf4_quantize import WEIGHT_DTYPES
 from .registration import below_autograd, define_op, without_autocast
@@ -84,6 +85,18 @@ def check_input(x: Tensor, in_features: int) -> None:
 
 
 def multiply(rows: Tensor, packed: Packed, sizes: Sizes) -> Tensor:
+    """rows W^T: (M, K) -> (M, N), in the dtype of rows: compiled, or by `multiply_reference`."""
+    y = nf4_native.product(rows, packed, sizes, rows.dtype) if use_native(rows) else None
+    return multiply_reference(rows, packed, sizes) if y is None else y
+
+
+def multiply_back(rows: Tensor, packed: Packed, sizes: Sizes) -> Tensor:
+    """rows W: (M, N) -> (M, K) float32: compiled, or by `multiply_back_reference`."""
+    dx = nf4_native.product(rows, packed, sizes, torch.float32, backward=True) if use_native(rows) else None
+    return multiply_back_reference(rows, packed, sizes) if dx is None else dx
+
+
+def multiply_reference(rows: Tensor, packed: Packed, sizes: Sizes) -> Tensor:
     """rows W^T in PyTorch, W decoded a chunk at a time: (M, K) -> (M, N), in the dtype of rows."""
     y = rows.new_zeros(rows.shape[0], sizes[0])
     for start, stop, w in decoded_rows(packed, sizes, rows.dtype):
@@ -91,7 +104,7 @@ def multiply(rows: Tensor, packed: Packed, sizes: Sizes) -> Tensor:
     return y
 
 
-def multiply_back(rows: Tensor, packed: Packed, sizes: Sizes) -> Tensor:
+def multiply_back_reference(rows: Tensor, packed: Packed, sizes: Sizes) -> Tensor:
     """rows W in PyTorch: (M, N) -> (M, K) float32. The sum over W's rows is cut into chunks: they add up in float32."""
     total = rows.new_zeros(rows.shape[0], sizes[1], dtype=torch.float32)
     for start, stop, w in decoded_rows(packed, sizes, rows.dtype):
@@ -109,32 +122,56 @@ def as_rows(x: Tensor) -> Tensor:
 
 def decoded_rows(packed: Packed, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (first row, last row + 1, those rows of W in `dtype`), a chunk at a time in buffers used again."""
+    out_features, in_features = sizes[:2]
+    if out_features * in_features == 0:
+        return
+    step = min(max(1, CHUNK // in_features), out_features)
+    decode = _native_decoder if use_native(packed[0]) else _reference_decoder
+    rows = decode(packed, sizes, dtype, step)
+    for start in range(0, out_features, step):
+        stop = min(start + step, out_features)
+        yield start, stop, rows(start, stop).view(-1, in_features)
+
+
+# Gives the weights of rows start..stop-1 in a buffer that the next call overwrites.
+Decoder = Callable[[int, int], Tensor]
+
+
+def _native_decoder(packed: Packed, sizes: Sizes, dtype: torch.dtype, step: int) -> Decoder:
+    in_features = sizes[1]
+    buffer = torch.empty(step * in_features, dtype=dtype)
+
+    def rows(start: int, stop: int) -> Tensor:
+        out = buffer[: (stop - start) * in_features]
+        return nf4_native.decode_into(out, packed, sizes, start * in_features, stop * in_features)
+
+    return rows
+
+
+def _reference_decoder(packed: Packed, sizes: Sizes, dtype: torch.dtype, step: int) -> Decoder:
     codes, absmax, quant_map, nested_absmax, nested_map, offset = packed
-    out_features, in_features, blocksize, nested_blocksize = sizes
+    _, in_features, blocksize, nested_blocksize = sizes
     if nested_absmax is not None:
         assert nested_map is not None and offset is not None
         absmax = dequantize_absmax(absmax, nested_absmax, nested_map, offset, nested_blocksize)
-    if out_features * in_features == 0:
-        return
     flat = codes.reshape(-1)
     pairs = level_pairs(quant_map)
-    step = max(1, CHUNK // in_features)
     # Rows need not start or end where a block does: up to two more blocks are decoded, and the rows cut out.
     size = min(2 * flat.numel(), step * in_features + 2 * blocksize)
     buffer = torch.empty(size, dtype=torch.float32, device=codes.device)
     index = torch.empty(size // 2, dtype=torch.int32, device=codes.device)
     cast = None if dtype == torch.float32 else torch.empty(step * in_features, dtype=dtype, device=codes.device)
-    for start in range(0, out_features, step):
-        stop = min(start + step, out_features)
+
+    def rows(start: int, stop: int) -> Tensor:
         first = start * in_features // blocksize * blocksize
         last = -(-stop * in_features // blocksize) * blocksize
         part = flat[first // 2 : last // 2]
-        w = decode_into(buffer[: 2 * part.numel()], part, absmax[first // blocksize :], pairs, blocksize, index)[
-            start * in_features - first : stop * in_features - first
-        ]
-        if cast is not None:
-            w = cast[: w.numel()].copy_(w)
-        yield start, stop, w.view(-1, in_features)
+        scales = absmax[first // blocksize :]
+        w = decode_into(buffer[: 2 * part.numel()], part, scales, pairs, blocksize, index)
+        w = w[start * in_features - first : stop * in_features - first]
+        return w if cast is None else cast[: w.numel()].copy_(w)
+
+    return rows
 
 
 class _NF4Matmul(torch.autograd.Function):

@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from . import native
 from .catalogue import Kernel, shipped
 from .dispatch import interpreting
 from .nf4_matmul_configs import CHUNK, split_for, tile_for
@@ -173,7 +174,8 @@ def main(arguments: list[str] | None = None) -> str:
     reports = [inspect(kernel, options.target) for kernel in shipped(capability, options.dtype)]
     found = floors(reports, options.target) if options.dtype == "bf16" else []
     parts = [
-        f"Machine code for {options.target}, compiled here; nothing was run. Doubly quantized weights, blocksize 64.",
+        f"Machine code for {options.target}, compiled here; nothing was run. Doubly quantized weights, blocksize 64.\n"
+        f"On this machine's CPU: {native.describe()}.",
         table(reports),
     ]
     result: dict[str, Any] = {"target": options.target, "kernels": [asdict(r) for r in reports]}

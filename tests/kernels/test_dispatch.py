@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from minipeft.kernels import dispatch, nf4_quantize
+from minipeft.kernels import dispatch, native, nf4_quantize
 
 CPU = torch.zeros(1)
 
@@ -29,8 +29,27 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("compiled")
-def test_a_cpu_takes_the_reference() -> None:
-    assert not dispatch.use_triton(CPU)
+def test_a_cpu_takes_the_compiled_code_where_it_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    for obstacle in ("", "it was not built"):
+        monkeypatch.setattr(dispatch, "native_obstacle", lambda obstacle=obstacle: obstacle)
+        assert not dispatch.use_triton(CPU)
+        assert dispatch.use_native(CPU) == (not obstacle)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIPEFT_BACKEND", "reference")
+    assert not dispatch.use_triton(CPU) and not dispatch.use_native(CPU)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_compiled_cpu_code_does_not_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = type("OnGPU", (), {"device": torch.device("cuda", 0)})()
+    assert not dispatch.use_native(gpu)
+    monkeypatch.setattr(native, "obstacle", lambda: "")
+    monkeypatch.setenv("MINIPEFT_BACKEND", "native")
+    with pytest.raises(RuntimeError, match="native, but compiled CPU code does not run on device type cuda"):
+        dispatch.use_triton(gpu)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -57,7 +76,7 @@ def test_the_variable_is_read_at_every_call(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("backend", ["Triton", "cuda", "0", "reference "])
 def test_another_value_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setenv("MINIPEFT_BACKEND", backend)
-    with pytest.raises(ValueError, match=f"one of reference, triton, or unset, got '{backend}'"):
+    with pytest.raises(ValueError, match=f"one of reference, native, triton, or unset, got '{backend}'"):
         nf4_quantize(torch.ones(64))
 
 

@@ -1,0 +1,88 @@
+/* The functions that Python calls through ctypes. There is nothing of Python in here: one library serves every
+ * version of it. A call is an array of 64-bit integers, which Python packs at once: ctypes takes longer to convert a
+ * dozen arguments than a small layer takes to multiply. */
+#include "nf4.h"
+
+#include <omp.h>
+
+#define EXPORT __attribute__((visibility("default")))
+/* Raised with every change to the calls below; `native.py` has the same number, and refuses another. */
+#define ABI 1
+
+/* Results larger than this do not stay in a cache: written around it, they need not be read first. */
+#define STREAM_BYTES (16 << 20)
+/* Weights that are worth a second thread: below, waking one takes longer. */
+#define WEIGHTS_PER_THREAD (1 << 15)
+
+EXPORT int minipeft_abi(void) { return ABI; }
+
+/* The highest level that this processor has. */
+EXPORT int minipeft_level(void) {
+#ifdef MINIPEFT_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") ? AVX512_BF16 : AVX512;
+    if (__builtin_cpu_supports("avx2"))
+        return AVX2;
+#endif
+    return SCALAR;
+}
+
+static Weight weight_of(const int64_t *call) {
+    Weight w = {(const uint8_t *)call[0], (const void *)call[1], (const float *)call[2], (const float *)call[3],
+                (const float *)call[4],   (const float *)call[5], call[6],                call[7],
+                call[8],                  call[9]};
+    return w;
+}
+
+static int threads_for(int64_t weights, int64_t rows, int64_t threads) {
+    int64_t worth = weights * (1 + rows / 8) / WEIGHTS_PER_THREAD;
+    return (int)(worth < 1 ? 1 : worth < threads ? worth : threads);
+}
+
+/* call: the weight (10), first, last, out, dtype, level, threads. */
+EXPORT void minipeft_decode(const int64_t *call) {
+    Weight w = weight_of(call);
+    int64_t first = call[10], last = call[11];
+    char *out = (char *)call[12];
+    int dtype = (int)call[13], level = (int)call[14];
+    int64_t bytes = dtype == FLOAT32 ? 4 : 2;
+    int stream = (last - first) * bytes > STREAM_BYTES;
+    int threads = threads_for(last - first, 0, call[15]);
+    /* Whole blocks a thread, so that none is decoded twice. */
+    int64_t blocks = (last - first + w.blocksize - 1) / w.blocksize;
+    int64_t each = (blocks + threads - 1) / threads * w.blocksize;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static, 1)
+    for (int i = 0; i < threads; i++) {
+        int64_t from = first + i * each, to = from + each < last ? from + each : last;
+        if (from < to)
+            decode(&w, from, to, out + (from - first) * bytes, dtype, level, stream);
+    }
+}
+
+/* call: the weight (10), a, out, rows of a, backward, dtype of a, dtype of out, threads. 1 if it was done, 0 if not:
+ * the sizes do not fit, or the processor lacks the instructions. */
+EXPORT int minipeft_product(const int64_t *call) {
+#ifdef MINIPEFT_X86
+    Weight w = weight_of(call);
+    Product p = {&w, (const void *)call[10], (void *)call[11], (int)call[13], (int)call[15]};
+    int64_t m = call[12];
+    int64_t columns = p.backward ? w.columns : w.rows;
+    int64_t strips = (columns + STRIP - 1) / STRIP;
+    int64_t parts = (m + MAX_ROWS - 1) / MAX_ROWS, each = (m + parts - 1) / parts;
+    each = (each + 5) / 6 * 6;
+    void (*strip)(const Product *, int64_t, int64_t, int64_t) = call[14] == BFLOAT16 ? strip_bfloat16 : strip_float32;
+    int threads = threads_for(w.rows * w.columns, m, call[16]);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
+    for (int64_t i = 0; i < strips * parts; i++) {
+        int64_t m0 = i / strips * each, m1 = m0 + each < m ? m0 + each : m;
+        if (m0 < m1)
+            strip(&p, i % strips, m0, m1);
+    }
+    return 1;
+#else
+    (void)call;
+    return 0;
+#endif
+}

@@ -1,0 +1,69 @@
+/* What the files of this folder share: a packed weight, and how a block's scale is read from it. */
+#ifndef MINIPEFT_NF4_H
+#define MINIPEFT_NF4_H
+
+#include <stdint.h>
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define MINIPEFT_X86 1
+#include <immintrin.h>
+/* Functions are compiled for instructions that this machine may lack, and called only where `best_level` found them. */
+#define TARGET_AVX2 __attribute__((target("avx2")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16")))
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { SCALAR = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+/* W, rows x columns in row-major order, as the Python side holds it. */
+typedef struct {
+    const uint8_t *codes;   /* two weights a byte, the earlier one in the high half */
+    const void *absmax;     /* a scale a block: float, or uint8_t when doubly quantized */
+    const float *levels;    /* 16 */
+    const float *nested;    /* a scale for nested_blocksize blocks; NULL unless doubly quantized */
+    const float *map;       /* 256 */
+    const float *offset;    /* 1 */
+    int64_t rows, columns, blocksize, nested_blocksize;
+} Weight;
+
+/* The scale of a block: map[code] * nested + offset. -ffp-contract=off keeps the two roundings apart. */
+INLINE float scale_of(const Weight *w, int64_t block) {
+    if (!w->nested)
+        return ((const float *)w->absmax)[block];
+    int64_t size = w->nested_blocksize;
+    /* 256 is what everybody writes, and a division takes longer than all the rest. */
+    int64_t outer = size == 256 ? block >> 8 : block / size;
+    float product = w->map[((const uint8_t *)w->absmax)[block]] * w->nested[outer];
+    return product + *w->offset;
+}
+
+/* A float rounded to nearest even, as bits; a NaN stays one. */
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return 0x7fc0;
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+
+/* decode.c: elements first..last-1 of w's row-major order into `out`, which begins with element first. */
+void decode(const Weight *w, int64_t first, int64_t last, void *out, int dtype, int level, int stream);
+
+#ifdef MINIPEFT_X86
+/* product.c: columns 64 strip .. of out = a W^T (backward 0) or a W (backward 1), for rows m0..m1-1 of a. */
+typedef struct {
+    const Weight *w;
+    const void *a;      /* (M, K) or, backward, (M, N) */
+    void *out;          /* (M, N) or, backward, (M, K) */
+    int backward, out_dtype;
+} Product;
+
+#define STRIP 64
+#define MAX_ROWS 264
+void strip_float32(const Product *p, int64_t strip, int64_t m0, int64_t m1);
+void strip_bfloat16(const Product *p, int64_t strip, int64_t m0, int64_t m1);
+#endif
+#endif

@@ -39,7 +39,7 @@ setup(
         "minipeft.kernels": "kernels/ops",
         **{name: name.replace("minipeft.kernels", "kernels").replace(".", "/") for name in EMULATOR},
     },
-    package_data={"minipeft": ["py.typed"]},
+    package_data={"minipeft": ["py.typed", "training/constitution.txt"]},
     ext_modules=[NATIVE],
     install_requires=[
         # Each lower bound is the oldest release that the tests were run with.

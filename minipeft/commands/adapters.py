@@ -23,16 +23,16 @@ def evaluate(args: argparse.Namespace) -> None:
         Batches,
         encode_records,
         evaluate_loss,
-        load_position_limit,
         load_tokenizer,
         pad_id_of,
         read_jsonl,
         resolve_max_length,
     )
+    from minipeft.training.positions import text_positions
 
     records = read_jsonl(args.data)
     tokenizer = load_tokenizer(args.model)
-    max_length = resolve_max_length(args.max_length, load_position_limit(args.model))
+    max_length = resolve_max_length(args.max_length, *text_positions(args.model, read_adapter(args)))
     data = encode_records(records, tokenizer, max_length, args.too_long)
     for notice in data.notices:
         print(notice)
@@ -45,15 +45,17 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """`minipeft generate`: continue a prompt."""
-    from minipeft.training import load_position_limit, load_tokenizer, seed_everything
+    from minipeft.training import load_tokenizer, seed_everything
     from minipeft.training.generation import Sampling, check_fits, prompt_ids
     from minipeft.training.generation import generate as generate_text
+    from minipeft.training.positions import text_positions
 
     with as_user_error(ConfigError):
         sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
         tokenizer = load_tokenizer(args.model)
         ids = prompt_ids(tokenizer, read_prompt(args.prompt), raw=args.raw, system=args.system)
-        check_fits(load_position_limit(args.model), ids, sampling)
+        limit, virtual = text_positions(args.model, read_adapter(args))
+        check_fits(limit, ids, sampling, virtual)
     model = load_model(args)
     seed_everything(args.seed)
     text = generate_text(model, tokenizer, [ids], sampling, stream=args.stream)[0]
@@ -97,14 +99,12 @@ def load_model(args: argparse.Namespace) -> Any:
 
     Raises:
         ModelLoadError: no such model.
-        AdapterError: no adapter there, a damaged one, or one that was trained on another model.
+        AdapterError: see `read_adapter`; an adapter that is damaged or does not fit the model.
     """
     from minipeft.training import load_base_model
 
     check_device(args.device)
-    if args.adapter is not None:
-        check_adapter_path(Path(args.adapter))
-        check_base(Path(args.adapter), args.model, args.any_base)
+    read_adapter(args)
     with without_bars():
         model = load_base_model(args.model, quantize=args.quantize, dtype=args.dtype, device=args.device)
     if args.adapter is None:
@@ -115,20 +115,30 @@ def load_model(args: argparse.Namespace) -> Any:
         return PeftModel.from_pretrained(model, args.adapter)
 
 
-def check_base(adapter: Path, model: str, any_base: bool) -> None:
-    """Raise AdapterError when the adapter says that it was trained on a model of another name, unless `any_base`.
+def read_adapter(args: argparse.Namespace) -> Any:
+    """The config of the adapter that `args` name, or None.
 
-    Models of one shape differ in nothing that could be checked: on the wrong one an adapter gives nonsense.
+    Models of one shape differ in nothing that could be checked: on the wrong one an adapter gives nonsense. So it must
+    have been trained on a model of the same name, unless `--any-base` says that all is well.
+
+    Raises:
+        AdapterError: no adapter there, or one that was trained on a model of another name.
     """
+    if args.adapter is None:
+        return None
     from minipeft import PeftConfig
 
+    adapter = Path(args.adapter)
+    check_adapter_path(adapter)
     with as_user_error(AdapterError, str(adapter)):
-        trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    if trained_on and not any_base and Path(trained_on).name != Path(model).resolve().name:
+        config = PeftConfig.from_pretrained(adapter)
+    trained_on = config.base_model_name_or_path
+    if trained_on and not args.any_base and Path(trained_on).name != Path(args.model).resolve().name:
         raise AdapterError(
-            f"{adapter} was trained on {trained_on!r}, and --model is {model!r}; if that is the same model under "
+            f"{adapter} was trained on {trained_on!r}, and --model is {args.model!r}; if that is the same model under "
             "another name, add --any-base"
         )
+    return config
 
 
 def read_prompt(prompt: str) -> str:

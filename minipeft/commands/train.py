@@ -7,9 +7,10 @@ from pathlib import Path
 
 from minipeft.commands.paths import check_device, check_output_path
 from minipeft.commands.texts import loss_text
-from minipeft.training.config import TrainConfig, config_values
+from minipeft.training.config import TrainConfig
+from minipeft.training.config_flags import config_values
 from minipeft.training.errors import ConfigError
-from minipeft.training.methods import METHODS, attach, method_config, start
+from minipeft.training.methods import METHODS, attach, check_settings, start
 from minipeft.training.quiet import without_bars
 
 
@@ -24,20 +25,19 @@ def train(args: argparse.Namespace) -> None:
         Trainer,
         check_output_dir,
         load_base_model,
-        load_position_limit,
         load_tokenizer,
         pad_id_of,
         prepare_data,
         seed_everything,
     )
+    from minipeft.training.positions import text_positions
     from minipeft.training.rundir import check_not_running
 
     check_not_running(Path(config.output_dir))
     check_output_dir(config.output_dir, resume)
-    check_extras(config)
-    adapter_config = method_config(config)
+    adapter_config = check_settings(config)
     tokenizer = load_tokenizer(config.model)
-    data, eval_data = prepare_data(config, tokenizer, load_position_limit(config.model))
+    data, eval_data = prepare_data(config, tokenizer, *text_positions(config.model, adapter_config))
     for notice in data.notices:
         print(notice)
     print(f"{len(data)} records, {data.tokens:,} tokens, of which {data.loss_tokens:,} are learned")
@@ -69,19 +69,3 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     for name, value in METHODS[config.method].settings.items():
         setattr(config, name, value)
     return config
-
-
-def check_extras(config: TrainConfig) -> None:
-    """Raise for optional packages that are not there and a schedule's bad arguments, before the model is loaded."""
-    import torch
-
-    from minipeft.training.metrics import check_tensorboard
-    from minipeft.training.plots import check_matplotlib
-    from minipeft.training.schedule import make_schedule
-
-    if config.plot:
-        check_matplotlib()
-    if config.tensorboard:
-        check_tensorboard()
-    # Any optimizer and length will do: only the arguments are looked at.
-    make_schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr), config, total_steps=100)

@@ -6,7 +6,6 @@ not a training run.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import math
@@ -153,31 +152,6 @@ def required_settings() -> list[str]:
     return [
         f.name for f in dataclasses.fields(TrainConfig) if f.default is no_default and f.default_factory is no_default
     ]
-
-
-def add_config_arguments(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
-    """Add a `--flag` for every setting, each defaulting to None ("not given").
-
-    Booleans become `--packing / --no-packing`; mappings are written in YAML: `--method-args '{r: 8}'`.
-    Values arrive as strings and are converted by `TrainConfig`, so that its errors name the setting.
-    """
-    hints = typing.get_type_hints(TrainConfig)
-    for f in dataclasses.fields(TrainConfig):
-        if f.name in skip:
-            continue
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if hints[f.name] is bool:
-            parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            choices = f.metadata.get("choices")
-            hint = f"{text} ({'|'.join(choices)})" if choices else text
-            parser.add_argument(flag, dest=f.name, default=None, help=hint.replace("%", "%%"))
-
-
-def config_values(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings among parsed arguments, for `TrainConfig.from_sources(overrides=...)`."""
-    names = {f.name for f in dataclasses.fields(TrainConfig)}
-    return {k: v for k, v in vars(args).items() if k in names and v is not None}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

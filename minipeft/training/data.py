@@ -5,25 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from minipeft.training.config import TrainConfig
-from minipeft.training.encoding import EncodedDataset, encode_records, resolve_max_length, split_examples
+from minipeft.training.encoding import EncodedDataset, encode_records, split_examples
+from minipeft.training.positions import resolve_max_length
 from minipeft.training.records import read_jsonl
 
 
 def prepare_data(
-    config: TrainConfig, tokenizer: Any, position_limit: int | None
+    config: TrainConfig, tokenizer: Any, position_limit: int | None, virtual: int = 0
 ) -> tuple[EncodedDataset, EncodedDataset | None]:
     """Training data and, where the config asks for it, evaluation data.
 
     Needs no model, so that bad data is found before one is loaded.
 
     Args:
-        position_limit: the longest sequence the model can take, see `encoding.model_position_limit`.
+        position_limit: the longest sequence the model can take, see `positions.model_position_limit`.
+        virtual: how many of these positions the adapter's virtual tokens take.
 
     Raises:
         DataError: a bad record, with file and line; an empty data set.
         ConfigError: max_length exceeds what the model can take.
     """
-    max_length = resolve_max_length(config.max_length, position_limit)
+    max_length = resolve_max_length(config.max_length, position_limit, virtual)
     data = encode_records(read_jsonl(config.data), tokenizer, max_length, config.too_long)
     if config.eval_data is not None:
         records = read_jsonl(config.eval_data)

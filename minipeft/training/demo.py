@@ -23,12 +23,13 @@ from minipeft.training.config import TrainConfig
 from minipeft.training.demo_data import DemoData, load_demo_data
 from minipeft.training.demo_exam import ROW_TOKENS, Exam, row_tokens
 from minipeft.training.demo_report import DemoResult, say_after, say_before, say_data, say_model, say_result
-from minipeft.training.encoding import EncodedDataset, encode_records, model_position_limit
+from minipeft.training.encoding import EncodedDataset, encode_records
 from minipeft.training.errors import TrainingInterrupted
 from minipeft.training.loop import Trainer, TrainResult
 from minipeft.training.metrics import read_log
 from minipeft.training.models import load_base_model, load_tokenizer, seed_everything
 from minipeft.training.plots import check_matplotlib, plot_loss_curve
+from minipeft.training.positions import model_position_limit
 from minipeft.training.quiet import without_bars
 from minipeft.training.smollm2 import smollm2_folder
 

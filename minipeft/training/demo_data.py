@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +36,14 @@ class DemoData:
 
     def write(self, directory: Path) -> None:
         """Write `train.jsonl` and `held_out.jsonl`, as `minipeft train` and `minipeft eval` read them."""
-        for name, records in (("train", self.train), ("held_out", self.held_out)):
-            lines = [json.dumps(_as_object(record), ensure_ascii=False) + "\n" for record in records]
-            write_text(directory / f"{name}.jsonl", "".join(lines))
+        write_records(directory / "train.jsonl", self.train)
+        write_records(directory / "held_out.jsonl", self.held_out)
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write a JSONL file that `records.read_jsonl` reads."""
+    lines = [json.dumps(_as_object(record), ensure_ascii=False) + "\n" for record in records]
+    write_text(path, "".join(lines))
 
 
 def load_demo_data(
@@ -80,11 +85,12 @@ def own_data(path: str, train_rows: int, held_out_rows: int, seed: int) -> DemoD
     held = min(held_out_rows, max(1, len(records) // 5))
     train, held_out = records[held : held + train_rows], records[:held]
     example = next((record.prompt for record in held_out if record.prompt is not None), "...")
-    return DemoData(train, held_out, _labels(train, held_out), f"Records of {path}.", example)
+    return DemoData(train, held_out, labels_of([*train, *held_out]), f"Records of {path}.", example)
 
 
-def _labels(train: Sequence[Record], held_out: Sequence[Record]) -> tuple[str, ...]:
-    completions = {record.completion for record in (*train, *held_out)}
+def labels_of(records: Iterable[Record]) -> tuple[str, ...]:
+    """The different completions where they are few enough to choose from, else none."""
+    completions = {record.completion for record in records}
     labels = sorted(completion for completion in completions if completion is not None)
     few = 2 <= len(labels) <= MOST_LABELS and None not in completions
     # A label that another one begins with can never lose to it, so there is no choosing.

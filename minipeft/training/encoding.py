@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.training.errors import ConfigError, DataError
+from minipeft.training.errors import DataError
 from minipeft.training.records import Record
 
 IGNORE = -100
-DEFAULT_MAX_LENGTH = 1024
 
 
 @dataclass(frozen=True)
@@ -71,27 +70,6 @@ class EncodedDataset:
             digest.update(len(example).to_bytes(8, "little"))
             digest.update(np.asarray([example.input_ids, example.labels], dtype="<i8").tobytes())
         return digest.hexdigest()
-
-
-def resolve_max_length(max_length: int | None, model_limit: int | None) -> int:
-    """The longest sequence that may be trained on.
-
-    Raises:
-        ConfigError: `max_length` is greater than the positions the model has.
-    """
-    if max_length is None:
-        return DEFAULT_MAX_LENGTH if model_limit is None else min(DEFAULT_MAX_LENGTH, model_limit)
-    if model_limit is not None and max_length > model_limit:
-        message = f"max_length ({max_length}) exceeds the model's max_position_embeddings ({model_limit})"
-        raise ConfigError(f"{message}: set max_length to {model_limit} or less")
-    return max_length
-
-
-def model_position_limit(model: Any) -> int | None:
-    """`max_position_embeddings` of the model's (text) config, or None where it has no such limit."""
-    config = model.config
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text_config, "max_position_embeddings", None)
 
 
 def encode_records(

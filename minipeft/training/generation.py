@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from minipeft.training.batches import pad_id_of
-from minipeft.training.encoding import encode_prompt, model_position_limit
+from minipeft.training.encoding import encode_prompt
 from minipeft.training.evaluation import eval_mode
+from minipeft.training.positions import model_position_limit
 
 # Below it, logits over the temperature can leave float32's range; long before, the likeliest token is all but certain.
 LEAST_TEMPERATURE = 1e-6
@@ -94,16 +95,20 @@ def prompt_ids(tokenizer: Any, text: str, *, raw: bool = False, system: str | No
     return ids
 
 
-def check_fits(limit: int | None, ids: list[int], sampling: Sampling) -> None:
+def check_fits(limit: int | None, ids: list[int], sampling: Sampling, virtual: int = 0) -> None:
     """Refuse a prompt that together with what may follow is longer than the `limit` positions of a model.
+
+    Args:
+        virtual: how many of the positions virtual tokens take.
 
     Raises:
         ValueError: it is.
     """
-    if limit is not None and len(ids) + sampling.max_new_tokens > limit:
+    if limit is not None and len(ids) + sampling.max_new_tokens + virtual > limit:
+        adapter = f", the adapter takes {virtual} virtual tokens" if virtual else ""
         raise ValueError(
-            f"the prompt has {len(ids)} tokens and max_new_tokens is {sampling.max_new_tokens}: together more than "
-            f"the model's max_position_embeddings ({limit})"
+            f"the prompt has {len(ids)} tokens and max_new_tokens is {sampling.max_new_tokens}{adapter}: together more "
+            f"than the model's max_position_embeddings ({limit})"
         )
 
 

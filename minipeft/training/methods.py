@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from minipeft.training.config import TrainConfig
@@ -52,6 +53,35 @@ def method_config(config: TrainConfig) -> Any:
         return getattr(minipeft, choice.config)(**arguments)
 
 
+def check_settings(config: TrainConfig) -> Any:
+    """The adapter's config, once all that needs no model is known to be right: see `method_config`.
+
+    Raises:
+        ConfigError: arguments that the method, the optimizer or the schedule refuses.
+        MissingExtraError: an optional package that was asked for and is not installed.
+    """
+    import torch
+
+    from minipeft.training.metrics import check_tensorboard
+    from minipeft.training.plots import check_matplotlib
+    from minipeft.training.schedule import make_optimizer, make_schedule
+
+    if config.plot:
+        check_matplotlib()
+    if config.tensorboard:
+        check_tensorboard()
+    if config.loraplus_lr_ratio is not None and METHODS[config.method].config != "LoraConfig":
+        raise ConfigError(f"loraplus_lr_ratio is for LoRA, and the method is {config.method}")
+    # Any parameters and length will do: only the arguments are looked at.
+    plain = dataclasses.replace(config, loraplus_lr_ratio=None)
+    optimizer = make_optimizer(torch.nn.Linear(1, 1), plain)
+    try:
+        make_schedule(optimizer, config, total_steps=100)
+    finally:
+        getattr(optimizer, "close", lambda: None)()
+    return method_config(config)
+
+
 def attach(model: Any, adapter_config: Any) -> Any:
     """`get_peft_model`, with its refusals (such as names that match no module) as AdapterError."""
     from minipeft import get_peft_model, prepare_model_for_kbit_training
@@ -63,7 +93,7 @@ def attach(model: Any, adapter_config: Any) -> Any:
         return get_peft_model(model, adapter_config)
 
 
-def start(model: Any, data: Any) -> None:
+def start(model: Any, data: Any, say: Callable[[str], None] = print) -> None:
     """Start a prefix from the keys and values of the data's first tokens, unless its arguments say another start."""
     config = model.peft_config["default"]
     if config.peft_type.value != "PREFIX_TUNING" or config.init_weights or config.prefix_projection:
@@ -76,7 +106,7 @@ def start(model: Any, data: Any) -> None:
     ids = list(itertools.islice(itertools.cycle(tokens), config.num_virtual_tokens))
     with as_user_error(AdapterError):
         initialize_kv_prefix_from_text(model, text=torch.tensor(ids))
-    print(f"the prefix starts from the first {len(ids)} tokens of the data")
+    say(f"the prefix starts from the first {len(ids)} tokens of the data")
 
 
 def is_packed(model: Any) -> bool:

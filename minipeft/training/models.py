@@ -86,12 +86,20 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def load_position_limit(path: str | Path) -> int | None:
     """The longest sequence a model can take, read from its config alone; None where there is no limit."""
+    return getattr(load_text_config(path), "max_position_embeddings", None)
+
+
+def load_text_config(path: str | Path) -> Any:
+    """The config of a model, or of the part of it that reads text.
+
+    Raises:
+        ModelLoadError: there is none.
+    """
     from transformers import AutoConfig
 
     source, options = _source(path)
     with _loading("model", path):
-        config = AutoConfig.from_pretrained(source, **options)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+        return AutoConfig.from_pretrained(source, **options).get_text_config()
 
 
 def locate_model(path: str | Path) -> str | Path:

@@ -3,7 +3,8 @@ import argparse
 import pytest
 from transformers import SchedulerType
 
-from minipeft.training.config import SCHEDULER_CHOICES, TrainConfig, add_config_arguments, config_values
+from minipeft.training.config import SCHEDULER_CHOICES, TrainConfig
+from minipeft.training.config_flags import add_config_arguments, config_values
 from minipeft.training.errors import ConfigError
 
 NEEDED = {"model": "m", "data": "d", "output_dir": "o"}

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from minipeft.training import ConfigError, DataError, encode_pair, encode_prompt, encode_records, make_records
-from minipeft.training.encoding import IGNORE, encode_record, resolve_max_length, split_examples
+from minipeft.training.encoding import IGNORE, encode_record, split_examples
+from minipeft.training.positions import resolve_max_length
 
 PAIRS = [
     ("The film was", " very good"),

@@ -4,6 +4,7 @@
 the checks find accesses out of bounds, of unwritten bytes, races, missing waits and bad barriers.
 """
 
+from .checks import AsyncCopies, Races, Uninitialized
 from .errors import (
     AccessError,
     AsyncCopyError,
@@ -23,6 +24,7 @@ from .program import Instruction, Program
 
 __all__ = [
     "AccessError",
+    "AsyncCopies",
     "AsyncCopyError",
     "BarrierError",
     "Batch",
@@ -35,6 +37,8 @@ __all__ = [
     "Program",
     "PtxSyntaxError",
     "RaceError",
+    "Races",
+    "Uninitialized",
     "UninitializedError",
     "UnsupportedInstruction",
     "check_supported",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .memory import WORDS
-from .observer import Launch
+from .observer import Batch, Launch
 from .parse import SHARED_BASE
 from .program import SIZES, Address, Immediate, Not, Operand, Register, Symbol, Vector
 
@@ -57,8 +57,7 @@ class Lanes:
             name: np.zeros(self.count, bool if kind == "pred" else WORDS[SIZES[kind]])
             for name, kind in program.registers.items()
         }
-        static = max((v.address + v.size for v in program.shared.values()), default=SHARED_BASE) - SHARED_BASE
-        self.shared_bytes = static + launch.shared_bytes
+        self.shared_bytes = launch.all_shared_bytes
         self.shared_stride = -(-max(self.shared_bytes, 1) // _SHARED_ALIGN) * _SHARED_ALIGN
         self.shared = np.zeros(blocks * self.shared_stride, np.uint8)
         self.shared_words: dict[int, np.ndarray] = {size: self.shared.view(word) for size, word in WORDS.items()}
@@ -66,14 +65,13 @@ class Lanes:
         self.local_stride = -(-max(program.local_bytes, 1) // 16) * 16
         self.local = np.zeros(self.count * self.local_stride if program.local_bytes else 0, np.uint8)
         self.parameters = np.frombuffer(parameters, np.uint8)
-        self.clock = 0
+        self.clock = self.first = 0
         self._special = self._special_registers()
 
     def start(self, first: int) -> None:
         """Ready for the blocks from `first` on (linear index, x fastest). Old shared memory is a pattern of bits."""
-        width, height, _ = self.launch.grid
-        block = np.arange(first, first + self.blocks)
-        axes = (block % width, block // width % height, block // (width * height))
+        self.first = first
+        axes = zip(*(self.launch.place(first + i) for i in range(self.blocks)), strict=True)
         for axis, values in zip(_AXES, axes, strict=True):
             self._special[f"%ctaid.{axis}"][:] = np.repeat(values, self.threads)
         self.shared.fill(0xFF)
@@ -85,10 +83,7 @@ class Lanes:
 
     def describe(self, lane: int) -> str:
         """A lane in words: its block and thread."""
-        where = lane // self.threads * self.threads
-        block = tuple(int(self._special[f"%ctaid.{axis}"][where]) for axis in _AXES)
-        thread = lane % self.threads
-        return f"block {block}, thread {thread} (warp {thread // WARP}, lane {thread % WARP})"
+        return Batch(self.first, self.blocks, self.threads, self.launch).describe(lane)
 
     def read(self, operand: Operand, kind: str) -> Read:
         """A source operand of an instruction's type, as a function of the lanes that gives its values."""

@@ -126,6 +126,7 @@ class _Machine:
             launch.memory,
             _overriding(observers, "global_access"),
             _overriding(observers, "shared_access"),
+            _overriding(observers, "stored"),
         )
         self.watching = [o.instruction for o in _overriding(observers, "instruction")]
         self.steps = prepare(launch.program, self.context)
@@ -137,7 +138,7 @@ class _Machine:
         for reset in self.context.resets:
             reset()
         for observer in self.observers:
-            observer.begin_batch(Batch(first, self.lanes.blocks, self.launch.threads))
+            observer.begin_batch(Batch(first, self.lanes.blocks, self.launch.threads, self.launch))
         self.alive = np.ones(self.lanes.count, bool)
         self.schedule = Schedule(self.lanes.everyone, self.launch.threads, self.seed)
         self.barriers = Barriers(self.lanes, _overriding(self.observers, "barrier"))
@@ -268,18 +269,18 @@ class _Machine:
         if active is None or active.size == 0 or whole_warps(active, step.width):
             self._execute(step, active)
             return group.pc + 1
-        ready, early = self._split_by_warp(step, active)
-        if ready.size == active.size:
-            self._execute(step, active)
+        joined = self.schedule.gather(group.pc, active)
+        ready, early = self._split_by_warp(step, joined)
+        self._execute(step, ready)
+        if ready.size == active.size == joined.size:
             return group.pc + 1
-        here = group.pc
-        if ready.size:
-            self._execute(step, ready)
-        waiting = np.isin(self.lanes.indices(group.lanes), early, assume_unique=True)
-        going = self.lanes.indices(group.lanes)[~waiting]
+        if early.size:
+            self.schedule.stall(Group(group.pc, early, group.slot))
+        # Lanes whose guard is false do not wait.
+        passing = np.setdiff1d(self.lanes.indices(group.lanes), active, assume_unique=True)
+        going = np.sort(np.concatenate((passing, ready)))
         if going.size:
-            self.schedule.push(Group(here + 1, going, group.slot))
-        self.schedule.stall(Group(here, early, group.slot))
+            self.schedule.add(group.pc + 1, going)
         return None
 
     def _execute(self, step: Step, active: ANY) -> None:

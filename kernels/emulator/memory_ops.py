@@ -90,6 +90,9 @@ class Space:
         """Write (n,) words. Raises AccessError."""
         if self.watchers and watched:
             self.watch(lanes, addresses, values.dtype.itemsize, "store")
+            for watcher in self.context.store_watchers:
+                space = "global" if self.shared is None else "shared"
+                watcher.stored(self.instruction, space, self.context.lanes.indices(lanes), addresses, values)
         try:
             if self.shared is not None:
                 self.shared.store(lanes, addresses, values)

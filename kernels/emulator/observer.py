@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .memory import Memory
+from .parse import SHARED_BASE
 from .program import Instruction, Program
 
 
@@ -25,18 +26,30 @@ class Launch:
         """Blocks of the grid."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
+    @property
+    def all_shared_bytes(self) -> int:
+        """Of a block: the program's variables and what the launch adds."""
+        ends = (v.address + v.size for v in self.program.shared.values())
+        return max(ends, default=SHARED_BASE) - SHARED_BASE + self.shared_bytes
+
+    def place(self, block: int) -> tuple[int, int, int]:
+        """(x, y, z) of a block by its linear index."""
+        width, height, _ = self.grid
+        return block % width, block // width % height, block // (width * height)
+
 
 @dataclass(frozen=True)
 class Batch:
     """Blocks that run side by side. Lanes are numbered block by block, thread by thread, from 0.
 
     Attributes:
-        first: linear index of the first block (x fastest). blocks: how many. threads: of a block.
+        first: linear index of the first block (x fastest). blocks: how many. threads: of a block. launch: they are of.
     """
 
     first: int
     blocks: int
     threads: int
+    launch: Launch
 
     @property
     def lanes(self) -> int:
@@ -46,6 +59,12 @@ class Batch:
     def block_of(self, lanes: np.ndarray) -> np.ndarray:
         """Linear index in the grid of each lane's block."""
         return lanes // self.threads + self.first
+
+    def describe(self, lane: int) -> str:
+        """A lane in words: its block and thread."""
+        block, thread = divmod(lane, self.threads)
+        place = self.launch.place(block + self.first)
+        return f"block {place}, thread {thread} (warp {thread // 32}, lane {thread % 32})"
 
     def warp_of(self, lanes: np.ndarray) -> np.ndarray:
         """Index in the batch of each lane's warp."""
@@ -82,8 +101,14 @@ class Observer:
         (lanes: the first of each warpgroup's, repeated)."""
 
     def barrier(self, instruction: Instruction, lanes: np.ndarray, whole: bool) -> None:
-        """Threads pass a barrier together: `lanes` are all that it holds back, whole if these are their blocks' all
-        (exited ones apart). Called when the last has arrived; also for bar.warp.sync, with whole False."""
+        """Threads pass a barrier of their block together, or arrive without waiting: `lanes` are all that take part,
+        `whole` if those are all threads of their blocks. Called when the last has arrived."""
+
+    def stored(
+        self, instruction: Instruction, space: str, lanes: np.ndarray, addresses: np.ndarray, values: np.ndarray
+    ) -> None:
+        """After the `global_access` or `shared_access` of a store: what it is about to write, (n,) words; space is
+        "global" or "shared"."""
 
     def finish(self) -> None:
         """After the last block."""

@@ -28,6 +28,7 @@ class Context:
     memory: Memory
     global_watchers: list[Observer]
     shared_watchers: list[Observer]
+    store_watchers: list[Observer]
     shared_state: dict[str, object] = field(default_factory=dict)
     resets: list[Callable[[], None]] = field(default_factory=list)
 

@@ -40,7 +40,8 @@ class Schedule:
     def add(self, pc: int, lanes: ANY) -> None:
         """Lanes that can run from an instruction on; apart by warp if there is a seed."""
         if self.random is None:
-            self.push(Group(pc, lanes))
+            whole = lanes is None or lanes.size == self.everyone.size
+            self.push(Group(pc, None if whole else lanes))
             return
         who = self.everyone if lanes is None else lanes
         blocks = who // self.threads
@@ -51,17 +52,24 @@ class Schedule:
 
     def push(self, group: Group) -> None:
         """A group that can run; it joins one that is at the same place."""
-        for others in (self.ready, self.stalled):
-            for other in others:
-                if other.pc == group.pc and other.slot == group.slot:
-                    others.remove(other)
-                    group = self._joined(group, other)
-                    break
+        for other in self.ready:
+            if other.pc == group.pc and other.slot == group.slot:
+                self.ready.remove(other)
+                group = self._joined(group, other)
+                break
         self.ready.append(group)
 
     def stall(self, group: Group) -> None:
         """A group that waits for the rest of its warps."""
         self.stalled.append(group)
+
+    def gather(self, pc: int, lanes: np.ndarray) -> np.ndarray:
+        """Lanes at an instruction together with those that wait there, which wait no longer."""
+        waiting = [g for g in self.stalled if g.pc == pc]
+        if not waiting:
+            return lanes
+        self.stalled = [g for g in self.stalled if g.pc != pc]
+        return np.sort(np.concatenate([lanes, *(g.lanes for g in waiting if g.lanes is not None)]))
 
     def take(self) -> Group | None:
         """The group to run, taken out; None if there is none."""
@@ -81,7 +89,7 @@ class Schedule:
 
     def limit(self, group: Group) -> int:
         """The first instruction at which a running group may meet another one."""
-        behind = [g.pc for g in (*self.ready, *self.stalled) if g.pc > group.pc and g.slot == group.slot]
+        behind = [g.pc for g in self.ready if g.pc > group.pc and g.slot == group.slot]
         return min(behind, default=1 << 60)
 
     def span(self) -> int:

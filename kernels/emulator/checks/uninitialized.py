@@ -1,0 +1,79 @@
+"""Finds reads of bytes that nothing has written."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import UninitializedError
+from ..memory import Buffer
+from ..observer import Batch, Launch, Observer
+from ..parse import SHARED_BASE
+from ..program import Instruction
+from .shadow import SharedOffsets, cells
+
+
+class Uninitialized(Observer):
+    """Raises UninitializedError for a read of a tensor bound with `initialized=False`, or of shared memory, where no
+    store, atomic or delivered copy has written every byte before.
+
+    Args:
+        written: starts with what an earlier launch wrote: `Uninitialized.written` of its observer; tensors by name.
+    """
+
+    def __init__(self, written: dict[str, np.ndarray] | None = None) -> None:
+        self.written: dict[str, np.ndarray] = dict(written or {})
+
+    def begin(self, launch: Launch) -> None:
+        self.launch = launch
+        for buffer in launch.memory.buffers:
+            if not buffer.initialized and buffer.name not in self.written:
+                self.written[buffer.name] = np.zeros(buffer.data.size, bool)
+
+    def begin_batch(self, batch: Batch) -> None:
+        self.batch = batch
+        self.offsets = SharedOffsets(batch.blocks, self.launch.all_shared_bytes, batch.threads, SHARED_BASE)
+        self.shared_written = np.zeros(self.offsets.size, bool)
+
+    def global_access(
+        self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
+    ) -> None:
+        if not self.written or not lanes.size:
+            return
+        for buffer, positions in self.launch.memory.parts(addresses, size):
+            if buffer.initialized:
+                continue
+            some = slice(None) if positions is None else positions
+            bytes_ = cells(addresses[some] - buffer.start, size, 1)
+            shadow = self.written[buffer.name]
+            if kind != "store":
+                self._require(shadow, bytes_, instruction, lanes[some], buffer)
+            if kind in ("store", "atomic"):
+                shadow[bytes_] = True
+
+    def shared_access(
+        self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
+    ) -> None:
+        if kind == "async":
+            return
+        bytes_ = cells(self.offsets.of(lanes, addresses), size, 1)
+        if kind in ("load", "matrix", "atomic"):
+            self._require(self.shared_written, bytes_, instruction, lanes, None)
+        if kind != "load" and kind != "matrix":
+            self.shared_written[bytes_] = True
+
+    def _require(
+        self, shadow: np.ndarray, bytes_: np.ndarray, instruction: Instruction, lanes: np.ndarray, buffer: Buffer | None
+    ) -> None:
+        there = shadow[bytes_]
+        if there.all():
+            return
+        position, byte = np.argwhere(~there)[0]
+        offset = int(bytes_[position, byte])
+        if buffer is None:
+            where = f"byte {offset % self.offsets.stride} of shared memory"
+        else:
+            where = f"byte {offset} of {buffer.name} ({buffer.data.size} bytes)"
+        raise UninitializedError(
+            f"{where} is read before anything was written there; by {self.batch.describe(int(lanes[position]))}, at "
+            f"{instruction.place}"
+        )

@@ -4,7 +4,7 @@
 the checks find accesses out of bounds, of unwritten bytes, races, missing waits and bad barriers.
 """
 
-from .checks import AsyncCopies, Races, Uninitialized
+from .checks import AsyncCopies, Races, Uninitialized, all_checks
 from .errors import (
     AccessError,
     AsyncCopyError,
@@ -41,6 +41,7 @@ __all__ = [
     "Uninitialized",
     "UninitializedError",
     "UnsupportedInstruction",
+    "all_checks",
     "check_supported",
     "parse",
     "run",

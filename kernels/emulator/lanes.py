@@ -65,13 +65,13 @@ class Lanes:
         self.local_stride = -(-max(program.local_bytes, 1) // 16) * 16
         self.local = np.zeros(self.count * self.local_stride if program.local_bytes else 0, np.uint8)
         self.parameters = np.frombuffer(parameters, np.uint8)
-        self.clock = self.first = 0
+        self.clock = 0
         self._special = self._special_registers()
 
-    def start(self, first: int) -> None:
-        """Ready for the blocks from `first` on (linear index, x fastest). Old shared memory is a pattern of bits."""
-        self.first = first
-        axes = zip(*(self.launch.place(first + i) for i in range(self.blocks)), strict=True)
+    def start(self, indices: np.ndarray) -> None:
+        """Ready for blocks, by their linear indices (x fastest). Old shared memory is a pattern of bits."""
+        self.batch = Batch(indices, self.launch, self.registers)
+        axes = zip(*(self.launch.place(i) for i in indices.tolist()), strict=True)
         for axis, values in zip(_AXES, axes, strict=True):
             self._special[f"%ctaid.{axis}"][:] = np.repeat(values, self.threads)
         self.shared.fill(0xFF)
@@ -83,7 +83,7 @@ class Lanes:
 
     def describe(self, lane: int) -> str:
         """A lane in words: its block and thread."""
-        return Batch(self.first, self.blocks, self.threads, self.launch).describe(lane)
+        return self.batch.describe(lane)
 
     def read(self, operand: Operand, kind: str) -> Read:
         """A source operand of an instruction's type, as a function of the lanes that gives its values."""

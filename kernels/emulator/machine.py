@@ -13,7 +13,7 @@ from .barriers import Barriers
 from .errors import BarrierError, DeadlockError, EmulatorError
 from .lanes import ANY, WARP, Lanes
 from .memory import Memory
-from .observer import Batch, Launch, Observer
+from .observer import Launch, Observer
 from .program import Instruction, Parameter, Program
 from .registry import Context
 from .schedule import Group, Schedule
@@ -33,6 +33,7 @@ def run(
     shared_bytes: int = 0,
     observers: Sequence[Observer] = (),
     *,
+    blocks: Sequence[int] | None = None,
     seed: int | None = None,
     lanes: int = LANES,
     spin_limit: int = SPIN_LIMIT,
@@ -44,6 +45,7 @@ def run(
             `memory`. grid: blocks along x, y, z. threads: of a block, a multiple of 32.
         shared_bytes: of dynamic shared memory a block.
         observers: are told what happens; checks are observers.
+        blocks: linear indices (x fastest) of those to run, None for the whole grid.
         seed: run a block's warps in an arbitrary order and interleaving instead of side by side.
         lanes: about how many threads run side by side; blocks beyond follow when those have ended. A block that waits
             for a later one needs both among them.
@@ -61,17 +63,20 @@ def run(
         raise ValueError(f"grid must be positive, got {grid}")
     launch = Launch(program, memory, grid, threads, shared_bytes)
     parameters = pack_arguments(program.parameters, arguments)
-    size = max(1, min(launch.blocks, lanes // threads))
+    order = np.arange(launch.blocks) if blocks is None else np.array(blocks, np.int64)
+    if order.size and not (order.min() >= 0 and order.max() < launch.blocks):
+        raise ValueError(f"blocks must be from 0 to {launch.blocks - 1}, got {order.min()} to {order.max()}")
+    size = max(1, min(order.size, lanes // threads))
     with np.errstate(all="ignore"):
         machine: _Machine | None = None
-        for first in range(0, launch.blocks, size):
-            blocks = min(size, launch.blocks - first)
-            if machine is None or machine.lanes.blocks != blocks:
-                machine = _Machine(launch, blocks, parameters, observers, seed, spin_limit)
-                if not first:
-                    for observer in observers:
-                        observer.begin(launch)
-            machine.run(first)
+        for first in range(0, order.size, size):
+            some = order[first : first + size]
+            if machine is None or machine.lanes.blocks != some.size:
+                machine = _Machine(launch, some.size, parameters, observers, seed, spin_limit)
+            if not first:
+                for observer in observers:
+                    observer.begin(launch)
+            machine.run(some)
     for observer in observers:
         observer.finish()
 
@@ -132,13 +137,13 @@ class _Machine:
         self.steps = prepare(launch.program, self.context)
         self.idle = 0
 
-    def run(self, first: int) -> None:
-        """The blocks from `first` on, to their end."""
-        self.lanes.start(first)
+    def run(self, indices: np.ndarray) -> None:
+        """Blocks by their linear indices, to their end."""
+        self.lanes.start(indices)
         for reset in self.context.resets:
             reset()
         for observer in self.observers:
-            observer.begin_batch(Batch(first, self.lanes.blocks, self.launch.threads, self.launch))
+            observer.begin_batch(self.lanes.batch)
         self.alive = np.ones(self.lanes.count, bool)
         self.schedule = Schedule(self.lanes.everyone, self.launch.threads, self.seed)
         self.barriers = Barriers(self.lanes, _overriding(self.observers, "barrier"))
@@ -160,7 +165,7 @@ class _Machine:
             if step.kind == PLAIN:
                 clock.clock += 1
                 if watching:
-                    self._watch(step.instruction, active)
+                    self._watch(step.instruction, active, lanes)
                 if active is None or active.size:
                     step.execute(active)
                     if step.stores:
@@ -169,7 +174,7 @@ class _Machine:
             else:
                 group.pc = pc
                 if watching and step.kind != MEET:
-                    self._watch(step.instruction, active)
+                    self._watch(step.instruction, active, lanes)
                 following = self._control(step, group, active)
                 if following is None:
                     return
@@ -180,10 +185,10 @@ class _Machine:
                 self.schedule.push(group)
                 return
 
-    def _watch(self, instruction: Instruction, active: ANY) -> None:
-        lanes = self.lanes.indices(active)
+    def _watch(self, instruction: Instruction, active: ANY, issued: ANY) -> None:
+        lanes, all_lanes = self.lanes.indices(active), self.lanes.indices(issued)
         for hook in self.watching:
-            hook(instruction, lanes)
+            hook(instruction, lanes, all_lanes)
 
     def _control(self, step: Step, group: Group, active: ANY) -> int | None:
         """An instruction that may split or stop a group. Where it goes on, None if it was put aside."""
@@ -267,25 +272,25 @@ class _Machine:
     def _meet(self, step: Step, group: Group, active: ANY) -> int | None:
         """An instruction of whole warps: those that are there execute it, the others wait for their rest."""
         if active is None or active.size == 0 or whole_warps(active, step.width):
-            self._execute(step, active)
+            self._execute(step, active, group.lanes)
             return group.pc + 1
         joined = self.schedule.gather(group.pc, active)
         ready, early = self._split_by_warp(step, joined)
-        self._execute(step, ready)
+        # Lanes whose guard is false do not wait.
+        passing = np.setdiff1d(self.lanes.indices(group.lanes), active, assume_unique=True)
+        going = np.sort(np.concatenate((passing, ready)))
+        self._execute(step, ready, going)
         if ready.size == active.size == joined.size:
             return group.pc + 1
         if early.size:
             self.schedule.stall(Group(group.pc, early, group.slot))
-        # Lanes whose guard is false do not wait.
-        passing = np.setdiff1d(self.lanes.indices(group.lanes), active, assume_unique=True)
-        going = np.sort(np.concatenate((passing, ready)))
         if going.size:
             self.schedule.add(group.pc + 1, going)
         return None
 
-    def _execute(self, step: Step, active: ANY) -> None:
+    def _execute(self, step: Step, active: ANY, issued: ANY) -> None:
         if self.watching:
-            self._watch(step.instruction, active)
+            self._watch(step.instruction, active, issued)
         if active is None or active.size:
             step.execute(active)
 

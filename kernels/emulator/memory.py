@@ -22,12 +22,12 @@ class Fault(Exception):
 
 @dataclass(eq=False)
 class Buffer:
-    """A tensor's bytes at device addresses [start, end)."""
+    """A tensor's bytes at device addresses [start, end). written: (bytes,) bool, which have been; None for all."""
 
     name: str
     data: np.ndarray
     start: int
-    initialized: bool
+    written: np.ndarray | None
     words: dict[int, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -50,14 +50,15 @@ class Memory:
         self._starts: list[int] = []
         self._recent: Buffer | None = None
 
-    def bind(self, name: str, array: np.ndarray, address: int, initialized: bool = True) -> Buffer:
+    def bind(self, name: str, array: np.ndarray, address: int, initialized: bool | np.ndarray = True) -> Buffer:
         """Put a tensor at a device address.
 
         Args:
             name: for messages. array: uint8, one-dimensional and contiguous: a view of the tensor's bytes, written in
                 place. address: of its first byte, as the kernel's arguments have it; two tensors should lie apart, so
-                that running out of one is not running into the next. initialized: False for memory that the kernel
-                must write before it reads it (`checks.Uninitialized`).
+                that running out of one is not running into the next. initialized: False for memory that a
+                kernel must write before it reads it; or (bytes,) bool, which bytes hold something already, which
+                `checks.Uninitialized` keeps up to date.
 
         Raises:
             TypeError, ValueError: array is not as said, or overlaps one that is bound.
@@ -65,7 +66,10 @@ class Memory:
         if array.dtype != np.uint8 or array.ndim != 1 or not array.flags.c_contiguous:
             raise TypeError(f"{name}: array must be one-dimensional contiguous uint8, got {array.ndim}-d {array.dtype}")
         at = bisect_right(self._starts, address)
-        buffer = Buffer(name, array, address, initialized)
+        if isinstance(initialized, np.ndarray) and (initialized.shape != array.shape or initialized.dtype != bool):
+            raise ValueError(f"{name}: initialized must be {array.size} bools, got {initialized.dtype}")
+        some = initialized if isinstance(initialized, np.ndarray) else np.zeros(array.size, bool)
+        buffer = Buffer(name, array, address, None if initialized is True else some)
         for other in self.buffers[max(0, at - 1) : at + 1]:
             if other.start < buffer.end and buffer.start < other.end:
                 raise ValueError(

@@ -43,13 +43,24 @@ class Batch:
     """Blocks that run side by side. Lanes are numbered block by block, thread by thread, from 0.
 
     Attributes:
-        first: linear index of the first block (x fastest). blocks: how many. threads: of a block. launch: they are of.
+        indices: (blocks,) linear index of each block in the grid, x fastest. launch: that they are of.
+        registers: name -> (lanes,) array, the emulator's own: values as they are before the instruction that a hook is
+            about.
     """
 
-    first: int
-    blocks: int
-    threads: int
+    indices: np.ndarray
     launch: Launch
+    registers: dict[str, np.ndarray]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks."""
+        return self.indices.size
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return self.launch.threads
 
     @property
     def lanes(self) -> int:
@@ -58,12 +69,12 @@ class Batch:
 
     def block_of(self, lanes: np.ndarray) -> np.ndarray:
         """Linear index in the grid of each lane's block."""
-        return lanes // self.threads + self.first
+        return self.indices[lanes // self.threads]
 
     def describe(self, lane: int) -> str:
         """A lane in words: its block and thread."""
         block, thread = divmod(lane, self.threads)
-        place = self.launch.place(block + self.first)
+        place = self.launch.place(int(self.indices[block]))
         return f"block {place}, thread {thread} (warp {thread // 32}, lane {thread % 32})"
 
     def warp_of(self, lanes: np.ndarray) -> np.ndarray:
@@ -84,8 +95,8 @@ class Observer:
     def begin_batch(self, batch: Batch) -> None:
         """Before the blocks of a batch, which the following hooks are about."""
 
-    def instruction(self, instruction: Instruction, lanes: np.ndarray) -> None:
-        """An instruction is executed. Lanes whose guard is false are not among `lanes`, which may be empty."""
+    def instruction(self, instruction: Instruction, lanes: np.ndarray, issued: np.ndarray) -> None:
+        """An instruction is executed by `lanes`, which may be none. issued: with those whose guard is false."""
 
     def global_access(
         self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int

@@ -100,7 +100,8 @@ class Races(Observer):
 
     def _warps(self, lanes: np.ndarray) -> np.ndarray:
         """Number in the grid of each lane's warp."""
-        return lanes // 32 + self.batch.first * self.order.per_block
+        inside = lanes % self.batch.threads // 32
+        return self.batch.block_of(lanes) * self.order.per_block + inside
 
     def _changing(self, current: np.ndarray, new: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """Which lanes' stores count."""

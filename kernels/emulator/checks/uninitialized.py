@@ -16,18 +16,12 @@ class Uninitialized(Observer):
     """Raises UninitializedError for a read of a tensor bound with `initialized=False`, or of shared memory, where no
     store, atomic or delivered copy has written every byte before.
 
-    Args:
-        written: starts with what an earlier launch wrote: `Uninitialized.written` of its observer; tensors by name.
+    What was written is kept with the tensor (`Buffer.written`): it counts in the next launch on the same memory.
     """
-
-    def __init__(self, written: dict[str, np.ndarray] | None = None) -> None:
-        self.written: dict[str, np.ndarray] = dict(written or {})
 
     def begin(self, launch: Launch) -> None:
         self.launch = launch
-        for buffer in launch.memory.buffers:
-            if not buffer.initialized and buffer.name not in self.written:
-                self.written[buffer.name] = np.zeros(buffer.data.size, bool)
+        self.needed = any(b.written is not None for b in launch.memory.buffers)
 
     def begin_batch(self, batch: Batch) -> None:
         self.batch = batch
@@ -37,14 +31,14 @@ class Uninitialized(Observer):
     def global_access(
         self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
     ) -> None:
-        if not self.written or not lanes.size:
+        if not self.needed or not lanes.size:
             return
         for buffer, positions in self.launch.memory.parts(addresses, size):
-            if buffer.initialized:
+            shadow = buffer.written
+            if shadow is None:
                 continue
             some = slice(None) if positions is None else positions
             bytes_ = cells(addresses[some] - buffer.start, size, 1)
-            shadow = self.written[buffer.name]
             if kind != "store":
                 self._require(shadow, bytes_, instruction, lanes[some], buffer)
             if kind in ("store", "atomic"):

@@ -86,6 +86,17 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
     return _read(file)
 
 
+def load_peft_weights(model_id: str | Path, device: str | None = None) -> dict[str, Tensor]:
+    """The tensors in an adapter's folder, for `set_peft_model_state_dict` (PEFT's function).
+
+    Args:
+        device: Where they go; the CPU by default.
+
+    Raises as `read_tensors`.
+    """
+    return {name: tensor.to(device or "cpu") for name, tensor in read_tensors(model_id).items()}
+
+
 def read_training_tensors(directory: str | Path) -> dict[str, Tensor]:
     """The tensors of the second file of an adapter directory; none if there is no such file."""
     file = Path(directory) / TRAINING_NAME

@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from minipeft.files import write_text
+
 CONFIG_NAME = "adapter_config.json"
 
 # The PEFT release whose fields, names and file format the configs follow; written as `peft_version`.
@@ -107,6 +109,17 @@ class PeftConfig:
         """
         self.inference_mode = not trainable
 
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method gives the model virtual tokens."""
+        return self.peft_type in (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `adapter_config.json`, whole or not at all, to a folder, which is made if there is none."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        values = {**self.to_dict(), "peft_version": self.peft_version or PEFT_FORMAT}
+        write_text(Path(save_directory) / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True))
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values: enums as their strings, sets as sorted lists."""
         return {f.name: _to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
@@ -139,8 +152,10 @@ class PeftConfig:
         Raises FileNotFoundError when there is none, ValueError when it cannot be used.
         """
         file = Path(path) / (kwargs.pop("subfolder", None) or "") / CONFIG_NAME
-        if kwargs:
-            raise TypeError(f"PeftConfig.from_pretrained does not take {sorted(kwargs)}")
+        # How to reach a hub: adapters are read from folders.
+        unknown = kwargs.keys() - {"revision", "token", "cache_dir", "local_files_only", "force_download"}
+        if unknown:
+            raise TypeError(f"PeftConfig.from_pretrained does not take {sorted(unknown)}")
         if not file.is_file():
             raise FileNotFoundError(f"no adapter at {str(file.parent)!r}: expected a file {CONFIG_NAME}")
         try:

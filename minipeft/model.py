@@ -9,44 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 # Importing it lets transformers read 4-bit checkpoints, so a script that uses adapters can load its base model.
 import minipeft.quantization.hf  # noqa: F401
 from minipeft.adapter_files import AdapterFiles
 from minipeft.configs import PeftConfig
 from minipeft.lora_model import LoraModel
-from minipeft.methods.base import Switch, mix_in, mix_out
-from minipeft.methods.lora import LoraLayer
-from minipeft.patching import (
-    adapter_modules,
-    attach_adapter,
-    freeze,
-    switch_of,
-)
-from minipeft.quantization import NF4Linear
-from minipeft.state_dict import (
-    adapter_state,
-    base_name,
-)
-from minipeft.unloading import (
-    dequantize_rest,
-    detach_adapters,
-    requantize_merged,
-    untie_what_differs,
-    weight_dtype,
-)
-
-logger = logging.getLogger("minipeft")
+from minipeft.merged_model import MergedModel
+from minipeft.methods.base import Switch, mix_in
+from minipeft.patching import adapter_modules, attach_adapter, freeze, switch_of, tell_quantizer
+from minipeft.state_dict import adapter_state, base_name
+from minipeft.status import StatusModel
 
 
-class PeftModel(LoraModel, AdapterFiles):
+class PeftModel(LoraModel, MergedModel, StatusModel, AdapterFiles):
     """What a model can do once adapters are attached (mixed in front of its own class).
 
     Attributes:
@@ -55,6 +34,15 @@ class PeftModel(LoraModel, AdapterFiles):
 
     peft_config: dict[str, Any]
     _switch: Switch
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """`PeftModelForCausalLM(model, config, "default")` and its like are `get_peft_model`, as in PEFT."""
+        return super().__new__(cls) if "_plain_class" in vars(cls) else get_peft_model(*args, **kwargs)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # What `__new__` gave is a whole model already.
+        if "peft_config" not in vars(self):
+            super().__init__(*args, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[no-untyped-def]
@@ -138,6 +126,15 @@ class PeftModel(LoraModel, AdapterFiles):
             for name in names:
                 self._set_trainable(name, False)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Turn the gradients of one or several adapters on or off.
+
+        Raises ValueError for an unknown adapter.
+        """
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            self._config_of(name)
+            self._set_trainable(name, requires_grad)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors; if it was the only one to act, the first of the others acts.
 
@@ -150,6 +147,15 @@ class PeftModel(LoraModel, AdapterFiles):
         del self.peft_config[adapter_name]
         left = tuple(name for name in self._switch.active if name != adapter_name)
         self._switch.active = left or tuple(self.peft_config)[:1]
+
+    def disable_adapter_layers(self) -> None:
+        """Be the base model until `enable_adapter_layers`; what was merged is unmerged."""
+        self.unmerge_adapter()
+        self._switch.enabled = False
+
+    def enable_adapter_layers(self) -> None:
+        """Let the adapters act again."""
+        self._switch.enabled = True
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -164,105 +170,9 @@ class PeftModel(LoraModel, AdapterFiles):
             if merged:
                 self.merge_adapter(list(merged))
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As the plain model's, unless an adapter trains an embedding: its tensors would not fit the new one.
-
-        Raises ValueError then.
-        """
-        ends = [get() for get in (self.get_input_embeddings, self.get_output_embeddings)]  # type: ignore[operator]
-        for path, module in adapter_modules(self):
-            if (args or kwargs) and any(module is end for end in ends) and module.adapter_names():
-                raise ValueError(
-                    f"adapters {sorted(module.adapter_names())} train {path}, which cannot be resized under them: "
-                    "resize the base model first, then attach adapters"
-                )
-        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
-
-    # Merging
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters (those that act by default) into the base weights; the output stays the same.
-
-        The sum is made in float32 and the original weights are kept, so `unmerge_adapter` is exact.
-
-        Args:
-            safe_merge: Check first that no merged weight is infinite or NaN.
-
-        Raises ValueError for unknown adapters and, with `safe_merge`, for non-finite weights, naming the module.
-        """
-        names = self._switch.active if adapter_names is None else tuple(adapter_names)
-        for name in names:
-            config = self._config_of(name)
-            if not config.mergeable:
-                kind = type(config).__name__.removesuffix("Config")
-                raise ValueError(f"adapter {name!r} cannot be merged: {kind} changes more than the weights")
-        self._check_compatible(names)
-        self.unmerge_adapter()
-        if safe_merge:
-            self._check_finite(names)
-        for _, module in adapter_modules(self):
-            module.merge(names)
-
-    def unmerge_adapter(self) -> None:
-        """Put the original base weights back. Nothing happens if nothing is merged."""
-        for _, module in adapter_modules(self):
-            module.unmerge()
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        requantize: bool = False,
-    ) -> Any:
-        """Fold the adapters (those that act by default) into the weights and return the plain model.
-
-        Args:
-            requantize: What becomes of a 4-bit model. By default all its layers come back in the dtype that they had
-                before quantization, exactly as they acted with the adapter. True quantizes the merged weights again:
-                small, but rounded. Which of the two happened is logged.
-        """
-        self.merge_adapter(adapter_names, safe_merge)
-        quantized = any(isinstance(module, NF4Linear) for module in self.modules())
-        if requantize:
-            requantize_merged(self)
-        plain = self.unload(keep_merged=True)
-        if quantized and requantize:
-            logger.warning("merged into NF4: the merged weights were quantized again, which rounds them")
-        elif quantized:
-            dequantize_rest(plain)
-            logger.warning("merged into %s: the model is no longer quantized", weight_dtype(plain))
-        return plain
-
-    def unload(self, keep_merged: bool = False) -> Any:
-        """Remove all adapters and return the plain model, base weights as they were (unless `keep_merged`)."""
-        if not keep_merged:
-            self.unmerge_adapter()
-        detach_adapters(self)
-        untie_what_differs(self)
-        _tell_quantizer(self, attached=False)
-        del self.peft_config, self._switch
-        mix_out(self)
-        return self
-
-    # Looking at it
-
     def get_base_model(self) -> Any:
         """The model itself: here the adapted model and the base model are one object."""
         return self
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(parameters with a gradient, all parameters); a packed 4-bit weight counts all its values."""
-        packed = {id(m.weight): m.in_features * m.out_features for m in self.modules() if isinstance(m, NF4Linear)}
-        total = sum(packed.get(id(p), p.numel()) for p in self.parameters())
-        return sum(p.numel() for p in self.parameters() if p.requires_grad), total
-
-    def print_trainable_parameters(self) -> None:
-        """Print the two numbers of `get_nb_trainable_parameters` and their ratio."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
 
     # Inside
 
@@ -283,30 +193,49 @@ class PeftModel(LoraModel, AdapterFiles):
             if tensor.is_floating_point():
                 tensor.requires_grad_(trainable)
 
-    def _merged(self) -> tuple[str, ...]:
-        return next((m.merged_adapters for _, m in adapter_modules(self) if m.merged_adapters), ())
-
-    def _check_compatible(self, names: tuple[str, ...]) -> None:
-        if len(names) < 2:
-            return
-        for path, module in adapter_modules(self):
-            owners: dict[str, str] = {}
-            for name in names:
-                for tensor in module.replaced_tensors(name):
-                    if owners.setdefault(tensor, name) != name:
-                        raise ValueError(
-                            f"adapters {owners[tensor]!r} and {name!r} cannot act together: both train "
-                            f"{path}.{tensor} whole"
-                        )
-
-    def _check_finite(self, names: tuple[str, ...]) -> None:
-        for path, module in adapter_modules(self):
-            if isinstance(module, LoraLayer) and not torch.isfinite(module.merged_weight(names)).all():
-                raise ValueError(f"merging {list(names)} would make a weight of {path} infinite or NaN")
-
 
 class PeftModelForCausalLM(PeftModel):
-    """`PeftModel` of a causal language model (`task_type="CAUSAL_LM"`)."""
+    """`PeftModel` of a causal language model."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """`PeftModel` of an encoder-decoder."""
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """`PeftModel` of a classifier of texts."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """`PeftModel` of a classifier of tokens."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """`PeftModel` of a model that finds answers in a text."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """`PeftModel` of a model without a head."""
+
+
+# By what the names of transformers' classes end with.
+_KINDS: dict[str, type[PeftModel]] = {
+    "ForCausalLM": PeftModelForCausalLM,
+    "LMHeadModel": PeftModelForCausalLM,
+    "ForSequenceClassification": PeftModelForSequenceClassification,
+    "ForTokenClassification": PeftModelForTokenClassification,
+    "ForQuestionAnswering": PeftModelForQuestionAnswering,
+    "ForConditionalGeneration": PeftModelForSeq2SeqLM,
+    "Model": PeftModelForFeatureExtraction,
+}
+
+
+def _kind_of(model: Any) -> type[PeftModel]:
+    name, config = type(model).__name__, getattr(model, "config", None)
+    kind = next((kind for ending, kind in _KINDS.items() if name.endswith(ending)), PeftModel)
+    # Models that see are called so, too.
+    one_text = kind is PeftModelForSeq2SeqLM and not getattr(config, "is_encoder_decoder", False)
+    return PeftModelForCausalLM if one_text else kind if config is not None else PeftModel
 
 
 def get_peft_model(
@@ -344,58 +273,16 @@ def get_peft_model(
     return model
 
 
-def inject_adapter_in_model(
-    peft_config: Any,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
-    """Freeze `model` and put the adapter's modules into it, active, without giving the model `PeftModel`'s methods.
-
-    Raises ValueError for `state_dict` (PEFT takes the targets from it; name them in the config).
-    """
-    if state_dict is not None:
-        raise ValueError("inject_adapter_in_model(state_dict=...) is not supported; name the targets in the config")
-    freeze(model)
-    switch = switch_of(model)
-    attach_adapter(model, copy.deepcopy(peft_config), adapter_name, switch)
-    switch.active = (adapter_name,)
-    return model
-
-
-def prepare_model_for_kbit_training(
-    model: Any,
-    use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
-    auto_clear_cache: bool = True,
-) -> Any:
-    """Freeze `model` and, unless told not to, turn on gradient checkpointing (non-reentrant).
-
-    PEFT also converts every 16-bit parameter to float32, embeddings and head included, which can cost gigabytes.
-    Frozen parameters gain nothing from that: they stay as they are; adapters are float32 anyway.
-    """
-    freeze(model)
-    if use_gradient_checkpointing:
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if kwargs["use_reentrant"]:
-            model.enable_input_require_grads()
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    return model
-
-
 @contextlib.contextmanager
 def _becoming_peft_model(model: Any) -> Iterator[None]:
     """Freeze `model` and mix `PeftModel` in; if the block that attaches the first adapter fails, undo both."""
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     freeze(model)
-    plain = type(model)
-    causal = plain.__name__.endswith("ForCausalLM") or plain.__name__.endswith("LMHeadModel")
     # The name stays: transformers looks models up by their class's name.
-    mix_in(model, PeftModelForCausalLM if causal else PeftModel, plain.__name__)
+    mix_in(model, _kind_of(model), type(model).__name__)
     model.peft_config = {}
     model._switch = switch_of(model)
-    _tell_quantizer(model, attached=True)
+    tell_quantizer(model, attached=True)
     try:
         yield
     except BaseException:
@@ -403,13 +290,6 @@ def _becoming_peft_model(model: Any) -> Iterator[None]:
         for parameter, required in gradients:
             parameter.requires_grad = required
         raise
-
-
-def _tell_quantizer(model: nn.Module, attached: bool) -> None:
-    """transformers trains a quantized model only when its quantizer says it is trainable: with an adapter it is."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer._minipeft_attached = attached
 
 
 def _not_a_config(value: Any) -> str:

@@ -112,6 +112,13 @@ def become(module: Any, mixin: type[AdapterModule], switch: Switch) -> None:
     module.attach(switch)
 
 
+def tell_quantizer(model: nn.Module, attached: bool) -> None:
+    """transformers trains a quantized model only when its quantizer says it is trainable: with an adapter it is."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer._minipeft_attached = attached
+
+
 def freeze(model: nn.Module) -> None:
     """Turn off the gradient of every parameter."""
     for parameter in model.parameters():

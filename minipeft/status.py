@@ -1,13 +1,19 @@
-"""What is attached to a model: PEFT's `get_layer_status` and `get_model_status`."""
+"""What is attached to a model: PEFT's `get_layer_status` and `get_model_status`, and how much of it is trained."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from minipeft.model import PeftModel
 from minipeft.patching import adapter_modules, switch_of
+from minipeft.quantization import NF4Linear
+
+if TYPE_CHECKING:
+    _Base = nn.Module
+else:
+    _Base = object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +47,34 @@ class ModelStatus:
     devices: dict[str, list[str]]
 
 
+class StatusModel(_Base):
+    """What a model with adapters says about itself (mixed into `PeftModel`)."""
+
+    if TYPE_CHECKING:
+        peft_config: dict[str, Any]
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(parameters with a gradient, all parameters); a packed 4-bit weight counts all its values."""
+        packed = {id(m.weight): m.in_features * m.out_features for m in self.modules() if isinstance(m, NF4Linear)}
+        total = sum(packed.get(id(p), p.numel()) for p in self.parameters())
+        return sum(p.numel() for p in self.parameters() if p.requires_grad), total
+
+    def print_trainable_parameters(self) -> None:
+        """Print the two numbers of `get_nb_trainable_parameters` and their ratio."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """See the function of this name."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> ModelStatus:
+        """See the function of this name."""
+        return get_model_status(self)
+
+
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     """The status of every adapted module, in the model's order."""
     layers = []
@@ -62,12 +96,12 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     return layers
 
 
-def get_model_status(model: PeftModel) -> ModelStatus:
+def get_model_status(model: Any) -> ModelStatus:
     """The status of a model with adapters.
 
     Raises TypeError for a model without them.
     """
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, StatusModel):
         raise TypeError(f"get_model_status needs a model with adapters, got {type(model).__name__}")
     layers, switch = get_layer_status(model), switch_of(model)
     names = list(model.peft_config)

@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import randomize, some_ids, tiny_llama
 from transformers import LlamaForCausalLM
 
 import minipeft
-from minipeft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from minipeft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from minipeft.auto import _AUTO_CLASSES
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -122,6 +125,55 @@ def test_base_model_is_found_by_its_name(tmp_path: Path) -> None:
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert isinstance(again, minipeft.PeftModelForCausalLM)
     assert torch.equal(again(some_ids()).logits, model.eval()(some_ids()).logits)
+
+
+@pytest.mark.parametrize(
+    ("task", "kind", "changes"),
+    [
+        ("SEQ_CLS", "SequenceClassification", {"num_labels": 3}),
+        ("TOKEN_CLS", "TokenClassification", {"num_labels": 4}),
+        ("QUESTION_ANS", "QuestionAnswering", {}),
+        ("FEATURE_EXTRACTION", "FeatureExtraction", {}),
+        ("CAUSAL_LM", "CausalLM", {}),
+    ],
+)
+def test_base_model_is_found_for_every_task(task: str, kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    auto = getattr(minipeft, f"AutoPeftModelFor{kind}")
+    theirs = getattr(transformers, _AUTO_CLASSES[TaskType(task)])
+    base = theirs.from_pretrained(tmp_path / "base", **changes)
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(theirs.from_pretrained(tmp_path / "base"), LoraConfig(task_type=task))
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    for again in (auto, minipeft.AutoPeftModel):
+        loaded = again.from_pretrained(tmp_path / "adapter")
+        assert isinstance(loaded, getattr(minipeft, f"PeftModelFor{kind}"))
+        got, expected = loaded(some_ids()[:1]), model.eval()(some_ids()[:1])
+        assert torch.equal(got[0], expected[0])
+    other = minipeft.AutoPeftModelForSeq2SeqLM
+    with pytest.raises(ValueError, match=f"is for {task}, AutoPeftModelForSeq2SeqLM for SEQ_2_SEQ_LM"):
+        other.from_pretrained(tmp_path / "adapter")
+
+
+def test_without_a_task_the_base_models_class_is_taken_from_transformers_alone(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig())
+    model.save_pretrained(tmp_path / "adapter")
+    assert isinstance(minipeft.AutoPeftModel.from_pretrained(tmp_path / "adapter"), LlamaForCausalLM)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    for name in ("Trainer", "os"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "auto_mapping": {"base_model_class": name}}))
+        with pytest.raises(ValueError, match=rf"neither its task_type nor a class of transformers \(it says '{name}'"):
+            minipeft.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+
+
+def test_weights_are_read_for_an_adapter_that_is_there(directory: Path) -> None:
+    model = adapted()
+    minipeft.set_peft_model_state_dict(model, minipeft.load_peft_weights(directory))
+    expected = load_file(directory / "adapter_model.safetensors")
+    assert all(torch.equal(t, expected[n]) for n, t in minipeft.get_peft_model_state_dict(model).items())
+    assert {t.device.type for t in minipeft.load_peft_weights(directory, device="meta").values()} == {"meta"}
 
 
 def test_failed_write_leaves_the_old_adapter_whole(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +285,23 @@ def test_config_survives_the_round_trip(tmp_path: Path) -> None:
     config.inference_mode, config.peft_version = True, again.peft_version
     assert again == config
     assert minipeft.get_peft_config(again.to_dict()) == again
+
+
+def test_a_config_is_saved_alone_as_peft_does(tmp_path: Path) -> None:
+    settings = {"r": 3, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    ours = LoraConfig(**settings, runtime_config=minipeft.LoraRuntimeConfig(ephemeral_gpu_offload=False))
+    ours.save_pretrained(tmp_path / "ours")
+    peft.LoraConfig(**settings).save_pretrained(str(tmp_path / "theirs"))
+    files = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
+    assert files[0] == files[1]
+    assert LoraConfig.from_pretrained(tmp_path / "theirs", revision="main") == LoraConfig.from_pretrained(
+        tmp_path / "ours"
+    )
+    assert not ours.is_prompt_learning and minipeft.PrefixTuningConfig(num_virtual_tokens=1).is_prompt_learning
+    with pytest.raises(ValueError, match="ephemeral_gpu_offload=True"):
+        minipeft.LoraRuntimeConfig(ephemeral_gpu_offload=True)
+    with pytest.raises(ValueError, match="runtime_config must be a LoraRuntimeConfig"):
+        LoraConfig(runtime_config={"ephemeral_gpu_offload": True})
 
 
 def test_a_config_is_read_before_any_method_is_used(directory: Path) -> None:

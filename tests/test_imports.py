@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "minipeft.kernels": [],
     "minipeft.files": [],
-    "minipeft.configs": [],
+    "minipeft.configs": ["minipeft.files"],
     "minipeft.quantization": ["minipeft.kernels"],
     "minipeft.optim": ["minipeft.kernels", "minipeft.files"],
     "minipeft.methods": ["minipeft.quantization", "minipeft.kernels", "minipeft.configs"],
@@ -26,9 +26,12 @@ ALLOWED = {
         *("minipeft.checkpoint", "minipeft.state_dict", "minipeft.patching", "minipeft.configs", "minipeft.files"),
     ],
     "minipeft.lora_model": ["minipeft.patching", "minipeft.methods"],
+    "minipeft.merged_model": [
+        *("minipeft.unloading", "minipeft.patching", "minipeft.methods", "minipeft.quantization"),
+    ],
     "minipeft.model": [
-        *("minipeft.adapter_files", "minipeft.lora_model", "minipeft.state_dict", "minipeft.unloading"),
-        "minipeft.patching",
+        *("minipeft.adapter_files", "minipeft.lora_model", "minipeft.merged_model", "minipeft.status"),
+        *("minipeft.state_dict", "minipeft.patching"),
         *("minipeft.methods", "minipeft.quantization", "minipeft.configs"),
     ],
     "minipeft.loftq_replace": ["minipeft.methods", "minipeft.patching", "minipeft.state_dict"],
@@ -36,7 +39,8 @@ ALLOWED = {
         *("minipeft.checkpoint", "minipeft.state_dict", "minipeft.patching", "minipeft.methods", "minipeft.configs"),
     ],
     "minipeft.auto": ["minipeft.model", "minipeft.configs"],
-    "minipeft.status": ["minipeft.model", "minipeft.patching"],
+    "minipeft.preparing": ["minipeft.patching"],
+    "minipeft.status": ["minipeft.patching", "minipeft.quantization"],
     "minipeft.training": ["minipeft"],
     "minipeft.cli": ["minipeft"],
     "minipeft.commands": ["minipeft"],

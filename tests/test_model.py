@@ -2,13 +2,15 @@
 
 import copy
 import pickle
+import re
 from typing import Any
 
 import pytest
 import torch
 from tiny import randomize, some_ids, tiny_gpt2, tiny_llama
+from tiny_encoders import tiny_encoder
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import BertForQuestionAnswering, LlamaForCausalLM, LlamaForSequenceClassification
 
 import minipeft
 from minipeft import LoraConfig, NF4Config, PeftModel, get_peft_model, quantize_model
@@ -446,6 +448,61 @@ def test_status_tells_what_is_attached() -> None:
     layers = {layer.name: layer for layer in minipeft.get_layer_status(model)}
     assert len(layers) == status.num_adapter_layers == 6
     assert layers["model.layers.0.mlp.down_proj"].available_adapters == ["other"]
+
+
+def test_the_model_tells_its_own_status() -> None:
+    model = two_adapters(tiny_llama())
+    assert model.get_model_status() == minipeft.get_model_status(model)
+    assert model.get_layer_status() == minipeft.get_layer_status(model)
+
+
+def test_gradients_are_turned_on_and_off_by_adapter() -> None:
+    model = two_adapters(tiny_llama())
+    model.set_requires_grad("other", False)
+    assert minipeft.get_model_status(model).requires_grad == {"default": True, "other": False}
+    model.set_requires_grad(["default", "other"], False)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match="no adapter called 'nope'"):
+        model.set_requires_grad("nope")
+
+
+def test_adapters_can_be_disabled_until_further_notice() -> None:
+    model = two_adapters(tiny_llama())
+    before = logits(model)
+    model.merge_adapter()
+    model.disable_adapter_layers()
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    model.enable_adapter_layers()
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("CausalLM", lambda: tiny_llama()),
+        ("CausalLM", lambda: tiny_gpt2()),
+        ("SequenceClassification", lambda: LlamaForSequenceClassification(tiny_llama().config)),
+        ("TokenClassification", lambda: tiny_encoder("bert_tokens")),
+        ("Seq2SeqLM", lambda: tiny_encoder("t5")),
+        ("QuestionAnswering", lambda: BertForQuestionAnswering(tiny_encoder("bert").config)),
+        ("FeatureExtraction", lambda: tiny_llama().model),
+    ],
+)
+def test_a_model_is_of_the_kind_that_peft_has_for_its_task(kind: str, make: Any) -> None:
+    model = get_peft_model(make(), LoraConfig())
+    assert isinstance(model, getattr(minipeft, f"PeftModelFor{kind}"))
+    others = [name for name in minipeft.__all__ if re.fullmatch(f"PeftModelFor(?!{kind}).*", name)]
+    assert len(others) == 5 and not any(isinstance(model, getattr(minipeft, name)) for name in others)
+    assert type(model.unload()) is type(make())
+
+
+def test_constructing_a_peft_model_is_get_peft_model() -> None:
+    base = tiny_llama()
+    model = minipeft.PeftModelForCausalLM(base, lora(), "mine")
+    assert model is base and model.active_adapter == "mine"
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    # And its class still makes plain models.
+    assert isinstance(type(model)(base.config), LlamaForCausalLM)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,20 @@ _UNSUPPORTED = (
 )
 
 
+@dataclasses.dataclass
+class LoraRuntimeConfig:
+    """PEFT's `LoraRuntimeConfig`: settings that no file holds.
+
+    Raises ValueError for `ephemeral_gpu_offload`, which minipeft does not have.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ephemeral_gpu_offload:
+            raise ValueError("LoraRuntimeConfig(ephemeral_gpu_offload=True) is not supported by minipeft")
+
+
 @register_method(PeftType.LORA)
 @dataclasses.dataclass
 class LoraConfig(PeftConfig):
@@ -83,6 +97,7 @@ class LoraConfig(PeftConfig):
     arrow_config: dict | None = None
     kasa_config: dict | None = None
     ensure_weight_tying: bool = False
+    runtime_config: LoraRuntimeConfig = dataclasses.field(default_factory=LoraRuntimeConfig)
 
     mergeable: ClassVar[bool] = True
     unsupported: ClassVar[Mapping[str, tuple]] = {
@@ -120,6 +135,8 @@ class LoraConfig(PeftConfig):
                 f"init_lora_weights must be True, False, 'gaussian', 'pissa', 'pissa_niter_N' or 'loftq', got {kind!r}"
             )
         self._check_loftq()
+        if not isinstance(self.runtime_config, LoraRuntimeConfig):
+            raise ValueError(f"runtime_config must be a LoraRuntimeConfig, got {self.runtime_config!r}")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             _check_regex("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):
@@ -134,6 +151,11 @@ class LoraConfig(PeftConfig):
                 "layers_to_transform needs target_modules as a list of names, got the string "
                 f"{self.target_modules!r}; put the layer numbers into the expression instead"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        del values["runtime_config"]
+        return values
 
     def _check_loftq(self) -> None:
         if isinstance(self.loftq_config, LoftQConfig):

@@ -1,0 +1,51 @@
+"""What is done to a model without making it a `PeftModel`: PEFT's functions that get it ready or inject an adapter."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from minipeft.patching import attach_adapter, freeze, switch_of
+
+
+def inject_adapter_in_model(
+    peft_config: Any,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Freeze `model` and put the adapter's modules into it, active, without giving the model `PeftModel`'s methods.
+
+    Raises ValueError for `state_dict` (PEFT takes the targets from it; name them in the config).
+    """
+    if state_dict is not None:
+        raise ValueError("inject_adapter_in_model(state_dict=...) is not supported; name the targets in the config")
+    freeze(model)
+    switch = switch_of(model)
+    attach_adapter(model, copy.deepcopy(peft_config), adapter_name, switch)
+    switch.active = (adapter_name,)
+    return model
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> Any:
+    """Freeze `model` and, unless told not to, turn on gradient checkpointing (non-reentrant).
+
+    PEFT also converts every 16-bit parameter to float32, embeddings and head included, which can cost gigabytes.
+    Frozen parameters gain nothing from that: they stay as they are; adapters are float32 anyway.
+    """
+    freeze(model)
+    if use_gradient_checkpointing:
+        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if kwargs["use_reentrant"]:
+            model.enable_input_require_grads()
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    return model

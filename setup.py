@@ -52,5 +52,5 @@ setup(
         "PyYAML>=6.0",
     ],
     extras_require={"demo": DEMO, "test": TEST},
-    entry_points={"console_scripts": ["minipeft = minipeft.cli:main"]},
+    entry_points={"console_scripts": ["minipeft = minipeft.__main__:main"]},
 )

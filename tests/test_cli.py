@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tiny_folder import save_model, write_jsonl
+from tiny_folder import byte_tokenizer, save_model, write_jsonl
 from tolerances import TOLERANCES
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from minipeft import PeftModel, cli
 from minipeft.cli import main
@@ -377,6 +377,48 @@ def test_a_sequence_longer_than_the_model(base, data, tmp_path):
     assert "1 of 2 records" in ok("eval", "--model", base, "--data", long, "--too-long", "drop")
 
 
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """A model with a learned table of 64 positions."""
+    folder = tmp_path_factory.mktemp("models") / "gpt2"
+    tokenizer = byte_tokenizer()
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "room"),
+    [
+        *(("base", "prompt", 236), ("base", "prefix", 256), ("base", "lora", 256)),
+        *(("gpt2", "prompt", 44), ("gpt2", "prefix", 44), ("gpt2", "bottleneck", 64)),
+    ],
+)
+def test_virtual_tokens_take_their_positions_from_the_text(model, method, room, tmp_path, request):
+    where = ["--model", request.getfixturevalue(model)]
+    # One token a byte, and the end token.
+    fits, longer = (write_jsonl(tmp_path / f"{n}.jsonl", [{"text": "b" * n}]) for n in (room - 1, room))
+    train = ["train", *where, "--method", method, "--max-steps", "1", "--output"]
+    said = refused(*train, tmp_path / "o", "--data", longer)
+    assert f"{room + 1} tokens, more than max_length ({room})" in said
+    said = refused(*train, tmp_path / "o", "--data", fits, "--max-length", room + 1)
+    assert f"set max_length to {room} or less" in said
+    ok(*train, tmp_path / "run", "--data", fits)
+    adapter = ["--adapter", tmp_path / "run" / "adapter"]
+    assert f"{room + 1} tokens" in refused("eval", *where, *adapter, "--data", longer)
+    assert "loss" in ok("eval", *where, *adapter, "--data", fits)
+    prompt = ["generate", *where, *adapter, "--raw", "--max-new-tokens", "4", "--prompt"]
+    assert "together more than the model's max_position_embeddings" in refused(*prompt, "a" * (room - 3))
+    ok(*prompt, "a" * (room - 4))
+
+
+def test_virtual_tokens_without_room_for_a_text(gpt2, data, tmp_path):
+    where = ["train", "--model", gpt2, "--data", data, "--output", tmp_path / "o", "--method", "prefix"]
+    said = refused(*where, "--method-args", "{num_virtual_tokens: 64}")
+    assert "64 virtual tokens leave no room for a text" in said
+
+
 def test_output_directories(base, data, lora_run, adapter, tmp_path):
     train = ["train", "--model", base, "--data", data]
     merge = ["merge", "--model", base, "--adapter", adapter]
@@ -548,9 +590,13 @@ def test_a_second_run_in_the_same_directory(base, data, lora_run, monkeypatch):
         ("matplotlib", ["--plot"], "needs matplotlib"),
         ("torch.utils.tensorboard", ["--tensorboard"], "package tensorboard"),
         ("none", ["--scheduler-args", "{nope: 1}", "--scheduler", "cosine"], "refuses scheduler_args"),
+        ("none", ["--optimizer-args", "{host_budget: 1e9}"], "adamw takes no optimizer_args"),
+        ("none", ["--optimizer", "paged_adamw", "--optimizer-args", "{hots_budget: 1}"], "unknown optimizer_args"),
+        ("none", ["--optimizer", "paged_adamw_8bit", "--optimizer-args", "{page_bytes: 5}"], "page_bytes"),
+        ("none", ["--loraplus-lr-ratio", "4", "--method", "prompt"], "loraplus_lr_ratio is for LoRA"),
     ],
 )
-def test_extras_and_schedules_are_checked_before_the_model_is_loaded(
+def test_extras_schedules_and_optimizers_are_checked_before_the_model_is_loaded(
     package, flags, expected, base, data, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, package, None)
@@ -617,4 +663,27 @@ def test_the_installed_command_in_a_process_of_its_own(tmp_path):
     failed = minipeft("inspect", str(tmp_path / "none"))
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr == f"minipeft: error: {tmp_path / 'none'} does not exist\n"
-    assert "--method-args" in minipeft("train", "--help").stdout
+    helped = " ".join(minipeft("train", "--help").stdout.split())
+    assert "--method-args" in helped
+    # Every setting that has a default says it.
+    for said in ("peak learning rate (default: 0.0002)", "warmup_stable_decay) (default: linear)"):
+        assert said in helped
+    assert "to save memory (default: no)" in helped and "newest N checkpoints (null: all) (default: 2)" in helped
+
+
+@pytest.mark.parametrize("during", ["minipeft.cli", "yaml", "torch", "transformers.models.auto"])
+def test_ctrl_c_while_modules_are_imported_ends_without_a_traceback(during, base, data):
+    code = f"""
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {during!r}:
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+from minipeft.__main__ import main
+sys.exit(main())
+"""
+    command = [sys.executable, "-c", code, "eval", "--model", str(base), "--data", str(data)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "minipeft: interrupted\n")

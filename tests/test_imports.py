@@ -44,9 +44,10 @@ ALLOWED = {
     "minipeft.training": ["minipeft"],
     "minipeft.cli": ["minipeft"],
     "minipeft.commands": ["minipeft"],
+    "minipeft.__main__": ["minipeft.cli"],
     "minipeft.bench_command": ["minipeft"],
 }
-TOP = ("minipeft.training", "minipeft.cli", "minipeft.commands", "minipeft.bench_command")
+TOP = ("minipeft.training", "minipeft.cli", "minipeft.commands", "minipeft.__main__", "minipeft.bench_command")
 BELOW_TRAINING = [name for name in ALLOWED if name not in TOP]
 MAY_IMPORT_TRANSFORMERS = (
     *("minipeft.quantization.hf", "minipeft.model", "minipeft.state_dict", "minipeft.auto", "minipeft.methods.prompt"),

@@ -20,13 +20,12 @@ def add_config_arguments(parser: argparse.ArgumentParser, skip: tuple[str, ...] 
     for f in dataclasses.fields(TrainConfig):
         if f.name in skip:
             continue
-        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"] + _default_text(f)
+        flag, choices = "--" + f.name.replace("_", "-"), f.metadata.get("choices")
+        text = f.metadata["help"] + (f" ({'|'.join(choices)})" if choices else "") + _default_text(f)
         if hints[f.name] is bool:
             parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=text)
         else:
-            choices = f.metadata.get("choices")
-            hint = f"{text} ({'|'.join(choices)})" if choices else text
-            parser.add_argument(flag, dest=f.name, default=None, help=hint.replace("%", "%%"))
+            parser.add_argument(flag, dest=f.name, default=None, help=text.replace("%", "%%"))
 
 
 def _default_text(f: dataclasses.Field[Any]) -> str:

@@ -15,16 +15,15 @@ def resolve_max_length(max_length: int | None, model_limit: int | None, virtual:
     """The longest sequence that may be trained on.
 
     Args:
-        virtual: how many of the model's positions virtual tokens take, see `methods.virtual_positions`.
+        virtual: how many of the model's positions virtual tokens take, see `text_positions`.
 
     Raises:
         ConfigError: `max_length` is greater than the positions the model has for a text.
     """
     limit = None if model_limit is None else model_limit - virtual
     if limit is not None and limit < 1:
-        raise ConfigError(
-            f"{virtual} virtual tokens leave no room in the model's max_position_embeddings ({model_limit})"
-        )
+        room = f"the model's max_position_embeddings ({model_limit})"
+        raise ConfigError(f"{virtual} virtual tokens leave no room for a text in {room}: give fewer")
     if max_length is None:
         return DEFAULT_MAX_LENGTH if limit is None else min(DEFAULT_MAX_LENGTH, limit)
     if limit is not None and max_length > limit:

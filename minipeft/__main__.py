@@ -1,0 +1,33 @@
+"""Where the `minipeft` command begins, also as `python -m minipeft`.
+
+Ctrl-C while modules are imported would end in a traceback out of some other package. So the first thing is to catch
+it, with as few imports as that takes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+
+def main() -> int:
+    """Run the command line and return its exit code."""
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+    from minipeft.cli import main as run
+
+    signal.signal(signal.SIGINT, previous)
+    return run()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    # Nothing has been begun that would have to be tidied up.
+    os.write(2, b"minipeft: interrupted\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,7 @@ in for W while the adapter acts: disabling, deleting and unloading give W back.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -62,16 +63,24 @@ class LoftqBase(NF4Linear):
 def loftq(weight: Tensor, r: int, scaling: float, rounds: int) -> tuple[NF4Weight, Tensor, Tensor]:
     """Q, A (r, in_features) and B (out_features, r) such that Q + s B A is near `weight` (out_features, in_features).
 
+    Those of the best round, so that more rounds are never worse.
+
     Raises ValueError when the weight has no rank r.
     """
     if r > min(weight.shape):
         raise ValueError(f"init_lora_weights='loftq': r is {r}, but the weight {tuple(weight.shape)} has no such rank")
-    low = torch.zeros_like(weight)
+    low, best, smallest = torch.zeros_like(weight), None, math.inf
     for _ in range(rounds):
         packed = NF4Weight.quantize(weight - low, double_quant=False)
-        lora_A, lora_B = leading_factors(weight - packed.dequantize(weight.dtype), r, scaling)
+        lost = weight - packed.dequantize(weight.dtype)
+        lora_A, lora_B = leading_factors(lost, r, scaling)
         low = scaling * lora_B @ lora_A
-    return packed, lora_A, lora_B
+        error = (lost - low).norm().item()
+        # Rounds can undo a little of what those before gained, as a block's scale follows its largest weight.
+        if best is None or error < smallest:
+            best, smallest = (packed, lora_A, lora_B), error
+    assert best is not None
+    return best
 
 
 def leading_factors(matrix: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,16 @@ def test_error_falls_with_every_round() -> None:
     assert errors[1] < 0.88 * errors[0] and errors[-1] < 0.95 * errors[1]
 
 
+@pytest.mark.parametrize("r", [4, 16, 32])
+def test_more_rounds_are_never_worse(r: int) -> None:
+    weight = some_weight()[:64, :64]
+    errors = []
+    for rounds in range(1, 9):
+        packed, lora_A, lora_B = loftq(weight, r=r, scaling=2.0, rounds=rounds)
+        errors.append((weight - packed.dequantize() - 2.0 * lora_B @ lora_A).norm().item())
+    assert errors == sorted(errors, reverse=True)
+
+
 def test_rounds_are_algorithm_1() -> None:
     weight, low = some_weight(), torch.zeros(192, 256)
     for _ in range(3):

@@ -1,0 +1,36 @@
+"""The Python in the documentation runs, from top to bottom, and what it asserts holds."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import minipeft
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own doing
+def test_the_lesson_about_lora_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "lora.md").read_text(), re.DOTALL)
+    assert len(blocks) > 8
+    monkeypatch.chdir(tmp_path)
+    torch.compiler.reset()
+    session: dict[str, Any] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"docs/lora.md, block {number}", "exec"), session)
+
+
+def test_the_lesson_about_lora_names_every_kind_of_combination() -> None:
+    from minipeft.methods.lora_combine import KINDS
+
+    text = (DOCS / "lora.md").read_text()
+    assert all(f"`{kind}`" in text for kind in KINDS)
+
+
+def test_names_of_minipeft_in_the_lessons_exist() -> None:
+    for page in DOCS.glob("*.md"):
+        for name in re.findall(r"\bminipeft\.(\w+)\(", page.read_text()):
+            assert hasattr(minipeft, name), f"{page.name}: minipeft.{name}"

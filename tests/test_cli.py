@@ -146,6 +146,43 @@ def test_train_virtual_tokens_and_resume(case, base, data, tmp_path):
     assert (adapter / "adapter_model.safetensors").read_bytes() == whole
 
 
+def started(tmp_path, base, data, method, arguments="{num_virtual_tokens: 5}"):
+    """The adapter as it was before the first step: the learning rate is 0."""
+    where = ["train", "--model", base, "--data", data, "--output", tmp_path / "run"]
+    printed = ok(*where, "--method", method, "--method-args", arguments, "--lr", "0", "--max-steps", "1")
+    return load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")["prompt_embeddings"], printed
+
+
+def test_a_prefix_starts_from_the_first_tokens_of_the_data(base, data, tmp_path):
+    prefix, printed = started(tmp_path, base, data, "prefix")
+    assert "the prefix starts from the first 5 tokens of the data" in printed
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base).eval()
+    text = "".join(record["prompt"] + record["completion"] for record in RECORDS[:1])
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :5]
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    both = [states[0] for layer in cache.layers for states in (layer.keys, layer.values)]  # each (heads, 5, head_dim)
+    expected = torch.cat([states.permute(1, 0, 2).flatten(1) for states in both], dim=1)
+    torch.testing.assert_close(prefix, expected, **TOLERANCES[torch.float32])
+
+
+def test_a_projected_prefix_starts_from_zero(base, data, tmp_path):
+    prefix, _ = started(tmp_path, base, data, "prefix", "{num_virtual_tokens: 5, prefix_projection: true}")
+    assert prefix.shape[0] == 5 and not prefix.any()
+
+
+def test_a_prompt_starts_from_words_of_the_vocabulary_or_of_a_text(base, data, tmp_path):
+    words = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
+    prompt, _ = started(tmp_path, base, data, "prompt")
+    found = [(words == row).all(dim=1).nonzero().flatten().tolist() for row in prompt]
+    assert all(len(places) == 1 for places in found) and len({places[0] for places in found}) > 1
+    (tmp_path / "text").mkdir()
+    text = "{num_virtual_tokens: 5, prompt_tuning_init_text: 'ab'}"
+    prompt, _ = started(tmp_path / "text", base, data, "prompt", text)
+    a, b = AutoTokenizer.from_pretrained(base)("ab").input_ids
+    assert torch.equal(prompt, words[[a, b, a, b, a]])
+
+
 def test_flags_win_over_the_yaml_file(base, data, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(f"model: {base}\ndata: {data}\nmax_steps: 50\nlr: 1e-3\nmethod_args: {{r: 2}}\n")

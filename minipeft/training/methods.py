@@ -27,7 +27,7 @@ METHODS = {
     "lora": Choice("LoraConfig", {"target_modules": "all-linear"}),
     "qlora": Choice("LoraConfig", {"target_modules": "all-linear"}, {"quantize": "nf4"}),
     "bottleneck": Choice("BottleneckConfig"),
-    # Random starts learn little; see `start` for the prefix's.
+    # Random starts learn little; see `start` for the prefix's, and `method_config` for one with a projection.
     "prefix": Choice("PrefixTuningConfig", {"num_virtual_tokens": 20}),
     "prompt": Choice("PromptTuningConfig", {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}),
 }
@@ -49,6 +49,9 @@ def method_config(config: TrainConfig) -> Any:
     arguments = {**choice.arguments, "task_type": "CAUSAL_LM", **config.method_args}
     if choice.config == "PromptTuningConfig" and "prompt_tuning_init_text" in arguments:
         arguments.update(prompt_tuning_init="TEXT", tokenizer_name_or_path=str(config.model))
+    if arguments.get("prefix_projection"):
+        # What the projection gives cannot be started from a text.
+        arguments.setdefault("init_weights", "zero")
     with as_user_error(ConfigError, "method_args"):
         return getattr(minipeft, choice.config)(**arguments)
 

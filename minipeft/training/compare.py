@@ -73,7 +73,8 @@ def compare(config: CompareConfig, say: Say = say_now, execute: Callable[[Order]
 
     say(f"\n{plain_text(table)}\n")
     for line in (*table.notes, *table.failures):
-        say(line)
+        if line not in task.about:
+            say(line)
     say(f"\ntable    {config.output / 'table.md'}\npicture  {config.output / 'comparison.png'}")
     say(f"page     {config.output / 'comparison.html'}\ntime     {time.perf_counter() - started:.0f} s")
     return table

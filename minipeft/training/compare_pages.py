@@ -12,6 +12,7 @@ from minipeft.files import atomic_path, write_text
 from minipeft.training.compare_measure import exp
 from minipeft.training.compare_rows import Row, Table
 from minipeft.training.compare_table import cells, header
+from minipeft.training.inspection import size
 from minipeft.training.plots import running_mean
 
 BAR, BASE = "tab:blue", "0.6"
@@ -54,9 +55,11 @@ def draw(table: Table) -> Any:
         error=lambda row: 100 * exp(row.other_change or 0) * (row.other_change_error or 0),
     )
     _curves(panels[0][2], trained)
-    _bars(panels[1][0], trained, lambda row: row.trainable or 0, "trained parameters", log=True)
+    _sizes(panels[1][0], trained)
     _steps(panels[1][1], trained)
-    _bars(panels[1][2], rows, lambda row: (row.peak_memory or 0) / 1e9, "peak memory (GB)")
+    bars = _bars(panels[1][2], rows, lambda row: (row.peak_memory or 0) / 1e9, "peak memory (GB)")
+    panels[1][2].bar_label(bars, fmt="%.2f", padding=3, fontsize="small")
+    panels[1][2].margins(x=0.12)
     return figure
 
 
@@ -74,7 +77,7 @@ def _held_out(axes: Any, table: Table, rows: Sequence[Row]) -> None:
         axes,
         rows,
         lambda row: 100 * (row.accuracy or 0),
-        "held-out accuracy (%)",
+        "held-out accuracy (%), dotted: always the same answer",
         error=lambda row: 100 * (row.accuracy_error or 0),
     )
     axes.axvline(100 * (table.majority or 0), color="0.3", linewidth=1, linestyle=":")
@@ -87,15 +90,25 @@ def _bars(
     label: str,
     *,
     error: Callable[[Row], float] | None = None,
-    log: bool = False,
-) -> None:
+) -> Any:
     places = range(len(rows))
     colors = [BASE if row.is_base else BAR for row in rows]
     spread = None if error is None else [error(row) for row in rows]
-    axes.barh(places, [value(row) for row in rows], xerr=spread, color=colors, ecolor="0.2", capsize=3, height=0.65)
+    values = [value(row) for row in rows]
+    bars = axes.barh(places, values, xerr=spread, color=colors, ecolor="0.2", capsize=3, height=0.65)
     _name(axes, rows, label)
-    if log and rows:
+    return bars
+
+
+def _sizes(axes: Any, rows: Sequence[Row]) -> None:
+    """Trained parameters on a logarithmic axis, and beside them what they take on disk."""
+    bars = _bars(axes, rows, lambda row: row.trainable or 0, "trained parameters, and the adapter on disk")
+    axes.bar_label(bars, [size(row.adapter_bytes or 0) for row in rows], padding=3, fontsize="small")
+    if rows:
+        values = [row.trainable or 1 for row in rows]
         axes.set_xscale("log")
+        # A bar on such an axis has no beginning; a decade below the smallest is one.
+        axes.set_xlim(min(values) / 10, max(values) * 30)
         _plain_ticks(axes.xaxis)
 
 

@@ -190,6 +190,7 @@ def _notes(
     unit = f"packed rows of {shared.max_length} tokens" if shared.packing else "texts"
     length = f"{steps} steps of {shared.batch_size} {unit}" if steps else "no training was finished"
     threads = next((row.threads for row in rows if row.threads is not None), None)
+    cores = f"{threads} thread" + ("s" if threads != 1 else "")
     device = torch.cuda.get_device_name() if resolve_device(shared.device).type == "cuda" else _processor()
     measured = f"Accuracy (always the same answer: {100 * majority:.1f} %) and p" if majority is not None else "P"
     notes = [
@@ -200,7 +201,7 @@ def _notes(
         "Seconds a step: median (10 % to 90 % of the steps). Peak memory: of a process that loads the model and trains "
         "(base: and measures).",
         "Other text: perplexity without and with the adapter; the change ± standard error over pieces of the text.",
-        f"Measured with {threads} threads on {device}, torch {torch.__version__}, the model in {shared.dtype}.",
+        f"Measured with {cores} on {device}, torch {torch.__version__}, the model in {shared.dtype}.",
     ]
     return [*notes, *(f"{row.name}: {_settings(row)}." for row in rows if not row.is_base)]
 

@@ -56,8 +56,13 @@ def _perplexity(row: Row) -> str:
     """exp(loss) with its error, to first order that of the loss times exp(loss)."""
     assert row.loss is not None and row.loss_error is not None
     value = exp(row.loss)
-    seeds = "" if row.loss_deviation is None else f" (seeds ± {_plain(value * row.loss_deviation)})"
-    return f"{_plain(value)} ± {_plain(value * row.loss_error)}{seeds}"
+    shown = [value, value * row.loss_error] + ([] if row.loss_deviation is None else [value * row.loss_deviation])
+    if not math.isfinite(value):
+        return _plain(value)
+    # As many places as the error has with one digit that matters.
+    digits = min(4, max(0, -math.floor(math.log10(shown[1])))) if shown[1] > 0 else 3
+    texts = [f"{number:,.{digits}f}" for number in shown]
+    return " ± ".join(texts[:2]) + (f" (seeds ± {texts[2]})" if texts[2:] else "")
 
 
 def _change(row: Row) -> str:
@@ -85,7 +90,7 @@ def markdown(table: Table) -> str:
     lines = [header(table), ["---", *["---:"] * (len(header(table)) - 1)]]
     lines += [[_escaped(cell) for cell in cells(row, table)] for row in table.rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{text}\n\n" + "".join(f"{note}\n" for note in table.notes)
+    return f"{text}\n\n" + "".join(f"- {_escaped(note)}\n" for note in table.notes)
 
 
 def _escaped(cell: str) -> str:

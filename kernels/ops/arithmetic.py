@@ -29,7 +29,7 @@ _said: set[torch.dtype] = set()
 
 def arithmetic_dtype(asked: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to multiply in on `device` when `asked` is wanted: `asked`, or float32 where that is emulated."""
-    if device.type != "cpu" or asked in CPU_DTYPES:
+    if asked in CPU_DTYPES or device.type != "cpu":
         return asked
     # torch.compile cannot trace a logger.
     if asked not in _said and not torch.compiler.is_compiling():

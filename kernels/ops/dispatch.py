@@ -52,7 +52,7 @@ def use_triton(tensor: Tensor) -> bool:
 
 def use_native(tensor: Tensor) -> bool:
     """Whether an operation that compiled CPU code has runs there, given that `use_triton` has said no."""
-    return tensor.device.type == "cpu" and os.environ.get(VARIABLE) != "reference" and not native_obstacle()
+    return tensor.is_cpu and os.environ.get(VARIABLE) != "reference" and not native_obstacle()
 
 
 @functools.cache

@@ -22,11 +22,12 @@ from .nf4_matmul import (
     Sizes,
     as_rows,
     bias_gradient,
+    cast,
     check_input,
     multiply,
     multiply_back,
 )
-from .registration import below_autograd, define_op, without_autocast
+from .registration import below_autograd, computes_only, define_op, without_autocast
 
 
 def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -79,7 +80,8 @@ def lora_matmul(
     sizes = (out_features, in_features, blocksize, nested_blocksize)
     adapter_dtype = arithmetic_dtype(_adapter_dtype(x, lora_A), x.device)
     dtypes = (compute_dtype or x.dtype, adapter_dtype)
-    out: Tensor = _lora_matmul_op(x, lora_A, lora_B, bias, scaling, *packed, *sizes, *dtypes)[0]
+    call = _run_lora_matmul if computes_only(x, lora_A, lora_B, bias) else _lora_matmul_op
+    out: Tensor = call(x, lora_A, lora_B, bias, scaling, *packed, *sizes, *dtypes)[0]
     return out
 
 
@@ -156,16 +158,12 @@ def _run_lora_matmul(
 
             y = multiply_triton(rows.to(compute_dtype), packed, sizes, bias, (low, lora_B))
         else:
-            y = multiply(rows.to(arithmetic_dtype(compute_dtype, x.device)), packed, sizes)
-            y = _add_product(y, low, lora_B.to(dtype).T)
+            # In low's dtype, so that the update is added where the base product is, before it is rounded.
+            y = multiply(cast(rows, arithmetic_dtype(compute_dtype, x.device)), packed, sizes, dtype)
+            y.addmm_(low, lora_B.to(dtype).T)
             if bias is not None:
                 y += bias.to(y.dtype)
     return y.view(*x.shape[:-1], sizes[0]).to(x.dtype), low
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b: in place where the dtypes agree, else in the wider of them."""
-    return total.addmm_(a, b) if total.dtype == a.dtype else total + a @ b
 
 
 def _run_lora_matmul_backward(
@@ -201,8 +199,9 @@ def _input_gradient(
         from .nf4_route_triton import multiply_back as multiply_back_triton
 
         return multiply_back_triton(rows.to(compute_dtype), packed, sizes, (grad_low, lora_A))
-    dx = multiply_back(rows.to(arithmetic_dtype(compute_dtype, rows.device)), packed, sizes)
-    return _add_product(dx, grad_low, lora_A.to(grad_low.dtype))
+    a = cast(rows, arithmetic_dtype(compute_dtype, rows.device))
+    dx = multiply_back(a, packed, sizes, grad_low.dtype)
+    return dx.addmm_(grad_low, lora_A.to(grad_low.dtype))
 
 
 def _fake_lora_matmul(x: Tensor, lora_A: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

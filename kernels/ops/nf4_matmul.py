@@ -18,7 +18,7 @@ from .arithmetic import arithmetic_dtype
 from .dispatch import use_native, use_triton
 from .nf4_dequantize import decode_into, dequantize_absmax, level_pairs
 from .nf4_quantize import WEIGHT_DTYPES
-from .registration import below_autograd, define_op, without_autocast
+from .registration import below_autograd, computes_only, define_op, without_autocast
 
 # codes, absmax, quant_map, nested_absmax, nested_map, offset: the tensors that an NF4 weight is.
 Packed = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -72,7 +72,8 @@ def nf4_matmul(
     check_input(x, in_features)
     packed = (codes, absmax, quant_map, nested_absmax, nested_map, offset)
     sizes = (out_features, in_features, blocksize, nested_blocksize)
-    out: Tensor = _nf4_matmul_op(x, bias, *packed, *sizes, compute_dtype or x.dtype)
+    call = _run_nf4_matmul if computes_only(x, bias) else _nf4_matmul_op
+    out: Tensor = call(x, bias, *packed, *sizes, compute_dtype or x.dtype)
     return out
 
 
@@ -84,16 +85,20 @@ def check_input(x: Tensor, in_features: int) -> None:
         raise ValueError(f"x's last dimension ({x.shape[-1]}) must be in_features ({in_features})")
 
 
-def multiply(rows: Tensor, packed: Packed, sizes: Sizes) -> Tensor:
-    """rows W^T: (M, K) -> (M, N), in the dtype of rows: compiled, or by `multiply_reference`."""
-    y = nf4_native.product(rows, packed, sizes, rows.dtype) if use_native(rows) else None
-    return multiply_reference(rows, packed, sizes) if y is None else y
+def multiply(x: Tensor, packed: Packed, sizes: Sizes, dtype: torch.dtype) -> Tensor:
+    """x W^T, computed in x's dtype: (..., K) -> (..., N) in `dtype`; compiled, or by `multiply_reference`."""
+    y = nf4_native.product(x, packed, sizes, dtype) if use_native(x) else None
+    if y is not None:
+        return y
+    return multiply_reference(as_rows(x), packed, sizes).view(*x.shape[:-1], sizes[0]).to(dtype)
 
 
-def multiply_back(rows: Tensor, packed: Packed, sizes: Sizes) -> Tensor:
-    """rows W: (M, N) -> (M, K) float32: compiled, or by `multiply_back_reference`."""
-    dx = nf4_native.product(rows, packed, sizes, torch.float32, backward=True) if use_native(rows) else None
-    return multiply_back_reference(rows, packed, sizes) if dx is None else dx
+def multiply_back(dy: Tensor, packed: Packed, sizes: Sizes, dtype: torch.dtype) -> Tensor:
+    """dy W, likewise: (..., N) -> (..., K) in `dtype`."""
+    dx = nf4_native.product(dy, packed, sizes, dtype, backward=True) if use_native(dy) else None
+    if dx is not None:
+        return dx
+    return multiply_back_reference(as_rows(dy), packed, sizes).view(*dy.shape[:-1], sizes[1]).to(dtype)
 
 
 def multiply_reference(rows: Tensor, packed: Packed, sizes: Sizes) -> Tensor:
@@ -205,11 +210,12 @@ def _run_nf4_matmul(x: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
             from .nf4_route_triton import multiply as multiply_triton
 
             y = multiply_triton(as_rows(x).to(compute_dtype), packed, sizes, bias)
-        else:
-            y = multiply(as_rows(x).to(arithmetic_dtype(compute_dtype, x.device)), packed, sizes)
-            if bias is not None:
-                y += bias.to(y.dtype)
-    return y.view(*x.shape[:-1], sizes[0]).to(x.dtype)
+            return y.view(*x.shape[:-1], sizes[0]).to(x.dtype)
+        a = cast(x, arithmetic_dtype(compute_dtype, x.device))
+        if bias is None:
+            return multiply(a, packed, sizes, x.dtype)
+        # Added before the sum is rounded.
+        return multiply(a, packed, sizes, torch.float32).add_(bias).to(x.dtype)
 
 
 def _run_nf4_matmul_input_grad(dy: Tensor, *args: Any) -> Tensor:
@@ -219,9 +225,13 @@ def _run_nf4_matmul_input_grad(dy: Tensor, *args: Any) -> Tensor:
             from .nf4_route_triton import multiply_back as multiply_back_triton
 
             dx = multiply_back_triton(as_rows(dy).to(compute_dtype), packed, sizes)
-        else:
-            dx = multiply_back(as_rows(dy).to(arithmetic_dtype(compute_dtype, dy.device)), packed, sizes)
-    return dx.to(dtype).view(*dy.shape[:-1], sizes[1])
+            return dx.to(dtype).view(*dy.shape[:-1], sizes[1])
+        return multiply_back(cast(dy, arithmetic_dtype(compute_dtype, dy.device)), packed, sizes, dtype)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`: x itself where it is in it, without asking torch, which takes a microsecond to find that out."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 _nf4_matmul_op = define_op(

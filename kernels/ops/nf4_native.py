@@ -41,35 +41,37 @@ def product(
     """a W^T, or backward a W, or None where the compiled code has no such product.
 
     Args:
-        a: (M, K) or backward (M, N), float32 or bfloat16, which is also the arithmetic; sums are float32 in both.
+        a: (..., K) or backward (..., N), float32 or bfloat16, which is also the arithmetic; sums are float32 in both.
         packed, sizes: as `decode_into`; sizes are N, K, blocksize, nested_blocksize.
         dtype: of the result, float32 or bfloat16; rounded to it once.
 
     Returns:
-        (M, N) or backward (M, K).
+        (..., N) or backward (..., K).
 
     Raises:
         ValueError: as `decode_into`.
     """
     if not _fits(a.dtype, sizes, dtype, backward):
         return None
-    m = a.shape[0]
-    out = torch.empty(m, sizes[1] if backward else sizes[0], dtype=dtype)
-    if m == 0:
+    to, of = (sizes[1], sizes[0]) if backward else (sizes[0], sizes[1])
+    out = torch.empty((*a.shape[:-1], to), dtype=dtype)
+    rows = a.numel() // of
+    if rows == 0:
         return out
-    a = a.contiguous()
-    tensors, addresses = _addresses(packed, sizes)
-    kinds = (int(backward), native.DTYPES[a.dtype], native.DTYPES[dtype])
-    call = (a.data_ptr(), out.data_ptr(), m, *kinds, native.threads())
+    if not a.is_contiguous():
+        a = a.contiguous()
+    kept, addresses = _addresses(packed, sizes)
+    numbers = native.DTYPES
+    call = (a.data_ptr(), out.data_ptr(), rows, backward, numbers[a.dtype], numbers[dtype], native.threads())
     native.library().minipeft_product(native.packer(17).pack(*addresses, *sizes, *call))
-    del tensors
+    del kept
     return out
 
 
 def _fits(a: torch.dtype, sizes: Sequence[int], dtype: torch.dtype, backward: bool) -> bool:
     n, k, blocksize, _ = sizes
     # Blocks are powers of two wherever they come from a checked weight.
-    if n == 0 or k == 0 or k % blocksize or blocksize < 32 or blocksize & (blocksize - 1) or dtype == torch.float16:
+    if n == 0 or k == 0 or k % blocksize or blocksize < 32 or blocksize & (blocksize - 1) or dtype not in _RESULTS:
         return False
     if a == torch.bfloat16:
         # Its instruction adds two terms at a time, backward two rows of W.
@@ -77,32 +79,31 @@ def _fits(a: torch.dtype, sizes: Sequence[int], dtype: torch.dtype, backward: bo
     return a == torch.float32 and native.level() >= native.AVX512
 
 
-def _addresses(packed: Packed, sizes: Sequence[int]) -> tuple[list[Tensor | None], list[int]]:
+_RESULTS = (torch.float32, torch.bfloat16)
+
+
+def _addresses(packed: Packed, sizes: Sequence[int]) -> tuple[Packed, list[int]]:
     """Contiguous tensors and where they are, checked to hold all that will be read of them."""
+    codes, absmax, quant_map, nested_absmax, nested_map, offset = packed
     rows, columns, blocksize, nested_blocksize = sizes
     blocks = -(-rows * columns // blocksize)
-    double = packed[3] is not None
-    counts = ((rows * columns + 1) // 2, blocks, 16, -(-blocks // nested_blocksize), 256, 1)
-    tensors: list[Tensor | None] = []
-    for i, (tensor, count) in enumerate(zip(packed, counts, strict=True)):
-        if i > 2 and not double:
-            tensors.append(None)
-            continue
-        dtype = torch.uint8 if i == 0 or (i == 1 and double) else torch.float32
-        if tensor is None or tensor.dtype != dtype or tensor.numel() < count or not tensor.is_cpu:
-            raise ValueError(
-                f"{_NAMES[i]} must be {count} of {dtype} on the CPU for {_sizes(sizes)}, got {_got(tensor)}"
-            )
-        tensors.append(tensor if tensor.is_contiguous() else tensor.contiguous())
-    return tensors, [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    kept = [
+        _checked("codes", codes, torch.uint8, (rows * columns + 1) // 2),
+        _checked("absmax", absmax, torch.float32 if nested_absmax is None else torch.uint8, blocks),
+        _checked("quant_map", quant_map, torch.float32, 16),
+    ]
+    if nested_absmax is None:
+        return kept, [*(t.data_ptr() for t in kept), 0, 0, 0]
+    kept += [
+        _checked("nested_absmax", nested_absmax, torch.float32, -(-blocks // nested_blocksize)),
+        _checked("nested_map", nested_map, torch.float32, 256),
+        _checked("offset", offset, torch.float32, 1),
+    ]
+    return kept, [t.data_ptr() for t in kept]
 
 
-_NAMES = ("codes", "absmax", "quant_map", "nested_absmax", "nested_map", "offset")
-
-
-def _sizes(sizes: Sequence[int]) -> str:
-    return "a {}x{} weight in blocks of {} (nested: {})".format(*sizes)
-
-
-def _got(tensor: Tensor | None) -> str:
-    return "None" if tensor is None else f"{tensor.numel()} of {tensor.dtype} on {tensor.device}"
+def _checked(name: str, tensor: Tensor | None, dtype: torch.dtype, count: int) -> Tensor:
+    if tensor is None or tensor.dtype != dtype or tensor.numel() < count or not tensor.is_cpu:
+        got = "None" if tensor is None else f"{tensor.numel()} of {tensor.dtype} on {tensor.device}"
+        raise ValueError(f"{name} of the NF4 weight must be {count} of {dtype} on the CPU, got {got}")
+    return tensor if tensor.is_contiguous() else tensor.contiguous()

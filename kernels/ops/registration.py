@@ -48,6 +48,24 @@ def without_autocast() -> Any:
     return torch._C._DisableAutocast()
 
 
+def computes_only(x: Any, *others: Any) -> bool:
+    """Whether an operation on these tensors (or None) would be computed at once, and nothing else be done with it.
+
+    No gradient is recorded, nothing traces, compiles or watches the call, and x is a plain tensor. Then its arithmetic
+    may be called directly: going through the dispatcher takes 12 microseconds, more than a small layer's product.
+    """
+    if torch.compiler.is_compiling() or (type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in others)):
+        return False
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
 def _recorded(op: Callable[..., Any], autograd: type[torch.autograd.Function] | None) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if autograd is not None and torch.is_grad_enabled():

@@ -140,6 +140,8 @@ class NF4Linear(nn.Module):
 
     def autocast(self, x: Tensor) -> Tensor:
         """x as the product takes it: in autocast's dtype under autocast, as nn.Linear would have it."""
+        if not torch._C._is_any_autocast_enabled():
+            return x
         kind = x.device.type
         if x.dtype in WEIGHT_DTYPES and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             return x.to(torch.get_autocast_dtype(kind))
@@ -147,8 +149,11 @@ class NF4Linear(nn.Module):
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The tensors of the weight, in the order in which the operations take them."""
-        nested = (self.nested_absmax, self.nested_quant_map, self.offset)
-        return self.weight, self.absmax, self.quant_map, *nested
+        # Not as attributes: nn.Module looks for those in three places, six times at every token of every layer.
+        get: Any = self._buffers.get
+        nested = (get("nested_absmax"), get("nested_quant_map"), get("offset"))
+        weight: Any = self._parameters["weight"]
+        return weight, get("absmax"), get("quant_map"), *nested
 
     def sizes(self) -> tuple[int, int, int, int]:
         """out_features, in_features, blocksize, nested_blocksize: likewise."""

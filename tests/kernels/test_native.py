@@ -154,8 +154,8 @@ def test_products_equal_float64(
     x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "level", lambda: which)
-        y = module.multiply(x, packed_of(w), sizes_of(w))
-        dx = module.multiply_back(dy, packed_of(w), sizes_of(w))
+        y = module.multiply(x, packed_of(w), sizes_of(w), dtype)
+        dx = module.multiply_back(dy, packed_of(w), sizes_of(w), torch.float32)
     assert y.dtype == dtype and dx.dtype == torch.float32
     assert relative_error(y, x.double() @ dense.T) < TOLERANCES[dtype]
     assert relative_error(dx, dy.double() @ dense) < TOLERANCES[dtype]
@@ -195,10 +195,10 @@ def test_nothing_is_allocated_but_the_result(m: int) -> None:
     w = NF4Weight.quantize(torch.randn(256, 1024))
     x, dy = torch.randn(m, 1024), torch.randn(m, 256)
     with LargestTensor() as largest:
-        module.multiply(x, packed_of(w), sizes_of(w))
+        module.multiply(x, packed_of(w), sizes_of(w), torch.float32)
     assert largest.nbytes == 4 * m * 256
     with LargestTensor() as largest:
-        module.multiply_back(dy, packed_of(w), sizes_of(w))
+        module.multiply_back(dy, packed_of(w), sizes_of(w), torch.float32)
     assert largest.nbytes == 4 * m * 1024
 
 
@@ -221,13 +221,13 @@ def test_threads_and_rows_beside_change_no_bit() -> None:
         results = []
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append((module.multiply(x, packed_of(w), sizes_of(w)), w.dequantize()))
+            results.append((module.multiply(x, packed_of(w), sizes_of(w), torch.float32), w.dequantize()))
     finally:
         torch.set_num_threads(before)
     for y, dense in results[1:]:
         assert torch.equal(y, results[0][0]) and torch.equal(dense, results[0][1])
     if native.level() >= native.AVX512:
-        assert torch.equal(module.multiply(x[7:8], packed_of(w), sizes_of(w)), results[0][0][7:8])
+        assert torch.equal(module.multiply(x[7:8], packed_of(w), sizes_of(w), torch.float32), results[0][0][7:8])
 
 
 @needs_library
@@ -288,11 +288,15 @@ def test_compiled_graphs_hold_the_operation(level: int) -> None:
 @pytest.mark.parametrize(
     ("index", "tensor", "message"),
     [
-        (0, torch.zeros(10, 1, dtype=torch.uint8), r"codes must be 4096 of torch.uint8 .* got 10 of torch.uint8"),
-        (1, torch.zeros(128), r"absmax must be 128 of torch.uint8 .* got 128 of torch.float32"),
-        (2, torch.zeros(16).double(), "quant_map must be 16 of torch.float32"),
-        (3, torch.zeros(0), "nested_absmax must be 1 of"),
-        (4, None, "nested_map must be 256 of .* got None"),
+        (
+            0,
+            torch.zeros(10, 1, dtype=torch.uint8),
+            r"codes of the NF4 weight must be 4096 of torch.uint8 .* got 10 of torch.uint8",
+        ),
+        (1, torch.zeros(128), r"absmax of .* must be 128 of torch.uint8 .* got 128 of torch.float32"),
+        (2, torch.zeros(16).double(), "quant_map of .* must be 16 of torch.float32"),
+        (3, torch.zeros(0), "nested_absmax of .* must be 1 of"),
+        (4, None, "nested_map of .* must be 256 of .* got None"),
     ],
 )
 def test_a_weight_that_is_not_whole_is_refused(index: int, tensor: Tensor | None, message: str) -> None:
@@ -300,7 +304,7 @@ def test_a_weight_that_is_not_whole_is_refused(index: int, tensor: Tensor | None
     packed = list(packed_of(w))
     packed[index] = tensor
     with pytest.raises(ValueError, match=message):
-        module.multiply(torch.randn(2, 128), packed, sizes_of(w))
+        module.multiply(torch.randn(2, 128), packed, sizes_of(w), torch.float32)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ EMULATOR = ["minipeft.kernels.emulator", "minipeft.kernels.emulator.checks"]
 # minipeft says so when it would have used it. No contraction of a*b+c, whose two roundings the definition keeps apart.
 NATIVE = Extension(
     "minipeft.kernels._native",
-    sources=[f"kernels/native/{name}.c" for name in ("decode", "product", "entry")],
+    sources=[f"kernels/native/{name}.c" for name in ("decode", "product", "thin", "entry")],
     depends=["kernels/native/nf4.h"],
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"],
     extra_link_args=["-fopenmp"],

@@ -73,6 +73,8 @@ EXPORT int minipeft_product(const int64_t *call) {
     int64_t parts = (m + MAX_ROWS - 1) / MAX_ROWS, each = (m + parts - 1) / parts;
     each = (each + 5) / 6 * 6;
     void (*strip)(const Product *, int64_t, int64_t, int64_t) = call[14] == BFLOAT16 ? strip_bfloat16 : strip_float32;
+    if (m <= THIN_ROWS && !p.backward)
+        strip = call[14] == BFLOAT16 ? thin_strip_bfloat16 : thin_strip_float32;
     int threads = threads_for(w.rows * w.columns, m, call[16]);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
     for (int64_t i = 0; i < strips * parts; i++) {

@@ -35,8 +35,8 @@ INLINE float scale_of(const Weight *w, int64_t block) {
         return ((const float *)w->absmax)[block];
     int64_t size = w->nested_blocksize;
     /* 256 is what everybody writes, and a division takes longer than all the rest. */
-    int64_t outer = size == 256 ? block >> 8 : block / size;
-    float product = w->map[((const uint8_t *)w->absmax)[block]] * w->nested[outer];
+    float nested = w->nested[size == 256 ? block >> 8 : block / size];
+    float product = w->map[((const uint8_t *)w->absmax)[block]] * nested;
     return product + *w->offset;
 }
 
@@ -65,5 +65,52 @@ typedef struct {
 #define MAX_ROWS 264
 void strip_float32(const Product *p, int64_t strip, int64_t m0, int64_t m1);
 void strip_bfloat16(const Product *p, int64_t strip, int64_t m0, int64_t m1);
+/* thin.c: the same forward for up to THIN_ROWS rows in all. */
+#define THIN_ROWS 4
+void thin_strip_float32(const Product *p, int64_t strip, int64_t m0, int64_t m1);
+void thin_strip_bfloat16(const Product *p, int64_t strip, int64_t m0, int64_t m1);
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Blocks begin..end of W's rows first.. -> scales[block][row], `width` rows; beyond the last row it is taken again. */
+INLINE void scales_of_rows(
+    const Weight *w, int64_t first, const int width, int64_t begin, int64_t end, float *restrict scales) {
+    const Weight own = *w; /* a copy, which stores to `scales` cannot change */
+    int64_t per_row = own.columns / own.blocksize;
+    for (int64_t i = 0; i < width; i++) {
+        int64_t start = least(first + i, own.rows - 1) * per_row;
+        for (int64_t b = begin; b <= end; b++)
+            scales[(b - begin) * width + i] = scale_of(&own, start + b);
+    }
+}
+
+/* 32 weights from each of 16 rows of W -> 4 words of 8 weights, lane i from row i. */
+TARGET_AVX512 INLINE void transpose_words(const uint8_t *const *rows, int64_t byte, __m512i *words) {
+    __m512i q[4];
+    for (int i = 0; i < 4; i++) {
+        /* Quarter j of q[i] is from row 4 j + i. */
+        q[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(rows[i] + byte)));
+        q[i] = _mm512_inserti32x4(q[i], _mm_loadu_si128((const __m128i *)(rows[4 + i] + byte)), 1);
+        q[i] = _mm512_inserti32x4(q[i], _mm_loadu_si128((const __m128i *)(rows[8 + i] + byte)), 2);
+        q[i] = _mm512_inserti32x4(q[i], _mm_loadu_si128((const __m128i *)(rows[12 + i] + byte)), 3);
+    }
+    __m512i a = _mm512_unpacklo_epi32(q[0], q[1]), b = _mm512_unpackhi_epi32(q[0], q[1]);
+    __m512i c = _mm512_unpacklo_epi32(q[2], q[3]), d = _mm512_unpackhi_epi32(q[2], q[3]);
+    words[0] = _mm512_unpacklo_epi64(a, c);
+    words[1] = _mm512_unpackhi_epi64(a, c);
+    words[2] = _mm512_unpacklo_epi64(b, d);
+    words[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+INLINE void rows_of(const Weight *w, int64_t first, const uint8_t **rows) {
+    for (int i = 0; i < 16; i++)
+        rows[i] = w->codes + least(first + i, w->rows - 1) * w->columns / 2;
+}
+
+/* Byte i of each of a register's 32-bit words -> its high nibble in the lower half of the word, its low one in the
+ * upper half: the indices of two look-ups in a table of 16-bit numbers. */
+TARGET_BF16 INLINE __m512i pair_bits(int byte) {
+    return _mm512_add_epi8(_mm512_set1_epi64(0x0020002400000004), _mm512_set1_epi8((char)(8 * byte)));
+}
 #endif
 #endif

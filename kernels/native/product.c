@@ -21,46 +21,13 @@
 
 #define STEPS 128
 #define TILE 6
-#define SPAN_BLOCKS 8 /* blocks of 32 in 256 columns of W */
+#define SPAN_BLOCKS (2 * STEPS / 32)
 #define VECTORS (STRIP / 16)
 
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* 32 weights from each of 16 rows of W -> 4 words of 8 weights, lane i from row i. */
-TARGET_AVX512 INLINE void transpose_words(const uint8_t *const *rows, int64_t byte, __m512i *words) {
-    __m512i q[4];
-    for (int i = 0; i < 4; i++) {
-        /* Quarter j of q[i] is from row 4 j + i. */
-        q[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(rows[i] + byte)));
-        q[i] = _mm512_inserti32x4(q[i], _mm_loadu_si128((const __m128i *)(rows[4 + i] + byte)), 1);
-        q[i] = _mm512_inserti32x4(q[i], _mm_loadu_si128((const __m128i *)(rows[8 + i] + byte)), 2);
-        q[i] = _mm512_inserti32x4(q[i], _mm_loadu_si128((const __m128i *)(rows[12 + i] + byte)), 3);
-    }
-    __m512i a = _mm512_unpacklo_epi32(q[0], q[1]), b = _mm512_unpackhi_epi32(q[0], q[1]);
-    __m512i c = _mm512_unpacklo_epi32(q[2], q[3]), d = _mm512_unpackhi_epi32(q[2], q[3]);
-    words[0] = _mm512_unpacklo_epi64(a, c);
-    words[1] = _mm512_unpackhi_epi64(a, c);
-    words[2] = _mm512_unpacklo_epi64(b, d);
-    words[3] = _mm512_unpackhi_epi64(b, d);
-}
-
-/* Columns first..first+length-1 of W's rows 64 strip ..; beyond the last row it is taken again, and not stored later.
- * scales[block][row of the strip]. */
-static void strip_scales(const Weight *w, int64_t strip, int64_t first, int64_t length, float (*scales)[STRIP]) {
-    int64_t per_row = w->columns / w->blocksize, begin = first / w->blocksize;
-    int64_t end = (first + length - 1) / w->blocksize;
-    for (int64_t i = 0; i < STRIP; i++) {
-        int64_t row = least(strip * STRIP + i, w->rows - 1);
-        for (int64_t b = begin; b <= end; b++)
-            scales[b - begin][i] = scale_of(w, row * per_row + b);
-    }
-}
-
-INLINE void strip_rows(const Weight *w, int64_t strip, int vector, const uint8_t **rows) {
-    for (int i = 0; i < 16; i++) {
-        int64_t row = least(strip * STRIP + 16 * vector + i, w->rows - 1);
-        rows[i] = w->codes + row * w->columns / 2;
-    }
+/* The scales of columns first..first+length-1 of W's rows 64 strip .. */
+TARGET_AVX512 INLINE void block_scales(const Weight *w, int64_t strip, int64_t first, int64_t length, float (*scales)[STRIP]) {
+    int64_t begin = first / w->blocksize, end = (first + length - 1) / w->blocksize;
+    scales_of_rows(w, strip * STRIP, STRIP, begin, end, scales[0]);
 }
 
 /* panel[k][row of W], scaled. */
@@ -70,7 +37,7 @@ TARGET_AVX512 static void pack_forward_float32(
     int64_t begin = first / w->blocksize;
     for (int vector = 0; vector < VECTORS; vector++) {
         const uint8_t *rows[16];
-        strip_rows(w, strip, vector, rows);
+        rows_of(w, strip * STRIP + 16 * vector, rows);
         for (int64_t k = 0; k < length; k += 32) {
             __m512 scale = _mm512_loadu_ps(scales[(first + k) / w->blocksize - begin] + 16 * vector);
             __m512i words[4];
@@ -97,10 +64,10 @@ TARGET_BF16 static void pack_forward_bfloat16(
     __m512i table = (__m512i)_mm512_cvtne2ps_pbh(levels, levels);
     __m512i pick[4];
     for (int byte = 0; byte < 4; byte++)
-        pick[byte] = _mm512_add_epi8(_mm512_set1_epi64(0x0020002400000004), _mm512_set1_epi8((char)(8 * byte)));
+        pick[byte] = pair_bits(byte);
     for (int vector = 0; vector < VECTORS; vector++) {
         const uint8_t *rows[16];
-        strip_rows(w, strip, vector, rows);
+        rows_of(w, strip * STRIP + 16 * vector, rows);
         for (int64_t k = 0; k < length; k += 32) {
             __m512i words[4];
             transpose_words(rows, (first + k) / 2, words);
@@ -276,7 +243,7 @@ static void write_strip(const Product *p, int64_t strip, int64_t m0, int64_t m1,
     }
 }
 
-void strip_float32(const Product *p, int64_t strip, int64_t m0, int64_t m1) {
+TARGET_AVX512 void strip_float32(const Product *p, int64_t strip, int64_t m0, int64_t m1) {
     _Alignas(64) float panel[STEPS * STRIP];
     _Alignas(64) float sums[MAX_ROWS * STRIP];
     float scales[SPAN_BLOCKS][STRIP];
@@ -289,7 +256,7 @@ void strip_float32(const Product *p, int64_t strip, int64_t m0, int64_t m1) {
         if (p->backward) {
             pack_backward_float32(p->w, strip, first, steps, panel);
         } else {
-            strip_scales(p->w, strip, first, steps, scales);
+            block_scales(p->w, strip, first, steps, scales);
             pack_forward_float32(p->w, strip, first, steps, scales, panel);
         }
         rows_float32(m1 - m0, (const float *)p->a + m0 * length + first, length, panel, steps, sums);
@@ -297,7 +264,7 @@ void strip_float32(const Product *p, int64_t strip, int64_t m0, int64_t m1) {
     write_strip(p, strip, m0, m1, sums);
 }
 
-void strip_bfloat16(const Product *p, int64_t strip, int64_t m0, int64_t m1) {
+TARGET_BF16 void strip_bfloat16(const Product *p, int64_t strip, int64_t m0, int64_t m1) {
     _Alignas(64) uint32_t panel[STEPS * STRIP];
     _Alignas(64) float sums[MAX_ROWS * STRIP];
     float scales[SPAN_BLOCKS][STRIP];
@@ -311,7 +278,7 @@ void strip_bfloat16(const Product *p, int64_t strip, int64_t m0, int64_t m1) {
         if (p->backward) {
             pack_backward_bfloat16(p->w, strip, first, steps, panel);
         } else {
-            strip_scales(p->w, strip, first, steps, scales);
+            block_scales(p->w, strip, first, steps, scales);
             pack_forward_bfloat16(p->w, strip, first, steps, panel);
         }
         for (int64_t m = m0; m < m1; m += TILE) {

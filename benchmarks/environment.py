@@ -19,7 +19,7 @@ from minipeft.kernels.dispatch import interpreting, use_native, use_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 # bitsandbytes fetches other CPU code from the hub where PyPI's `kernels` is installed.
-PACKAGES = ("torch", "triton", "bitsandbytes", "kernels", "unsloth")
+PACKAGES = ("torch", "transformers", "triton", "peft", "bitsandbytes", "kernels", "unsloth")
 # Instruction sets that decide how fast a CPU's products are, as Linux calls them.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 

@@ -57,6 +57,17 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What a run gives that measures itself, where a clock around the call would not do.
+
+    value: seconds, or what else the case's unit says. result: what is checked.
+    """
+
+    value: float
+    result: Any
+
+
+@dataclass(frozen=True)
 class Missing:
     """A peer that cannot take part, and why."""
 
@@ -66,18 +77,24 @@ class Missing:
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one size: ours first, then the peers."""
+    """One operation at one size: ours first, then the peers.
+
+    unit: "us" for times; "bytes" where every call gives a `Measured` of bytes.
+    rounds: None for as many as fit in SECONDS_PER_CASE, within bounds.
+    """
 
     op: str
     variant: str
     shape: str
     dtype: str
     candidates: Sequence[Candidate | Missing]
+    unit: str = "us"
+    rounds: int | None = None
 
 
 @dataclass
 class Row:
-    """What became of one candidate of one case. Times are in microseconds.
+    """What became of one candidate of one case. Times are in microseconds; where unit says so, they are bytes instead.
 
     status: "right", "wrong" (and not timed), "failed" (raised) or "missing"; note says more.
     ratio: ours / this one's, of each round by itself; below 1 ours is faster.
@@ -104,6 +121,7 @@ class Row:
     gflop_per_s: float | None = None
     floor: float | None = None
     share: float | None = None
+    unit: str = "us"
 
 
 @dataclass
@@ -113,6 +131,7 @@ class _Entry:
     row: Row
     work: Work | None = None
     run: Run | None = None
+    first: Measured | None = None
     seconds: list[float] = field(default_factory=list)
 
 
@@ -127,8 +146,10 @@ def measure(case: Case, device: Device, roofline: Roofline, quick: bool = False)
     """
     entries = [_check(case, candidate, device) for candidate in case.candidates]
     timed = [entry for entry in entries if entry.run is not None]
+    rounds = 1 if quick else case.rounds
     try:
-        times = interleave([entry.run for entry in timed if entry.run], device, 1 if quick else None)
+        times = _known(timed) if rounds == 1 else None
+        times = times or interleave([entry.run for entry in timed if entry.run], device, rounds)
     except Exception as error:
         for entry in timed:
             entry.row.status, entry.row.note = "failed", f"while timing: {describe(error)}"
@@ -141,9 +162,15 @@ def measure(case: Case, device: Device, roofline: Roofline, quick: bool = False)
     return [entry.row for entry in entries]
 
 
+def _known(timed: Sequence[_Entry]) -> list[list[float]] | None:
+    """What the checked calls have measured already, if all of them did: enough where one round is wanted."""
+    firsts = [entry.first for entry in timed]
+    return [[first.value] for first in firsts if first] if all(firsts) else None
+
+
 def _check(case: Case, candidate: Candidate | Missing, device: Device) -> _Entry:
     """Run a candidate once and compare; its `run` is kept only when the result was right."""
-    row = Row(case.op, case.variant, case.shape, case.dtype, candidate.name, "missing")
+    row = Row(case.op, case.variant, case.shape, case.dtype, candidate.name, "missing", unit=case.unit)
     if isinstance(candidate, Missing):
         row.note = candidate.reason
         return _Entry(row)
@@ -151,6 +178,7 @@ def _check(case: Case, candidate: Candidate | Missing, device: Device) -> _Entry
         run = candidate.make()
         result = run()
         device.synchronize()
+        first, result = (result, result.result) if isinstance(result, Measured) else (None, result)
         row.error, row.tolerance = float(candidate.error(result)), candidate.tolerance
     # Whatever a peer or a kernel throws on hardware that we have not seen: the table goes on, and says so.
     except Exception as error:
@@ -160,26 +188,28 @@ def _check(case: Case, candidate: Candidate | Missing, device: Device) -> _Entry
         row.status, row.note = "wrong", f"error {row.error:.2g}, at most {row.tolerance:.2g} is right: not timed"
         return _Entry(row)
     row.status = "right"
-    return _Entry(row, candidate.work, run)
+    return _Entry(row, candidate.work, run, first)
 
 
 def interleave(runs: Sequence[Run], device: Device, rounds: int | None = None) -> list[list[float]]:
-    """Seconds of every call of every run, round by round: each run once a round, in order.
+    """Seconds of every call of every run (or what it `Measured`), round by round: each run once a round, in order.
 
     Args:
         rounds: None for as many as fit in SECONDS_PER_CASE, within bounds, after the device's warm-up.
     """
     if rounds is None:
         rounds = _warm_up(runs, device)
-    marks: list[list[tuple[Any, Any]]] = [[] for _ in runs]
+    marks: list[list[tuple[Any, Any] | float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, own in zip(runs, marks, strict=True):
             device.flush()
             start = device.mark()
-            run()
-            own.append((start, device.mark()))
+            result = run()
+            own.append(result.value if isinstance(result, Measured) else (start, device.mark()))
+            # Not kept while the next one runs: the gradients of a step are large.
+            del result
     device.synchronize()
-    return [[device.seconds(start, stop) for start, stop in own] for own in marks]
+    return [[mark if isinstance(mark, float) else device.seconds(*mark) for mark in own] for own in marks]
 
 
 def _warm_up(runs: Sequence[Run], device: Device) -> int:
@@ -200,10 +230,13 @@ def _fill(entry: _Entry, ours: list[float] | None, roofline: Roofline) -> None:
     assert work is not None
     row.rounds = len(seconds)
     middle = median(seconds)
-    row.median, row.q20, row.q80 = (1e6 * s for s in (middle, quantile(seconds, 0.2), quantile(seconds, 0.8)))
+    scale = 1e6 if row.unit == "us" else 1.0
+    row.median, row.q20, row.q80 = (scale * s for s in (middle, quantile(seconds, 0.2), quantile(seconds, 0.8)))
     if ours is not None and seconds is not ours:
         ratios = [a / b for a, b in zip(ours, seconds, strict=True)]
         row.ratio, row.ratio_q20, row.ratio_q80 = median(ratios), quantile(ratios, 0.2), quantile(ratios, 0.8)
+    if row.unit != "us" or not (work.nbytes or work.flops):
+        return
     row.gb_per_s = work.nbytes / middle / 1e9
     row.gflop_per_s = work.flops / middle / 1e9 if work.flops else None
     floor = roofline.floor_seconds(work.nbytes, work.flops, work.dtype)

@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.harness import Candidate, Missing, Run, Work, describe
 from minipeft.quantization import NF4Weight
 
-BITSANDBYTES, UNSLOTH = "bitsandbytes", "unsloth"
-MODULES = {BITSANDBYTES: "bitsandbytes", UNSLOTH: "unsloth.kernels"}
+BITSANDBYTES, UNSLOTH, PEFT = "bitsandbytes", "unsloth", "peft"
+MODULES = {BITSANDBYTES: "bitsandbytes", UNSLOTH: "unsloth.kernels", PEFT: "peft"}
 
 
 class Peers:

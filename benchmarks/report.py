@@ -52,14 +52,21 @@ def case_title(row: Row | Case) -> str:
 def _cells(row: Row) -> dict[str, str]:
     """The cells of a row that was timed, by the names of HEADER."""
     return {
-        "median": duration(row.median),
-        "20%..80%": f"{duration(row.q20)}..{duration(row.q80)}",
+        "median": amount(row.median, row.unit),
+        "20%..80%": f"{amount(row.q20, row.unit)}..{amount(row.q80, row.unit)}",
         "ours / its": "" if row.ratio is None else f"{row.ratio:.2f} ({row.ratio_q20:.2f}..{row.ratio_q80:.2f})",
         "GB/s": "" if row.gb_per_s is None else f"{row.gb_per_s:.1f}",
         "GFLOP/s": "" if row.gflop_per_s is None else f"{row.gflop_per_s:.4g}",
         "of limit": "" if row.share is None else f"{row.share:.0%}",
         "error": "" if row.error is None else f"{row.error:.1e}",
     }
+
+
+def amount(value: float | None, unit: str) -> str:
+    """Three digits with their unit, of microseconds ("us") or "bytes"; "" for None."""
+    if unit == "us" or value is None:
+        return duration(value)
+    return f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
 
 
 def duration(microseconds: float | None) -> str:
@@ -105,7 +112,9 @@ def _read(name: str, text: str) -> Any:
 
 
 def plot(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Draw the median times of all cases, 20% to 80% as a bar, and our floor as a grey tick; atomically, as PNG.
+    """Draw the medians of all cases, 20% to 80% as a bar, and our floor as a grey tick; atomically, as PNG.
+
+    Times and bytes get a panel each.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -114,10 +123,21 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    cases = list(dict.fromkeys(case_title(row) for row in rows))
-    figure = Figure(figsize=(9, 1.8 + 0.34 * len(cases)), layout="constrained")
+    panels = [[row for row in rows if row.unit == unit] for unit in dict.fromkeys(row.unit for row in rows)]
+    heights = [len({case_title(row) for row in panel}) for panel in panels]
+    figure = Figure(figsize=(9, 1.2 + 0.6 * len(panels) + 0.34 * sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    ratios = {"height_ratios": [height + 1 for height in heights] or None}
+    axes = figure.subplots(max(1, len(panels)), squeeze=False, gridspec_kw=ratios)
+    for own, panel in zip(axes[:, 0], panels, strict=False):
+        _draw(own, panel)
+    axes[0, 0].set_title(title, fontsize=9)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+
+
+def _draw(axes: Any, rows: Sequence[Row]) -> None:
+    cases = list(dict.fromkeys(case_title(row) for row in rows))
     timed = [row for row in rows if row.median is not None]
     names = list(dict.fromkeys(row.candidate for row in timed))
     for i, name in enumerate(names):
@@ -129,14 +149,13 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
         above = [(row.q80 or m) - m for m, row in zip(middles, own, strict=True)]
         axes.errorbar(middles, heights, xerr=[below, above], fmt="o", markersize=5, color=f"C{i}", label=name)
     floors = [(row.floor, cases.index(case_title(row))) for row in timed if row.candidate == OURS and row.floor]
-    axes.plot(*_columns(floors), "|", color="grey", markersize=14, label=f"least possible for {OURS}")
-    axes.set(xscale="log", xlabel="microseconds (median, 20% to 80%)", ylim=(len(cases) - 0.5, -0.5))
+    if floors:
+        axes.plot(*_columns(floors), "|", color="grey", markersize=14, label=f"least possible for {OURS}")
+    unit = "microseconds" if not rows or rows[0].unit == "us" else rows[0].unit
+    axes.set(xscale="log", xlabel=f"{unit} (median, 20% to 80%)", ylim=(len(cases) - 0.5, -0.5))
     axes.set_yticks(range(len(cases)), [case.partition(" ")[2] for case in cases], fontsize=8)
-    axes.set_title(title, fontsize=9)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
 
 
 def _columns(pairs: Iterable[tuple[float, int]]) -> tuple[list[float], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     add_bench_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        bad = bench(args.ops, args.quick, args.device, args.output, args.threads)
+        bad = bench(args.ops, args.quick, args.device, args.output, args.threads, args.model)
     except BenchError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2
@@ -65,6 +66,7 @@ def bench(
     device_kind: str | None = None,
     output: Path | None = None,
     threads: int | None = None,
+    model: str | None = None,
 ) -> list[str]:
     """Measure operations, print their tables and write their files.
 
@@ -74,6 +76,7 @@ def bench(
         device_kind: "cpu", "cuda", or None for CUDA where there is one.
         output: the folder for files; None for benchmarks/results, or for no files when quick.
         threads: of the CPU; None for as many as PyTorch takes.
+        model: folder of the model that "finetune" measures; None for the demo's, or for a tiny one when quick.
 
     Returns:
         A line for each result of ours that was wrong, or failed.
@@ -95,7 +98,9 @@ def bench(
     print(QUICK_NOTE if quick else NOTE)
     folder = output or (None if quick else RESULTS)
     options = [*["--quick"] * quick, "--device", kind, *(["--threads", str(threads)] if threads else [])]
-    session = Session(device, roofline_of(device, name, quick), sizes_for(kind, quick), quick, folder, options)
+    options += ["--model", model] if model else []
+    sizes = dataclasses.replace(sizes_for(kind, quick), model=model)
+    session = Session(device, roofline_of(device, name, quick), sizes, quick, folder, options)
     bad: list[str] = []
     for i, op in enumerate(chosen):
         bad += [f"{case_title(row)}: {row.status}: {row.note}" for row in run_op(op, session) if _is_bad(row)]

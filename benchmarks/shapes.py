@@ -28,12 +28,33 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class FineTuning:
+    """What is measured on a whole model.
+
+    batches: (rows, tokens) of a training step. generated: tokens. adapters: that are loaded, one beside the other.
+    rounds: of everything that takes long; 1 when quick.
+    tokens, ranks, widths, depths: over which a step's time grows, and over which attaching and loading do.
+    """
+
+    batches: tuple[tuple[int, int], ...] = ((1, 128), (4, 256))
+    prompt: int = 32
+    generated: int = 64
+    adapters: int = 30
+    rounds: int = 5
+    tokens: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
+    ranks: tuple[int, ...] = (4, 16, 64, 256)
+    widths: tuple[int, ...] = (256, 512, 1024)
+    depths: tuple[int, ...] = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True)
 class Sizes:
     """What one run measures.
 
     rows: M, the tokens of a batch.
     lora_layers: (out, in) of the layers whose adapters AdamW updates at once; big_parameter: elements of the one
         tensor that it updates alone.
+    model: folder of the whole model; None for a tiny random one.
     """
 
     layers: tuple[Layer, ...]
@@ -41,6 +62,8 @@ class Sizes:
     rows: tuple[int, ...]
     lora_layers: tuple[tuple[int, int], ...]
     big_parameter: int
+    finetuning: FineTuning = FineTuning()
+    model: str | None = None
 
 
 LLAMA_7B_ATTENTION = Layer("Llama-2-7B q_proj", 4096, 4096)
@@ -67,6 +90,7 @@ CUDA = Sizes(
     big_parameter=1 << 26,
 )
 QUICK_LAYER = Layer("quick", 128, 256)
+QUICK_FINETUNING = FineTuning(((1, 16), (2, 16)), 4, 4, 3, 1, (8, 16), (2, 4), (32, 64), (2, 4))
 
 
 def sizes_for(kind: str, quick: bool = False) -> Sizes:
@@ -79,7 +103,8 @@ def sizes_for(kind: str, quick: bool = False) -> Sizes:
     if not quick:
         return full
     shape = (QUICK_LAYER.out_features, QUICK_LAYER.in_features)
-    return Sizes((QUICK_LAYER,), full.dtypes[:1], (1, 16), lora_layers=(shape,), big_parameter=1 << 12)
+    small = {"lora_layers": (shape,), "big_parameter": 1 << 12, "finetuning": QUICK_FINETUNING}
+    return Sizes((QUICK_LAYER,), full.dtypes[:1], (1, 16), **small)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

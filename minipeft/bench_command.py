@@ -14,7 +14,16 @@ from minipeft.training.errors import TrainingError
 
 ROOT = Path(__file__).resolve().parent.parent
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-OPS = ("nf4_quantize", "nf4_dequantize", "nf4_matmul", "lora_matmul", "adamw", "paged_adamw")
+OPS = (
+    "nf4_quantize",
+    "nf4_dequantize",
+    "nf4_matmul",
+    "lora_matmul",
+    "adamw",
+    "paged_adamw",
+    "finetune",
+    "finetune_growth",
+)
 
 
 class BenchError(TrainingError, ValueError):
@@ -27,6 +36,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="run each once on a small size: shows that all works")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--model", metavar="DIR", help="model that finetune measures (default: the demo's)")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder for CSV and PNG (default: benchmarks/results; quick: none)"
     )
@@ -40,7 +50,8 @@ def bench(args: argparse.Namespace) -> None:
     """
     ask_for_huge_pages()
     load_benchmarks()
-    bad = importlib.import_module("benchmarks.run").bench(args.ops, args.quick, args.device, args.output, args.threads)
+    run = importlib.import_module("benchmarks.run")
+    bad = run.bench(args.ops, args.quick, args.device, args.output, args.threads, args.model)
     if bad:
         raise BenchError(f"{len(bad)} results of minipeft are not right: {'; '.join(bad)}")
 

@@ -1,0 +1,86 @@
+"""One training run in a process of its own, so that the process's peak memory is the run's.
+
+    python -m benchmarks.finetune_process '{"side": "minipeft", "base": FOLDER, ...}'
+
+It imports what its side's user would, and nothing of the other. Printed is a line of JSON: peak memory in bytes, the
+first step's loss.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+STEPS = 2
+
+
+def main(text: str) -> None:
+    """Load, attach the adapter, train, print."""
+    settings: dict[str, Any] = json.loads(text)
+    torch.set_num_threads(settings["threads"])
+    dtype = getattr(torch, settings["dtype"])
+    model = _ours(settings, dtype) if settings["side"] == "minipeft" else _theirs(settings, dtype)
+    model.to(settings["device"]).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    ids = torch.tensor(settings["ids"], device=settings["device"])
+    losses = []
+    for _ in range(STEPS):
+        loss = _loss(model, ids, settings["loop"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    cuda = torch.device(settings["device"]).type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
+    print(json.dumps({"peak": peak, "loss": losses[0]}))
+
+
+def resident_bytes(name: str) -> int:
+    """A line of this process's memory, "VmRSS" or its peak "VmHWM"."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def _loss(model: Any, ids: torch.Tensor, loop: bool) -> torch.Tensor:
+    from benchmarks import finetune_loss
+
+    return (finetune_loss.as_our_loop if loop else finetune_loss.as_user)(model, ids)
+
+
+def _ours(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from minipeft import BitsAndBytesConfig, PeftModel
+
+    options = {"quantization_config": BitsAndBytesConfig(**_nf4(dtype))} if settings["kind"] == "nf4" else {}
+    base = AutoModelForCausalLM.from_pretrained(settings["base"], dtype=dtype, **options)
+    return PeftModel.from_pretrained(base, settings["adapter"], is_trainable=True)
+
+
+def _theirs(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options = {"quantization_config": BitsAndBytesConfig(**_nf4(dtype))} if settings["kind"] == "nf4" else {}
+    base = AutoModelForCausalLM.from_pretrained(settings["base"], dtype=dtype, **options)
+    return PeftModel.from_pretrained(base, settings["adapter"], is_trainable=True)
+
+
+def _nf4(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": dtype,
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

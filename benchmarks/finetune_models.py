@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -225,17 +225,22 @@ def choice_error(model: Any, prompt_length: int) -> Callable[[Tensor], float]:
     return error
 
 
-def _random_base(folder: Path) -> Path:
+def random_llama(hidden: int, layers: int = 2, vocabulary: int = 256) -> Any:
+    """A Llama of random weights; `hidden` a multiple of 64."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes: Sequence[tuple[str, int]] = (
-        ("vocab_size", 256),
-        ("hidden_size", 64),
-        ("intermediate_size", 128),
-        ("num_hidden_layers", 2),
-        ("num_attention_heads", 4),
-        ("num_key_value_heads", 2),
-    )
-    LlamaForCausalLM(LlamaConfig(**dict(sizes), tie_word_embeddings=True)).save_pretrained(folder)
+    sizes: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": max(4, hidden // 64),
+        "num_key_value_heads": max(2, hidden // 128),
+    }
+    return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+
+
+def _random_base(folder: Path) -> Path:
+    random_llama(64).save_pretrained(folder)
     return folder

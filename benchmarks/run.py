@@ -128,9 +128,12 @@ def run_op(op: str, session: Session) -> list[Row]:
         rows.append(Row(op, "", "preparing a case", "", OURS, "failed", describe(error)))
     _progress("")
     print(f"\n{table(rows, session.quick)}", flush=True)
+    # What a module concludes from all its rows (slopes) stands above them in the file.
+    found = module.summary(rows) if hasattr(module, "summary") else {}
+    print("".join(f"\n{name}: {value}" for name, value in found.items()))
     if session.folder is not None:
         busy = f"{before} before, {load()} after (processes wanting a CPU, mean of the last minute)"
-        environment |= {**describe_limits(session.roofline), "clock": session.device.clock, "load": busy}
+        environment |= {**found, **describe_limits(session.roofline), "clock": session.device.clock, "load": busy}
         write_files(session.folder, op, device_slug(device), rows, environment)
     return rows
 

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     add_bench_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        bad = bench(args.ops, args.quick, args.device, args.output, args.threads, args.model)
+        bad = bench(args.ops, args.quick, args.device, args.output, args.threads, args.model, args.only)
     except BenchError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2
@@ -46,7 +46,10 @@ def main(argv: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Session:
-    """What all operations of a run share. folder: for the files, or None for none; options: of the command line."""
+    """What all operations of a run share.
+
+    folder: for the files, or None for none. options: of the command line. only: what titles must have in them.
+    """
 
     device: Device
     roofline: Roofline
@@ -54,6 +57,7 @@ class Session:
     quick: bool
     folder: Path | None
     options: list[str]
+    only: str | None = None
 
     @property
     def kind(self) -> str:
@@ -67,6 +71,7 @@ def bench(
     output: Path | None = None,
     threads: int | None = None,
     model: str | None = None,
+    only: str | None = None,
 ) -> list[str]:
     """Measure operations, print their tables and write their files.
 
@@ -77,6 +82,7 @@ def bench(
         output: the folder for files; None for benchmarks/results, or for no files when quick.
         threads: of the CPU; None for as many as PyTorch takes.
         model: folder of the model that "finetune" measures; None for the demo's, or for a tiny one when quick.
+        only: what a case's title must have in it to be measured; no files are written then, unless `output` is given.
 
     Returns:
         A line for each result of ours that was wrong, or failed.
@@ -96,11 +102,11 @@ def bench(
     ours = f"{OURS}'s operations: {backend(device.torch_device)}"
     print(f"{kind}: {name}, {torch.get_num_threads()} CPU threads, load {load()}; {ours}")
     print(QUICK_NOTE if quick else NOTE)
-    folder = output or (None if quick else RESULTS)
+    folder = output or (None if quick or only else RESULTS)
     options = [*["--quick"] * quick, "--device", kind, *(["--threads", str(threads)] if threads else [])]
-    options += ["--model", model] if model else []
+    options += [*(["--model", model] if model else []), *(["--only", only] if only else [])]
     sizes = dataclasses.replace(sizes_for(kind, quick), model=model)
-    session = Session(device, roofline_of(device, name, quick), sizes, quick, folder, options)
+    session = Session(device, roofline_of(device, name, quick), sizes, quick, folder, options, only)
     bad: list[str] = []
     for i, op in enumerate(chosen):
         bad += [f"{case_title(row)}: {row.status}: {row.note}" for row in run_op(op, session) if _is_bad(row)]
@@ -121,6 +127,8 @@ def run_op(op: str, session: Session) -> list[Row]:
     try:
         session.roofline.measure_again()
         for case in module.cases(device, session.sizes, Peers(session.kind)):
+            if session.only is not None and session.only not in case_title(case):
+                continue
             rows += measure(case, session.device, session.roofline, session.quick)
             _progress(case_title(case))
     # On hardware that we have not seen, preparing a case may fail too.

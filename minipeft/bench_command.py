@@ -36,6 +36,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="run each once on a small size: shows that all works")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--only", metavar="TEXT", help="only the cases whose title has this in it")
     parser.add_argument("--model", metavar="DIR", help="model that finetune measures (default: the demo's)")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder for CSV and PNG (default: benchmarks/results; quick: none)"
@@ -51,7 +52,7 @@ def bench(args: argparse.Namespace) -> None:
     ask_for_huge_pages()
     load_benchmarks()
     run = importlib.import_module("benchmarks.run")
-    bad = run.bench(args.ops, args.quick, args.device, args.output, args.threads, args.model)
+    bad = run.bench(args.ops, args.quick, args.device, args.output, args.threads, args.model, args.only)
     if bad:
         raise BenchError(f"{len(bad)} results of minipeft are not right: {'; '.join(bad)}")
 

@@ -29,10 +29,10 @@ _said: set[torch.dtype] = set()
 
 def arithmetic_dtype(asked: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to multiply in on `device` when `asked` is wanted: `asked`, or float32 where that is emulated."""
-    if asked in CPU_DTYPES or device.type != "cpu":
+    if asked in CPU_DTYPES or device.type != "cpu" or asked.itemsize > 2:
         return asked
     # torch.compile cannot trace a logger.
     if asked not in _said and not torch.compiler.is_compiling():
         _said.add(asked)
-        logger.warning("this CPU has no %s matrix instructions: NF4 products are in float32 instead", asked)
+        logger.warning("this CPU has no %s matrix instructions: products are in float32 instead", asked)
     return torch.float32

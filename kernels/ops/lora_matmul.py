@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .arithmetic import arithmetic_dtype
+from .dense import product
 from .dispatch import use_triton
+from .lora_products import adapter_dtype, grad_of_A, grad_of_B, project, project_back
 from .nf4_matmul import (
     PACKED_SCHEMA,
     SIZES_SCHEMA,
@@ -42,7 +44,7 @@ def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Te
     Returns:
         (..., out_features), in autocast's dtype under autocast, else in the wider of x's and lora_A's.
     """
-    return _LoraUpdate.apply(x, lora_A, lora_B, scaling, _adapter_dtype(x, lora_A))
+    return _LoraUpdate.apply(x, lora_A, lora_B, scaling, adapter_dtype(x, lora_A))
 
 
 def lora_matmul(
@@ -78,44 +80,36 @@ def lora_matmul(
     """
     check_input(x, in_features)
     sizes = (out_features, in_features, blocksize, nested_blocksize)
-    adapter_dtype = arithmetic_dtype(_adapter_dtype(x, lora_A), x.device)
-    dtypes = (compute_dtype or x.dtype, adapter_dtype)
+    dtypes = (compute_dtype or x.dtype, arithmetic_dtype(adapter_dtype(x, lora_A), x.device))
     call = _run_lora_matmul if computes_only(x, lora_A, lora_B, bias) else _lora_matmul_op
     out: Tensor = call(x, lora_A, lora_B, bias, scaling, *packed, *sizes, *dtypes)[0]
     return out
-
-
-def _adapter_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return torch.promote_types(x.dtype, lora_A.dtype)
 
 
 class _LoraUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            low = (x.to(dtype) @ lora_A.to(dtype).T).mul_(scaling)  # (..., r)
+            low = project(as_rows(x), lora_A, scaling, dtype)  # (M, r)
             ctx.save_for_backward(x, lora_A, lora_B, low)
             ctx.scaling, ctx.dtype = scaling, dtype
-            return low @ lora_B.to(dtype).T
+            return product(low, lora_B.to(dtype)).view(*x.shape[:-1], lora_B.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, low = ctx.saved_tensors
         grad_x = grad_A = grad_B = None
-        grad = grad.to(ctx.dtype)
+        rows = as_rows(grad).to(ctx.dtype)
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                grad_low = (grad @ lora_B.to(ctx.dtype)).mul_(ctx.scaling)  # (..., r)
+                grad_low = project_back(rows, lora_B, ctx.scaling)
             if ctx.needs_input_grad[0]:
-                grad_x = (grad_low @ lora_A.to(ctx.dtype)).to(x.dtype)
+                grad_x = product(grad_low, lora_A.to(ctx.dtype).T).view(x.shape).to(x.dtype)
             if ctx.needs_input_grad[1]:
-                grad_A = (as_rows(grad_low).T @ as_rows(x.to(ctx.dtype))).to(lora_A.dtype)
+                grad_A = grad_of_A(grad_low, as_rows(x), lora_A.dtype)
             if ctx.needs_input_grad[2]:
-                grad_B = (as_rows(grad).T @ as_rows(low)).to(lora_B.dtype)
+                grad_B = grad_of_B(rows, low, lora_B.dtype)
         return grad_x, grad_A, grad_B, None, None
 
 
@@ -152,7 +146,7 @@ def _run_lora_matmul(
     packed, sizes, (compute_dtype, dtype) = args[:6], args[6:10], args[10:12]
     rows = as_rows(x)
     with without_autocast():
-        low = (rows.to(dtype) @ lora_A.to(dtype).T).mul_(scaling)  # (M, r)
+        low = project(rows, lora_A, scaling, dtype)  # (M, r)
         if use_triton(x):
             from .nf4_route_triton import multiply as multiply_triton
 
@@ -179,15 +173,15 @@ def _run_lora_matmul_backward(
         rows = as_rows(dy)
         wide = rows.to(dtype)
         if needed[0] or needed[1]:
-            grad_low = (wide @ lora_B.to(dtype)).mul_(scaling)  # (M, r)
+            grad_low = project_back(wide, lora_B, scaling)  # (M, r)
         if needed[0]:
             dx = _input_gradient(rows, grad_low, lora_A, packed, sizes, compute_dtype)
             dx = dx.to(dy.dtype).view(*dy.shape[:-1], sizes[1])
         if needed[1]:
             assert x is not None
-            dA = (grad_low.T @ as_rows(x).to(dtype)).to(lora_A.dtype)
+            dA = grad_of_A(grad_low, as_rows(x), lora_A.dtype)
         if needed[2]:
-            dB = (wide.T @ low).to(lora_B.dtype)
+            dB = grad_of_B(wide, low, lora_B.dtype)
     return dx, dA, dB
 
 

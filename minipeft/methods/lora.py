@@ -101,6 +101,15 @@ class LoraLayer(TrainedBias):
         out: Tensor = self.lora_base[own](x)
         return out if self.bias is None else (out + self.bias).to(out.dtype)
 
+    def fused_adapter(self) -> str | None:
+        """The adapter whose update is made in one operation with the base product: it acts alone, on the same x."""
+        acting = [] if self.merged_adapters else [a for a in self.switch.acting if a in self.scaling]
+        special = (self.lora_magnitude_vector, self.lora_start, self.lora_base)
+        if len(acting) != 1 or any(acting[0] in held for held in special):
+            return None
+        dropout = self.lora_dropout[acting[0]]
+        return None if isinstance(dropout, nn.Dropout) and dropout.training else acting[0]
+
     def _check_not_by_row(self) -> None:
         if self.switch.rows is not None:
             raise ValueError(f"adapter_names needs unmerged weights, but {list(self.merged_adapters)} are merged")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.kernels.lora_linear import lora_linear
 from minipeft.kernels.lora_matmul import lora_matmul
 from minipeft.kernels.nf4_matmul import Packed, Sizes
 from minipeft.methods.base import AdapterModule, Method, base_modules
@@ -29,6 +30,12 @@ class LoraLinear(LoraLayer):
     in_features: int
     out_features: int
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = self.fused_adapter()
+        if adapter is None or not _is_frozen(self.weight, x):
+            return super().forward(x, *args, **kwargs)
+        return lora_linear(x, self.weight, self.bias, *self.factors(adapter), self.scaling[adapter])
+
     def dense_weight(self) -> Tensor:
         return wide(self.weight.detach())
 
@@ -37,6 +44,12 @@ class LoraLinear(LoraLayer):
 
     def _lora_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
+
+
+def _is_frozen(weight: Tensor, x: Tensor) -> bool:
+    """Whether `weight` is a plain tensor that wants no gradient and fits x: then one operation can do it all."""
+    plain = type(weight) in (nn.Parameter, Tensor) and not weight.requires_grad
+    return plain and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
 
 
 class LoraNF4Linear(LoraLayer):
@@ -66,19 +79,11 @@ class LoraNF4Linear(LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.dense_merged is None:
-            adapter = self._fused_adapter()
+            adapter = self.fused_adapter()
             return super().forward(x, *args, **kwargs) if adapter is None else self._fused_forward(adapter, x)
         self._check_not_by_row()
         bias = None if self.bias is None else self.bias.to(self.dense_merged.dtype)
         return F.linear(x.to(self.dense_merged.dtype), self.dense_merged, bias).to(x.dtype)
-
-    def _fused_adapter(self) -> str | None:
-        """The adapter whose update is made in one operation with the base product: it acts alone, on the same x."""
-        acting = [] if self.merged_adapters else [a for a in self.switch.acting if a in self.scaling]
-        if len(acting) != 1 or acting[0] in self.lora_magnitude_vector or acting[0] in self.lora_start:
-            return None
-        dropout = self.lora_dropout[acting[0]]
-        return None if isinstance(dropout, nn.Dropout) and dropout.training else acting[0]
 
     def _fused_forward(self, adapter: str, x: Tensor) -> Tensor:
         factors = (*self.factors(adapter), self.scaling[adapter])
@@ -110,6 +115,12 @@ class LoraConv1D(LoraLayer):
     """LoRA on GPT-2's `Conv1D`: a linear layer whose weight lies as (in_features, out_features)."""
 
     weight: nn.Parameter
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = self.fused_adapter()
+        if adapter is None or not _is_frozen(self.weight, x):
+            return super().forward(x, *args, **kwargs)
+        return lora_linear(x, self.weight.T, self.bias, *self.factors(adapter), self.scaling[adapter])
 
     def dense_weight(self) -> Tensor:
         return wide(self.weight.detach().T)

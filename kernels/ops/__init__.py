@@ -4,6 +4,7 @@ Each is `torch.ops.minipeft.<name>`: PyTorch on a CPU, a Triton kernel on a GPU 
 """
 
 from .adamw import adamw_, adamw_8bit_
+from .lora_linear import frozen_linear, lora_linear
 from .lora_matmul import lora_matmul, lora_update
 from .nf4_dequantize import nf4_dequantize
 from .nf4_matmul import nf4_matmul
@@ -12,6 +13,8 @@ from .nf4_quantize import nf4_quantize, quantize_absmax
 __all__ = [
     "adamw_",
     "adamw_8bit_",
+    "frozen_linear",
+    "lora_linear",
     "lora_matmul",
     "lora_update",
     "nf4_dequantize",

@@ -40,6 +40,13 @@ def some_arguments(dtype: torch.dtype, double: bool) -> dict[str, tuple[Any, ...
         "lora_matmul_backward": (
             *(dy, x, lora_A, lora_B, low, 0.5, *packed, *sizes, dtype, torch.float32, [True, False, True]),
         ),
+        "frozen_linear": (trained[0], torch.randn(48, 128).to(dtype), trained[3]),
+        "lora_linear": (
+            *(trained[0], torch.randn(48, 128).to(dtype), trained[3], trained[1], trained[2], 0.5, torch.float32),
+        ),
+        "lora_linear_backward": (
+            *(dy, x, torch.randn(48, 128).to(dtype), lora_A, lora_B, low, 0.5, torch.float32, [True, False, True]),
+        ),
         "adamw_": (params, grads, *wide, *HYPER),
         "adamw_8bit_": (params, grads, *narrow, *HYPER),
     }
@@ -60,7 +67,7 @@ def test_fake_results_are_shaped_as_the_kernels_results(name: str) -> None:
 
 def test_every_public_operation_is_exported() -> None:
     assert set(some_arguments(torch.float32, True)) - set(minipeft.kernels.__all__) == {
-        *("nf4_matmul_input_grad", "lora_matmul_backward"),  # what backward calls
+        *("nf4_matmul_input_grad", "lora_matmul_backward", "lora_linear_backward"),  # what backward calls
     }
 
 

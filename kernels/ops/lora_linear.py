@@ -17,7 +17,7 @@ from .arithmetic import arithmetic_dtype
 from .dense import product
 from .lora_products import adapter_dtype, add_product, grad_of_A, grad_of_B, project, project_back
 from .nf4_matmul import as_rows, bias_gradient
-from .registration import below_autograd, define_op, without_autocast
+from .registration import below_autograd, computes_only, define_op, without_autocast
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,7 +28,8 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     Returns:
         (..., out_features) in x's dtype, or under autocast in autocast's.
     """
-    out: Tensor = _frozen_linear_op(as_autocast(x), weight, bias)
+    call = _run_frozen_linear if computes_only(x, bias) else _frozen_linear_op
+    out: Tensor = call(as_autocast(x), weight, bias)
     return out
 
 
@@ -48,7 +49,8 @@ def lora_linear(
         (..., out_features) in the base product's dtype.
     """
     dtype = arithmetic_dtype(adapter_dtype(x, lora_A), x.device)
-    out: Tensor = _lora_linear_op(as_autocast(x), weight, bias, lora_A, lora_B, scaling, dtype)[0]
+    call = _run_lora_linear if computes_only(x, bias, lora_A, lora_B) else _lora_linear_op
+    out: Tensor = call(as_autocast(x), weight, bias, lora_A, lora_B, scaling, dtype)[0]
     return out
 
 

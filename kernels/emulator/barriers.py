@@ -76,14 +76,13 @@ class Barriers:
         for entry in entries:
             arrived += np.bincount(entry.lanes // threads, minlength=blocks)
         living = alive.reshape(blocks, threads).sum(1)
-        counted = self.counted.get(number)
-        wanted = living if counted is None else np.where(counted > 0, counted, living)
+        counted = self.counted.setdefault(number, np.zeros(blocks, np.int64))
+        wanted = np.where(counted > 0, counted, living)
         done = (arrived >= wanted) & (arrived > 0)
         if not done.any():
             return []
-        self._refuse_exited(entries, done & (wanted == living) & (living < threads), living)
-        if counted is not None:
-            counted[done] = 0
+        self._refuse_exited(entries, done & (counted == 0) & (living < threads), living)
+        counted[done] = 0
         return self._release(number, entries, done, wanted)
 
     def _release(self, number: int, entries: list[_Waiting], done: np.ndarray, wanted: np.ndarray) -> Released:

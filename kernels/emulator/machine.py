@@ -170,6 +170,8 @@ class _Machine:
                     step.execute(active)
                     if step.stores:
                         self.idle = 0
+                    elif step.polls:
+                        group.polled = True
                 pc += 1
             else:
                 group.pc = pc
@@ -209,7 +211,7 @@ class _Machine:
         backward = step.target <= here
         if backward:
             self._spin(step.instruction)
-            group.jumps += 1
+            group.jumped()
         if whole and (not backward or self.schedule.alone):
             return step.target
         if whole:

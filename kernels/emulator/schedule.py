@@ -13,19 +13,25 @@ import numpy as np
 
 from .lanes import ANY, WARP
 
-# Jumps back that a group may take while others wait. A spin of five instructions then holds a lock up for some
-# milliseconds; loops with fewer turns keep their lanes together.
+# Jumps back that a group may take while others wait: loops with fewer turns keep their lanes together. A turn in which
+# it looked at what others may write (an atomic, an acquiring or volatile load) counts for many: it may be a spin.
 PATIENCE = 256
+_SPIN = 64
 _LONGEST_SPAN = 64
 
 
 class Group:
     """Lanes that are at one instruction. `lanes` None: all. `slot` keeps apart what a seed tells apart."""
 
-    __slots__ = ("jumps", "lanes", "pc", "slot")
+    __slots__ = ("jumps", "lanes", "pc", "polled", "slot")
 
     def __init__(self, pc: int, lanes: ANY, slot: int = 0) -> None:
-        self.pc, self.lanes, self.slot, self.jumps = pc, lanes, slot, 0
+        self.pc, self.lanes, self.slot, self.jumps, self.polled = pc, lanes, slot, 0, False
+
+    def jumped(self) -> None:
+        """It took a jump back."""
+        self.jumps += _SPIN if self.polled else 1
+        self.polled = False
 
 
 class Schedule:

@@ -16,7 +16,9 @@ PLAIN, BRANCH, EXIT, BARRIER, MEET = range(5)
 # Where the member mask stands among the operands, from the end or the start; None: no mask, all lanes.
 _MASK = {"shfl": -1, "vote": -1, "match": -1, "redux": -1, "elect": -1, "ldmatrix": None, "stmatrix": None, "mma": None}
 _BITS = (np.ones(WARP, np.uint64) << np.arange(WARP, dtype=np.uint64)).astype(np.uint32)
-_STORING = ("st", "atom", "red", "stmatrix")
+# What may let another thread go on, and what a thread that waits for another looks at.
+_STORING = ("st", "red", "stmatrix")
+_POLLING = ("volatile", "relaxed", "acquire")
 
 
 @dataclass(slots=True)
@@ -27,7 +29,8 @@ class Step:
         kind: PLAIN; BRANCH to `target`; EXIT; BARRIER with `barrier` (its number) and `arriving` (how many threads, 0
             for the block); MEET, for which lanes of `width` must be together: those that `members` names, (n, width)
             bool for n lanes. aligned: all lanes must be there, in this very instruction.
-        execute: does it. guard, negated: its predicate's array. stores: it may let a spinning thread go on.
+        execute: does it. guard, negated: its predicate's array. stores: it may let a spinning
+            thread go on. polls: a spinning thread may wait for what it reads.
     """
 
     instruction: Instruction
@@ -43,6 +46,7 @@ class Step:
     members: Callable[[np.ndarray], np.ndarray] = lambda lanes: np.ones((lanes.size, WARP), bool)
     aligned: bool = False
     stores: bool = False
+    polls: bool = False
 
     def guarded(self, lanes: ANY) -> ANY:
         """The lanes whose guard holds."""
@@ -96,7 +100,8 @@ def _step(instruction: Instruction, program: Program, context: Context) -> Step:
         position = _MASK[name]
         members = _members(context, instruction, position) if position is not None else _all_lanes
         return Step(instruction, MEET, execute, guard, negated, members=members, aligned=position is None)
-    return Step(instruction, PLAIN, execute, guard, negated, stores=name in _STORING)
+    polls = name == "atom" or (name == "ld" and any(m in _POLLING for m in instruction.modifiers))
+    return Step(instruction, PLAIN, execute, guard, negated, stores=name in _STORING, polls=polls)
 
 
 def _all_lanes(lanes: np.ndarray) -> np.ndarray:

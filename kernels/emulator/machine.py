@@ -21,7 +21,7 @@ from .steps import BARRIER, BRANCH, EXIT, MEET, PLAIN, Step, prepare
 
 # Enough lanes that numpy's cost of a call is small beside its work, few enough that registers stay in the cache.
 LANES = 8192
-SPIN_LIMIT = 200_000
+SPIN_LIMIT = 1_000_000
 
 
 def run(
@@ -49,7 +49,8 @@ def run(
         seed: run a block's warps in an arbitrary order and interleaving instead of side by side.
         lanes: about how many threads run side by side; blocks beyond follow when those have ended. A block that waits
             for a later one needs both among them.
-        spin_limit: jumps back without a store, a barrier or an exit after which the threads count as spinning for ever.
+        spin_limit: jumps back without a store to global memory or an exit, after which threads count as spinning for
+            ever; a turn that reads an atomic or a volatile value counts for 64.
 
     Raises:
         UnsupportedInstruction: before anything runs. AccessError, BarrierError, DeadlockError: see `errors`.
@@ -210,8 +211,7 @@ class _Machine:
         whole = taken == (self.lanes.count if lanes is None else lanes.size)
         backward = step.target <= here
         if backward:
-            self._spin(step.instruction)
-            group.jumped()
+            self._spin(step.instruction, group.jumped())
         if whole and (not backward or self.schedule.alone):
             return step.target
         if whole:
@@ -221,16 +221,14 @@ class _Machine:
         assert active is not None
         others = np.setdiff1d(self.lanes.indices(lanes), active, assume_unique=True)
         for pc, part in ((step.target, active), (here + 1, others)):
-            fresh = Group(pc, part, group.slot)
-            fresh.jumps = group.jumps
-            self.schedule.push(fresh)
+            self.schedule.push(Group(pc, part, group.slot, group.jumps, group.polled))
         return None
 
-    def _spin(self, instruction: Instruction) -> None:
-        self.idle += 1
+    def _spin(self, instruction: Instruction, weight: int) -> None:
+        self.idle += weight
         if self.idle > self.spin_limit:
             raise DeadlockError(
-                f"{self.spin_limit} jumps back without a store, a barrier or an exit, the last at {instruction.place}: "
+                f"{self.spin_limit} jumps back without a store or an exit, the last at {instruction.place}: "
                 "threads seem to wait for a value that nobody writes. Blocks beyond the first "
                 f"{self.lanes.blocks} start only when those have ended: if one is waited for, raise `lanes`; if the "
                 "loop is only long, raise `spin_limit`"
@@ -258,7 +256,6 @@ class _Machine:
     def _barrier(self, step: Step, group: Group, active: ANY) -> int | None:
         if active is not None and active.size == 0:
             return group.pc + 1
-        self.idle = 0
         released = self.barriers.arrive(step, group.pc, active, self.alive)
         if released is None and group.lanes is None and self.seed is None:
             return group.pc + 1
@@ -266,9 +263,9 @@ class _Machine:
         if active is not None and active.size != self.lanes.indices(group.lanes).size:
             rest = np.setdiff1d(self.lanes.indices(group.lanes), active, assume_unique=True)
         if rest is not None:
-            self.schedule.push(Group(group.pc + 1, rest, group.slot))
+            self.schedule.push(Group(group.pc + 1, rest, group.slot, group.jumps, group.polled))
         for pc, lanes in [(group.pc + 1, active)] if released is None else released:
-            self.schedule.add(pc, lanes)
+            self.schedule.add(pc, lanes, group)
         return None
 
     def _meet(self, step: Step, group: Group, active: ANY) -> int | None:
@@ -287,7 +284,7 @@ class _Machine:
         if early.size:
             self.schedule.stall(Group(group.pc, early, group.slot))
         if going.size:
-            self.schedule.add(group.pc + 1, going)
+            self.schedule.add(group.pc + 1, going, group)
         return None
 
     def _execute(self, step: Step, active: ANY, issued: ANY) -> None:

@@ -25,13 +25,15 @@ class Group:
 
     __slots__ = ("jumps", "lanes", "pc", "polled", "slot")
 
-    def __init__(self, pc: int, lanes: ANY, slot: int = 0) -> None:
-        self.pc, self.lanes, self.slot, self.jumps, self.polled = pc, lanes, slot, 0, False
+    def __init__(self, pc: int, lanes: ANY, slot: int = 0, jumps: int = 0, polled: bool = False) -> None:
+        self.pc, self.lanes, self.slot, self.jumps, self.polled = pc, lanes, slot, jumps, polled
 
-    def jumped(self) -> None:
-        """It took a jump back."""
-        self.jumps += _SPIN if self.polled else 1
+    def jumped(self) -> int:
+        """It took a jump back; how many that counts for."""
+        weight = _SPIN if self.polled else 1
+        self.jumps += weight
         self.polled = False
+        return weight
 
 
 class Schedule:
@@ -43,18 +45,19 @@ class Schedule:
         self.ready: list[Group] = []
         self.stalled: list[Group] = []
 
-    def add(self, pc: int, lanes: ANY) -> None:
-        """Lanes that can run from an instruction on; apart by warp if there is a seed."""
+    def add(self, pc: int, lanes: ANY, since: Group | None = None) -> None:
+        """Lanes that can run from an instruction on; apart by warp if there is a seed. since: their group before."""
+        jumps, polled = (since.jumps, since.polled) if since is not None else (0, False)
         if self.random is None:
             whole = lanes is None or lanes.size == self.everyone.size
-            self.push(Group(pc, None if whole else lanes))
+            self.push(Group(pc, None if whole else lanes, 0, jumps, polled))
             return
         who = self.everyone if lanes is None else lanes
         blocks = who // self.threads
         coin = np.array([self.random.getrandbits(1) for _ in range(int(blocks.max()) + 1)])
         slots = who % self.threads // WARP * 2 + coin[blocks]
         for slot in np.unique(slots).tolist():
-            self.push(Group(pc, who[slots == slot], slot))
+            self.push(Group(pc, who[slots == slot], slot, jumps, polled))
 
     def push(self, group: Group) -> None:
         """A group that can run; it joins one that is at the same place."""
@@ -112,6 +115,4 @@ class Schedule:
         lanes: ANY = np.sort(np.concatenate((a.lanes, b.lanes)))
         if lanes is not None and lanes.size == self.everyone.size:
             lanes = None
-        joined = Group(a.pc, lanes, a.slot)
-        joined.jumps = max(a.jumps, b.jumps)
-        return joined
+        return Group(a.pc, lanes, a.slot, max(a.jumps, b.jumps), a.polled or b.polled)

@@ -17,7 +17,7 @@ PLAIN, BRANCH, EXIT, BARRIER, MEET = range(5)
 _MASK = {"shfl": -1, "vote": -1, "match": -1, "redux": -1, "elect": -1, "ldmatrix": None, "stmatrix": None, "mma": None}
 _BITS = (np.ones(WARP, np.uint64) << np.arange(WARP, dtype=np.uint64)).astype(np.uint32)
 # What may let another thread go on, and what a thread that waits for another looks at.
-_STORING = ("st", "red", "stmatrix")
+_STORING = ("st", "red")
 _POLLING = ("volatile", "relaxed", "acquire")
 
 
@@ -101,7 +101,15 @@ def _step(instruction: Instruction, program: Program, context: Context) -> Step:
         members = _members(context, instruction, position) if position is not None else _all_lanes
         return Step(instruction, MEET, execute, guard, negated, members=members, aligned=position is None)
     polls = name == "atom" or (name == "ld" and any(m in _POLLING for m in instruction.modifiers))
-    return Step(instruction, PLAIN, execute, guard, negated, stores=name in _STORING, polls=polls)
+    return Step(
+        instruction,
+        PLAIN,
+        execute,
+        guard,
+        negated,
+        stores=name in _STORING and instruction.space != "shared",
+        polls=polls,
+    )
 
 
 def _all_lanes(lanes: np.ndarray) -> np.ndarray:

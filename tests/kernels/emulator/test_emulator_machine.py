@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ptx_harness import assembles, kernel, launch
 
-from minipeft.kernels.emulator import BarrierError, DeadlockError, Memory, Observer, parse, run
+from minipeft.kernels.emulator import BarrierError, DeadlockError, Memory, Observer, all_checks, parse, run
 
 ADDRESS = "mad.wide.u32 out, lane, 4, out;"
 
@@ -130,6 +130,33 @@ def test_a_lock_that_lanes_of_one_warp_contend_for_is_passed_on() -> None:
         lock, total = np.zeros(1, "u4"), np.zeros(1, "u4")
         launch(kernel(body, ["lock", "sum"]), {"lock": lock, "sum": total}, blocks=2, seed=seed)
         assert total[0] == 128 and lock[0] == 0
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_a_lock_that_blocks_contend_for_with_a_barrier_in_the_loop(seed: int | None) -> None:
+    body = """
+    mov.b32 %r1, smem; setp.eq.u32 %p1, tid, 0; mad.wide.u32 sum, tid, 4, sum;
+    SPIN:
+    bar.sync 0;
+    @%p1 atom.global.acq_rel.gpu.cas.b32 %r2, [lock], 0, 1;
+    @%p1 st.shared.b32 [%r1], %r2;
+    bar.sync 0;
+    ld.shared.b32 %r2, [%r1];
+    setp.eq.u32 %p2, %r2, 1;
+    @%p2 bra SPIN;
+    ld.global.b32 %r3, [sum];
+    add.u32 %r3, %r3, block;
+    st.global.b32 [sum], %r3;
+    bar.sync 0;
+    @%p1 atom.global.acq_rel.gpu.exch.b32 %r4, [lock], 0;
+    """
+    lock, total = np.zeros(1, "u4"), np.zeros(64, "u4")
+    tensors = {"lock": lock, "sum": total}
+    launch(kernel(body, list(tensors)), tensors, 6, 64, 64, tuple(all_checks()), seed=seed)
+    assert total.tolist() == [15] * 64
+    with pytest.raises(DeadlockError, match="jumps back"):
+        text = kernel(body.replace("exch.b32 %r4, [lock], 0", "exch.b32 %r4, [lock], 1"), list(tensors))
+        launch(text, tensors, 6, 64, 64, spin_limit=20_000)
 
 
 WAIT = """

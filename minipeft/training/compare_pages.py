@@ -46,14 +46,7 @@ def draw(table: Table) -> Any:
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 3)
     _held_out(panels[0][0], table, rows)
-    changed = [row for row in rows if row.other_change is not None]
-    _bars(
-        panels[0][1],
-        changed,
-        lambda row: 100 * (exp(row.other_change or 0) - 1),
-        "other text: change of perplexity (%)",
-        error=lambda row: 100 * exp(row.other_change or 0) * (row.other_change_error or 0),
-    )
+    _forgetting(panels[0][1], [row for row in rows if row.other_change is not None])
     _curves(panels[0][2], trained)
     _sizes(panels[1][0], trained)
     _steps(panels[1][1], trained)
@@ -77,7 +70,7 @@ def _held_out(axes: Any, table: Table, rows: Sequence[Row]) -> None:
         axes,
         rows,
         lambda row: 100 * (row.accuracy or 0),
-        "held-out accuracy (%), dotted: always the same answer",
+        "held-out accuracy (%); dotted: one answer always",
         error=lambda row: 100 * (row.accuracy_error or 0),
     )
     axes.axvline(100 * (table.majority or 0), color="0.3", linewidth=1, linestyle=":")
@@ -98,6 +91,20 @@ def _bars(
     bars = axes.barh(places, values, xerr=spread, color=colors, ecolor="0.2", capsize=3, height=0.65)
     _name(axes, rows, label)
     return bars
+
+
+def _forgetting(axes: Any, rows: Sequence[Row]) -> None:
+    """How many times the perplexity on the other text is what it was, from 1 on."""
+    ratios = [exp(row.other_change or 0) for row in rows]
+    errors = [ratio * (row.other_change_error or 0) for ratio, row in zip(ratios, rows, strict=True)]
+    colors = [BASE if row.is_base else BAR for row in rows]
+    widths = [ratio - 1 for ratio in ratios]
+    axes.barh(range(len(rows)), widths, left=1, xerr=errors, color=colors, ecolor="0.2", capsize=3, height=0.65)
+    _name(axes, rows, "other text: perplexity after / before")
+    axes.axvline(1, color="0.3", linewidth=1)
+    if ratios and max(ratios) > 3:
+        axes.set_xscale("log")
+        _plain_ticks(axes.xaxis)
 
 
 def _sizes(axes: Any, rows: Sequence[Row]) -> None:

@@ -25,7 +25,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qlora": {"lr": 1e-3, "method_args": {"r": 16, "lora_alpha": 32}},
     "bottleneck": {"lr": 1e-3, "method_args": {"reduction_factor": 16}},
     "prefix": {"lr": 1e-2, "method_args": {"num_virtual_tokens": 20}},
-    "prompt": {"lr": 1e-2, "method_args": {"num_virtual_tokens": 20}},
+    "prompt": {"lr": 3e-2, "method_args": {"num_virtual_tokens": 20}},
 }
 
 # What a run may set for itself.

@@ -188,15 +188,15 @@ def _notes(
     seeds = sorted({outcome.seed for outcome in outcomes if not outcome.run.is_base})
     steps = next((row.steps for row in rows if row.steps is not None), None)
     unit = f"packed rows of {shared.max_length} tokens" if shared.packing else "texts"
-    length = f"{steps} steps of {shared.batch_size} {unit}" if steps else "no training was finished"
+    length = f"; {steps} steps of {shared.batch_size} {unit}, the same for all" if steps else ""
     threads = next((row.threads for row in rows if row.threads is not None), None)
     cores = f"{threads} thread" + ("s" if threads != 1 else "")
     device = torch.cuda.get_device_name() if resolve_device(shared.device).type == "cuda" else _processor()
     measured = f"Accuracy (always the same answer: {100 * majority:.1f} %) and p" if majority is not None else "P"
     notes = [
         *task.about.split("\n"),
-        f"{Path(shared.model).name}: {len(task.train)} texts to learn from, {len(task.held_out)} held out; {length}, "
-        f"the same for all; {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}.",
+        f"{Path(shared.model).name}: {len(task.train)} texts to learn from, {len(task.held_out)} held out{length}; "
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}.",
         f"{measured}erplexity of the answers: held-out texts, ± standard error over them.",
         "Seconds a step: median (10 % to 90 % of the steps). Peak memory: of a process that loads the model and trains "
         "(base: and measures).",
@@ -208,8 +208,13 @@ def _notes(
 
 def _settings(row: Row) -> str:
     """What is particular to a run."""
-    flat = {**row.settings, **row.settings.get("method_args", {})}
-    return ", ".join(f"{key} {value}" for key, value in flat.items() if key != "method_args" and value is not None)
+    settings = dict(row.settings)
+    if settings["method"] == row.name:
+        del settings["method"]
+    # What differs most comes first.
+    first = {key: settings.pop(key) for key in ("method", "lr") if key in settings}
+    shown = {**first, **settings.pop("method_args", {}), **settings}
+    return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
 
 
 def _processor() -> str:

@@ -70,8 +70,9 @@ def _change(row: Row) -> str:
     assert row.other_change is not None and row.other_change_error is not None
     ratio = exp(row.other_change)
     spread = row.other_change_deviation
-    seeds = "" if spread is None else f" (seeds ± {100 * ratio * spread:.1f})"
-    return f"{100 * (ratio - 1):+.1f} % ± {100 * ratio * row.other_change_error:.1f}{seeds}"
+    digits = 1 if abs(ratio - 1) < 1 else 0
+    seeds = "" if spread is None else f" (seeds ± {100 * ratio * spread:,.{digits}f})"
+    return f"{100 * (ratio - 1):+,.{digits}f} % ± {100 * ratio * row.other_change_error:,.{digits}f}{seeds}"
 
 
 def _seconds(row: Row) -> str:

@@ -20,9 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from minipeft.methods.attention_masks import columns_of, widened_mask
 from minipeft.methods.base import AdapterModule, Mixin
-
-IMPLEMENTATIONS = ("eager", "sdpa")
 
 # What attention modules call their cache.
 CACHE_NAMES = ("past_key_values", "layer_past")
@@ -33,7 +32,7 @@ class PrefixedCache:
 
     Args:
         key, value: (heads, P, head_dim), P may be 0.
-        columns: How many keys the mask is for; None if there is no mask.
+        columns: How many keys the mask is for; None if it does not say.
         record: The module's own new keys and values (batch, heads, tokens, head_dim) are put here.
     """
 
@@ -66,39 +65,6 @@ class PrefixedCache:
 def _in_front(prefix: Tensor, states: Tensor) -> Tensor:
     batch = states.shape[0]
     return torch.cat([prefix.to(states).expand(batch, -1, -1, -1), states], dim=2)
-
-
-def check_implementation(config: Any) -> None:
-    """Raise ValueError, by name, for an attention implementation that would not see the virtual tokens rightly."""
-    kind = config._attn_implementation
-    if kind not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention implementation {kind!r} does not work with virtual tokens; use one of {IMPLEMENTATIONS}: "
-            "model.set_attn_implementation('sdpa')"
-        )
-
-
-def widened_mask(module: Any, mask: Any, length: int, queries: int, cache: Any, causal: bool) -> Tensor | None:
-    """`mask` for an attention call with `length` virtual tokens in front of its keys: every query sees them.
-
-    Args:
-        mask: (batch or 1, heads or 1, queries, keys), boolean (True is visible) or added to the scores; None where the
-            attention implementation knows what is visible by itself.
-
-    Raises ValueError for a mask of another kind.
-    """
-    if mask is None:
-        if module.config._attn_implementation == "eager" or queries == 1 or not causal:
-            return None  # everything is visible
-        # sdpa's own causal pattern starts at the first key, which is the prefix's now: spell it out.
-        keys = queries if cache is None else cache.get_mask_sizes(queries, module.layer_idx)[0]
-        device = next(module.parameters()).device
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
-    if not torch.is_tensor(mask) or mask.dim() != 4 or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        shape = f"{mask.dtype} {tuple(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
-        raise ValueError(f"expected an attention mask (batch, heads, queries, keys), boolean or floating, got {shape}")
-    seen = mask.new_full((*mask.shape[:-1], length), True if mask.dtype == torch.bool else 0.0)
-    return torch.cat([seen, mask], dim=-1)
 
 
 class Rotation:
@@ -199,8 +165,7 @@ class PrefixedAttention(AdapterModule):
             key, value = self._prefix(encoders)
             queries = kwargs["hidden_states"].shape[1]  # (batch, tokens, hidden)
             mask = widened_mask(self, mask, key.shape[1], queries, cache, kwargs.get("is_causal", self.is_causal))
-        columns = None if mask is None else mask.shape[-1]
-        kwargs[cache_name] = PrefixedCache(cache, key, value, columns, self.recorder)
+        kwargs[cache_name] = PrefixedCache(cache, key, value, columns_of(mask), self.recorder)
         return super().forward(**{**kwargs, mask_name: mask})
 
     def _prefix(self, encoders: list[Any]) -> tuple[Tensor, Tensor]:

@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import nn
 
+from minipeft.methods.attention_masks import check_implementation
 from minipeft.methods.base import AdapterModule, Method
 from minipeft.methods.key_values import (
     PrefixedAttention,
     ShiftedOffset,
     ShiftedPositions,
     argument_names,
-    check_implementation,
 )
 from minipeft.methods.virtual_decoders import DECODERS, is_self_attention
 from minipeft.methods.virtual_tokens import (

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.methods.attention_masks import check_implementation, check_packing
 from minipeft.methods.base import AdapterModule, Method
 from minipeft.methods.key_values import (
     PrefixedAttention,
@@ -18,7 +19,6 @@ from minipeft.methods.key_values import (
     ShiftedOffset,
     ShiftedPositions,
     cache_argument,
-    check_implementation,
 )
 from minipeft.methods.virtual_tokens import (
     ENCODER_DECODERS,
@@ -47,6 +47,7 @@ class VirtualTokensDecoder(VirtualTokensHolder):
         encoders = self.acting_encoders()
         if encoders:
             check_implementation(self.config)
+            check_packing(self.config, kwargs)
             kwargs = _about_the_text(args, kwargs)
             self._prepare([encoder for encoder in encoders if hasattr(encoder, "prepare")], kwargs)
         return super().forward(*args, **kwargs)

@@ -238,15 +238,6 @@ def test_a_mask_that_counts_the_virtual_tokens_is_refused(method: str) -> None:
     torch.testing.assert_close(logits(model, attention_mask=allowed), logits(model), **EXACT)
 
 
-@every_method
-@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
-def test_other_attention_implementations_are_refused_by_name(method: str) -> None:
-    model = adapted(method, tiny_llama())
-    model.set_attn_implementation("flex_attention")
-    with pytest.raises(ValueError, match="'flex_attention' does not work with virtual tokens"):
-        logits(model)
-
-
 REFUSED: dict[str, tuple[Any, str]] = {
     "marian": (
         lambda: MarianMTModel(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 
 import numpy as np
 
 # Registers the opcodes.
-from . import arithmetic, async_copy, convert, memory_ops, tensor_cores, warp, wgmma  # noqa: F401
+from . import arithmetic, async_copy, atomics, bits, convert, memory_ops, tensor_cores, warp, wgmma  # noqa: F401
 from .barriers import Barriers
-from .errors import BarrierError, DeadlockError, EmulatorError
+from .errors import DeadlockError, EmulatorError
 from .lanes import ANY, WARP, Lanes
+from .meeting import split_by_warp, whole_warps
 from .memory import Memory
 from .observer import Launch, Observer
-from .program import Instruction, Parameter, Program
+from .parameters import pack_arguments
+from .program import Instruction, Program
 from .registry import Context
 from .schedule import Group, Schedule
 from .steps import BARRIER, BRANCH, EXIT, MEET, PLAIN, Step, prepare
@@ -86,30 +87,6 @@ def check_supported(program: Program) -> None:
     """Raise UnsupportedInstruction for the first instruction that the emulator lacks; run nothing."""
     launch = Launch(program, Memory(), (1, 1, 1), program.threads or WARP, 0)
     _Machine(launch, 1, bytes(program.parameter_bytes), (), None, SPIN_LIMIT)
-
-
-def pack_arguments(parameters: Sequence[Parameter], arguments: Sequence[int | float | bytes]) -> bytes:
-    """The parameters' space.
-
-    Raises:
-        ValueError: the number of arguments, or the size of one, is not the parameters'.
-    """
-    if len(parameters) != len(arguments):
-        raise ValueError(f"the kernel has {len(parameters)} parameters, got {len(arguments)} arguments")
-    space = bytearray(max((p.offset + p.size for p in parameters), default=0))
-    for parameter, value in zip(parameters, arguments, strict=True):
-        space[parameter.offset : parameter.offset + parameter.size] = _bytes_of(parameter, value)
-    return bytes(space)
-
-
-def _bytes_of(parameter: Parameter, value: int | float | bytes) -> bytes:
-    if isinstance(value, bytes):
-        if len(value) != parameter.size:
-            raise ValueError(f"{parameter.name} has {parameter.size} bytes, got {len(value)}")
-        return value
-    if isinstance(value, float):
-        return struct.pack({2: "<e", 4: "<f", 8: "<d"}[parameter.size], value)
-    return (int(value) & ((1 << 8 * parameter.size) - 1)).to_bytes(parameter.size, "little")
 
 
 class _Machine:
@@ -274,7 +251,7 @@ class _Machine:
             self._execute(step, active, group.lanes)
             return group.pc + 1
         joined = self.schedule.gather(group.pc, active)
-        ready, early = self._split_by_warp(step, joined)
+        ready, early = split_by_warp(step, joined, self.alive, self.lanes)
         # Lanes whose guard is false do not wait.
         passing = np.setdiff1d(self.lanes.indices(group.lanes), active, assume_unique=True)
         going = np.sort(np.concatenate((passing, ready)))
@@ -293,25 +270,6 @@ class _Machine:
         if active is None or active.size:
             step.execute(active)
 
-    def _split_by_warp(self, step: Step, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The lanes whose warps (or warpgroups) are there as far as the mask asks for, and the others."""
-        here = np.zeros(self.lanes.count, bool)
-        here[active] = True
-        rows = active // step.width
-        wanted = step.members(active)
-        if step.aligned and not self.alive.reshape(-1, step.width)[rows].all():
-            lane = int(active[~self.alive.reshape(-1, step.width)[rows].all(1)][0])
-            raise BarrierError(
-                f"{step.instruction.place} needs all lanes of a warp, and some of that of "
-                f"{self.lanes.describe(lane)} have exited"
-            )
-        missing = wanted & ~here.reshape(-1, step.width)[rows] & self.alive.reshape(-1, step.width)[rows]
-        complete = ~missing.any(1)
-        if step.aligned:
-            # What one lane misses, all of its warp wait for.
-            complete = ~np.isin(rows, rows[~complete])
-        return active[complete], active[~complete]
-
     def _who_waits(self) -> str:
         """For the deadlock's message: where each warp is."""
         places: list[tuple[int, Instruction, str]] = []
@@ -329,14 +287,6 @@ class _Machine:
         lines = list(seen.values())
         more = f"; and {len(lines) - 8} more" if len(lines) > 8 else ""
         return "; ".join(lines[:8]) + more
-
-
-def whole_warps(lanes: np.ndarray, width: int = WARP) -> bool:
-    """Whether ascending lanes are whole warps (or groups of `width` lanes)."""
-    if lanes.size % width:
-        return False
-    first = lanes[::width]
-    return bool((first % width == 0).all() and (lanes[width - 1 :: width] - first == width - 1).all())
 
 
 def _overriding(observers: Sequence[Observer], hook: str) -> list[Observer]:

@@ -8,8 +8,7 @@ labels, instructions with an optional guard, nested `{ }` scopes (inline assembl
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import PurePath
 
 from .errors import PtxSyntaxError
@@ -29,6 +28,7 @@ from .program import (
     Symbol,
     Vector,
 )
+from .tokens import DECIMAL, NUMBER, number, split, statements
 
 # Where a block's first variable lies. Not 0, as on the hardware, so that a forgotten base shows; a multiple of what the
 # matrix instructions' swizzles repeat in.
@@ -40,13 +40,12 @@ _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', re.M)
 _LOC = re.compile(r"\.loc\s+(\d+)\s+(\d+)\s+\d+(?:.*inlined_at\s+(\d+)\s+(\d+))?")
 _SHARED = re.compile(r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d*)\])?")
 _LOCAL = re.compile(r"\.local\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+([\w$]+)(?:\[(\d+)\])?")
-_LABEL = re.compile(r"\s*([\w$%]+)\s*:(?!:)")
 _GUARD = re.compile(r"@(!?)([\w$%.]+)\s+(.*)", re.S)
-_NUMBER = re.compile(r"[-+]?(0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|0[xX][0-9a-fA-F]+U?|0[bB][01]+U?|\d+U?)$")
-_DECIMAL = re.compile(r"[-+]?\d+\.\d*(?:[eE][-+]?\d+)?$|[-+]?\d+[eE][-+]?\d+$")
 _BEGIN_ASM, _END_ASM = "begin inline asm", "end inline asm"
 
 
+# A kernel is launched again and again.
+@lru_cache(maxsize=128)
 def parse(ptx: str) -> Program:
     """The kernel in `ptx`.
 
@@ -154,7 +153,7 @@ class _Body:
 
     def read(self, text: str) -> None:
         """Every statement of `text`."""
-        for statement in _statements(text):
+        for statement in statements(text):
             if statement == "{":
                 self.scopes.append({})
                 self.scope_count += 1
@@ -217,7 +216,7 @@ class _Body:
                 opcode=opcode,
                 modifiers=tuple(w for w in words if w not in SIZES),
                 types=tuple(w for w in words if w in SIZES),
-                operands=tuple(self._operand(part) for part in _split(rest)),
+                operands=tuple(self._operand(part) for part in split(rest)),
                 predicate=predicate,
                 source=self.source,
                 caller=self.caller,
@@ -237,7 +236,7 @@ class _Body:
 
     def _operand(self, text: str) -> Operand:
         if text.startswith("{"):
-            return Vector(tuple(self._operand(part) for part in _split(text[1:-1])))
+            return Vector(tuple(self._operand(part) for part in split(text[1:-1])))
         if text.startswith("["):
             return self._address(text[1:-1].strip())
         if text.startswith("!"):
@@ -245,8 +244,8 @@ class _Body:
         if "|" in text:
             first, second = text.split("|")
             return Pair(self._operand(first.strip()), self._operand(second.strip()))
-        if _NUMBER.match(text) or _DECIMAL.match(text):
-            return Immediate(_number(text))
+        if NUMBER.match(text) or DECIMAL.match(text):
+            return Immediate(number(text))
         found = self._find(text)
         if found is not None or text.startswith("%") or text == "_":
             return Register(found or text)
@@ -254,61 +253,10 @@ class _Body:
 
     def _address(self, text: str) -> Operand:
         if "," in text:
-            return Vector(tuple(self._operand(part) for part in _split(text)))
+            return Vector(tuple(self._operand(part) for part in split(text)))
         match = re.match(r"([^\s+]+)\s*(?:\+\s*(-?\s*\w+))?\s*$", text)
         if match is None:
             raise PtxSyntaxError(f"address not understood: [{text}]")
         base = self._operand(match[1])
         assert isinstance(base, Register | Symbol | Immediate), text
         return Address(base, int((match[2] or "0").replace(" ", ""), 0))
-
-
-def _number(text: str) -> int | float:
-    if _DECIMAL.match(text):
-        return float(text)
-    sign, digits = (-1, text[1:]) if text[0] == "-" else (1, text.lstrip("+"))
-    if digits[:2] in ("0f", "0F"):
-        return sign * float(struct.unpack(">f", bytes.fromhex(digits[2:]))[0])
-    if digits[:2] in ("0d", "0D"):
-        return sign * float(struct.unpack(">d", bytes.fromhex(digits[2:]))[0])
-    digits = digits.rstrip("U")
-    octal = len(digits) > 1 and digits[0] == "0" and digits.isdigit()
-    return sign * int(digits, 8 if octal else 0)
-
-
-def _split(text: str) -> list[str]:
-    """At commas that stand outside of braces and brackets."""
-    parts, depth, current = [], 0, ""
-    for c in text:
-        depth += {"{": 1, "[": 1, "(": 1, "}": -1, "]": -1, ")": -1}.get(c, 0)
-        if c == "," and not depth:
-            parts.append(current.strip())
-            current = ""
-        else:
-            current += c
-    return [*parts, current.strip()] if current.strip() else parts
-
-
-def _statements(text: str) -> Iterator[str]:
-    """Statements without their semicolons, labels with their colon, `{`, `}`, and whole lines of `.loc`."""
-    at = 0
-    while at < len(text):
-        if text[at].isspace() or text[at] == ";":
-            at += 1
-        elif text[at] in "{}":
-            yield text[at]
-            at += 1
-        elif text.startswith((".loc", ".file"), at):
-            end = text.find("\n", at)
-            end = len(text) if end < 0 else end
-            yield text[at:end].strip()
-            at = end
-        elif label := _LABEL.match(text, at):
-            yield label[1] + ":"
-            at = label.end()
-        else:
-            end = text.find(";", at)
-            if end < 0:
-                raise PtxSyntaxError(f"statement without a semicolon: {text[at : at + 80]!r}")
-            yield text[at:end].strip()
-            at = end + 1

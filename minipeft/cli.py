@@ -262,6 +262,16 @@ def _add_kernels(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write everything to a file as well")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the activations")
+    parser.add_argument(
+        "--profile",
+        metavar="OPERATION",
+        help="run one operation's compiled kernels on the CPU instead, and count what they do: nf4_matmul, "
+        "nf4_matmul_input_grad, lora_matmul, lora_matmul_input_grad, nf4_dequantize, nf4_quantize, adamw or adamw_8bit",
+    )
+    parser.add_argument(
+        "--shape", metavar="N,..", help="of the profiled operation: M,N,K of a product, N,K of a weight"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="also write the profile as a picture (PNG)")
 
 
 def _add_model(parser: Parser, adapter_required: bool = False) -> None:

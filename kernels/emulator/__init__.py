@@ -5,6 +5,8 @@ the checks find accesses out of bounds, of unwritten bytes, races, missing waits
 """
 
 from .checks import AsyncCopies, Races, Uninitialized, all_checks
+from .counts import Counts
+from .emulate import EmulatedLaunch, Emulation, current_emulation, emulate, launching
 from .errors import (
     AccessError,
     AsyncCopyError,
@@ -28,7 +30,10 @@ __all__ = [
     "AsyncCopyError",
     "BarrierError",
     "Batch",
+    "Counts",
     "DeadlockError",
+    "EmulatedLaunch",
+    "Emulation",
     "EmulatorError",
     "Instruction",
     "Launch",
@@ -43,6 +48,9 @@ __all__ = [
     "UnsupportedInstruction",
     "all_checks",
     "check_supported",
+    "current_emulation",
+    "emulate",
+    "launching",
     "parse",
     "run",
 ]

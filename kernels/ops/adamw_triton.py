@@ -33,6 +33,7 @@ NUM_WARPS = 4
 ALIGNMENT = 16
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_NAMES = ("g", "p", "m", "v", "m_absmax", "v_absmax")
 
 
 @triton.jit
@@ -259,7 +260,7 @@ def _launch(
         table = _to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
         chunks = _chunk_table(tuple(numel for numel, *_ in rows), constants["CHUNK"], device)
         dtypes = {"PARAM": _DTYPES[param_dtype], "GRAD": _DTYPES[grad_dtype]}
-        with on_device(table):
+        with on_device(table, functools.partial(_by_name, flat)):
             kernel[(len(chunks),)](
                 *(table, chunks, *maps, *scalars),
                 **dtypes,
@@ -272,6 +273,11 @@ def _launch(
             for tensor, copy in zip(tensors[1:], copies[1:], strict=True):
                 if copy is not tensor:
                     tensor.copy_(copy)
+
+
+def _by_name(rows: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+    """As the emulator names them."""
+    return {f"{n}[{i}]": t for i, row in enumerate(rows) for n, t in zip(_NAMES, row, strict=False)}
 
 
 def _is_aligned(tensors: tuple[Tensor, ...]) -> bool:

@@ -4,7 +4,9 @@ Tensors on a GPU that Triton compiles for go to the kernel. Tensors on a CPU go 
 and has the operation (decoding and products of NF4 weights), else to the reference. With TRITON_INTERPRET=1, which
 Triton reads when its kernels are defined, they go to the kernel on a CPU too, run by Triton's interpreter: that is how
 kernels are tested without a GPU. MINIPEFT_BACKEND=reference, =native or =triton forces one, and is read at every call;
-a forced one that cannot run is an error.
+a forced one that cannot run is an error. MINIPEFT_BACKEND=ptx compiles the kernels for a GPU that need not
+be there, MINIPEFT_PTX_TARGET (sm_80), and runs that code on tensors on a CPU, in the emulator; so does an active
+`minipeft.kernels.emulator.emulate`.
 """
 
 import contextlib
@@ -12,6 +14,9 @@ import functools
 import importlib.util
 import logging
 import os
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +26,9 @@ from . import native
 logger = logging.getLogger("minipeft")
 
 VARIABLE = "MINIPEFT_BACKEND"
-BACKENDS = ("reference", "native", "triton")
+BACKENDS = ("reference", "native", "triton", "ptx")
+TARGET_VARIABLE = "MINIPEFT_PTX_TARGET"
+DEFAULT_TARGET = "sm_80"
 # Triton compiles for NVIDIA and AMD, which PyTorch both calls "cuda", and for Intel.
 GPUS = ("cuda", "xpu")
 # The oldest NVIDIA GPUs that Triton supports, and the first with bfloat16.
@@ -40,8 +47,10 @@ def use_triton(tensor: Tensor) -> bool:
         if forced == "native":
             _check_native(tensor.device)
         return False
-    if forced not in ("", "triton"):
+    if forced not in ("", *BACKENDS):
         raise ValueError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, or unset, got {forced!r}")
+    if forced == "ptx" or emulating(tensor.device):
+        return _use_emulator(tensor.device)
     obstacle = triton_obstacle(tensor.device)
     if not obstacle:
         return True
@@ -69,6 +78,33 @@ def _check_native(device: torch.device) -> None:
         raise RuntimeError(f"{VARIABLE}=native, but {native.obstacle()}")
     if device.type != "cpu":
         raise RuntimeError(f"{VARIABLE}=native, but compiled CPU code does not run on device type {device.type}")
+
+
+def _use_emulator(device: torch.device) -> bool:
+    if device.type != "cpu":
+        raise RuntimeError(f"{VARIABLE}=ptx, but the emulator takes tensors on the CPU, and this one is on {device}")
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(f"{VARIABLE}=ptx, but triton is not installed (pip install triton)")
+    if interpreting():
+        raise RuntimeError(f"{VARIABLE}=ptx, but TRITON_INTERPRET is set: kernels are interpreted, not compiled")
+    return True
+
+
+def emulating(device: torch.device) -> bool:
+    """Whether kernels on `device` are run by the emulator."""
+    return device.type == "cpu" and (os.environ.get(VARIABLE, "") == "ptx" or _emulation() is not None)
+
+
+def emulated_target() -> str:
+    """The architecture that is emulated: of the `emulate` that is active, or as MINIPEFT_PTX_TARGET says."""
+    active = _emulation()
+    return str(active.target) if active else os.environ.get(TARGET_VARIABLE, DEFAULT_TARGET)
+
+
+def _emulation() -> Any:
+    # Who never imported it has not entered it.
+    module = sys.modules.get("minipeft.kernels.emulator.emulate")
+    return module.current_emulation() if module else None
 
 
 @functools.cache
@@ -100,15 +136,32 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.cache
 def capability(device: torch.device) -> int:
     """The compute capability of an NVIDIA GPU, 90 for 9.0; 80 for what is none, and has no row in any table."""
+    return int(emulated_target().removeprefix("sm_")) if emulating(device) else _capability(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
     if device.type != "cuda" or torch.version.hip is not None:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context in which kernels are launched on the tensor's GPU: Triton launches on the current one."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+def on_device(
+    tensor: Tensor, reached: Callable[[], dict[str, Tensor]] | None = None
+) -> contextlib.AbstractContextManager[object]:
+    """A context in which kernels are launched where the tensor is: Triton launches on the current GPU.
+
+    Args:
+        reached: gives the tensors, by name, that the kernel finds by addresses in memory. A GPU does not ask; the
+            emulator does.
+    """
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    if emulating(tensor.device):
+        from minipeft.kernels.emulator import launching
+
+        return launching(emulated_target(), reached() if reached else {})
+    return contextlib.nullcontext()

@@ -15,10 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
-from .dispatch import interpreting, on_device
+from .dispatch import capability, emulating, interpreting, on_device
 from .nf4_matmul_configs import CHUNK, PORTABLE_ROWS, Tile, portable, split_for, tile_for
 from .nf4_matmul_direct import _nf4_matmul_direct_kernel
 from .nf4_matmul_staged import _nf4_matmul_staged_kernel
+from .roofline import GPUS
 
 NESTED_BLOCKSIZE = 256
 # Ranks of the update multiplied at a time: what the tensor core takes at once. With more, registers spill.
@@ -129,7 +130,7 @@ def _launch(
     chunks = in_features // CHUNK
     foreign = x.device.type not in ("cuda", "cpu") or torch.version.hip is not None
     rows = max(m, PORTABLE_ROWS) if foreign else m
-    tile = tile_for(rows, grad, capability_of(x.device), x.dtype == torch.float32, blocksize)
+    tile = tile_for(rows, grad, capability(x.device), x.dtype == torch.float32, blocksize)
     tile = portable(tile) if foreign else tile
     tiles, steps = grid_of(tile, m, out_features, chunks, grad)
     split = split_for(tiles, steps, m, depth, tile.warps, _multiprocessors(x.device))
@@ -159,7 +160,8 @@ def _launch(
 
 def can_permute(x: Tensor) -> bool:
     """Whether levels are decoded by byte permutes: 16-bit products on NVIDIA hardware."""
-    return x.is_cuda and torch.version.hip is None and x.element_size() == 2 and not interpreting()
+    nvidia = (x.is_cuda and torch.version.hip is None) or emulating(x.device)
+    return nvidia and x.element_size() == 2 and not interpreting()
 
 
 def grid_of(tile: Tile, rows: int, out_features: int, chunks: int, grad: bool) -> tuple[int, int]:
@@ -201,15 +203,10 @@ def _workspace(device: torch.device, tiles: int, split: int, size: int) -> tuple
     return partial, counters
 
 
-def capability_of(device: torch.device) -> int:
-    """The compute capability of an NVIDIA GPU, 80 for 8.0; 80 for whatever else runs Triton."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def _multiprocessors(device: torch.device) -> int:
+    if emulating(device):
+        # As many as the first GPU of that kind has, so that programs share tiles as they would there.
+        return next(gpu.multiprocessors for gpu in GPUS if gpu.capability == capability(device))
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count

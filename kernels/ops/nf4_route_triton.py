@@ -19,7 +19,7 @@ def multiply(
     rows: Tensor, packed: Packed, sizes: Sizes, bias: Tensor | None = None, lora: LowRank | None = None
 ) -> Tensor:
     """rows W^T + bias + low up^T: (M, K) -> (M, N) in the dtype of rows; `lora` is (low (M, r), up (N, r))."""
-    if _is_fused(rows, sizes):
+    if is_fused(rows, sizes):
         return nf4_matmul_forward(rows, *packed, *sizes[:3], bias=bias, lora=lora)
     w = _dense(packed, sizes, rows.dtype)
     y = rows @ w.t() if bias is None else torch.addmm(bias.to(rows.dtype), rows, w.t())
@@ -31,7 +31,7 @@ def multiply(
 
 def multiply_back(rows: Tensor, packed: Packed, sizes: Sizes, lora: LowRank | None = None) -> Tensor:
     """rows W + low up: (M, N) -> (M, K) in the dtype of rows; `lora` is (low (M, r), up (r, K))."""
-    if _is_fused(rows, sizes):
+    if is_fused(rows, sizes):
         return nf4_matmul_input_grad(rows, *packed, *sizes[:3], lora=lora)
     dx = rows @ _dense(packed, sizes, rows.dtype)
     if lora is not None:
@@ -40,7 +40,8 @@ def multiply_back(rows: Tensor, packed: Packed, sizes: Sizes, lora: LowRank | No
     return dx
 
 
-def _is_fused(rows: Tensor, sizes: Sizes) -> bool:
+def is_fused(rows: Tensor, sizes: Sizes) -> bool:
+    """Whether a product of these rows runs as one kernel; otherwise the weight is decoded first."""
     _, in_features, blocksize, nested_blocksize = sizes
     if fused_obstacle(rows.dtype, in_features, blocksize, nested_blocksize):
         return False

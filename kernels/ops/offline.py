@@ -21,7 +21,7 @@ from .catalogue import Kernel, shipped
 from .dispatch import interpreting
 from .nf4_matmul_configs import CHUNK, split_for, tile_for
 from .nf4_matmul_triton import grid_of
-from .roofline import GPUS, LLAMA_SHAPES, MULTIPROCESSORS, WARP, Floor, budget, floor, resident_warps
+from .roofline import GPUS, LLAMA_SHAPES, WARP, Floor, budget, capability_of, floor, resident_warps
 from .sass import MMA, Loop, read_cubin
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
@@ -73,19 +73,6 @@ def compile_kernel(kernel: Kernel, target: str) -> Any:
     source = ASTSource(kernel.function, signature, kernel.constants, attrs=aligned)
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages, **kernel.options}
     return triton.compile(source, target=GPUTarget("cuda", capability_of(target), WARP), options=options)
-
-
-def capability_of(target: str) -> int:
-    """80 for "sm_80".
-
-    Raises:
-        ValueError: not a target that is known here.
-    """
-    digits = target.removeprefix("sm_")
-    if not digits.isdigit() or int(digits) not in MULTIPROCESSORS:
-        known = ", ".join(f"sm_{c}" for c in MULTIPROCESSORS)
-        raise ValueError(f"target must be one of {known}, got {target!r}")
-    return int(digits)
 
 
 def inspect(kernel: Kernel, target: str) -> Report:

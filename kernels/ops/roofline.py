@@ -68,6 +68,19 @@ MULTIPROCESSORS = {
 }
 
 
+def capability_of(target: str) -> int:
+    """80 for "sm_80".
+
+    Raises:
+        ValueError: not a target that is known here.
+    """
+    digits = target.removeprefix("sm_")
+    if not digits.isdigit() or int(digits) not in MULTIPROCESSORS:
+        known = ", ".join(f"sm_{c}" for c in MULTIPROCESSORS)
+        raise ValueError(f"target must be one of {known}, got {target!r}")
+    return int(digits)
+
+
 def resident_warps(capability: int, registers: int, shared: int, warps: int) -> int:
     """Warps of one kernel that a multiprocessor holds at once.
 

@@ -30,13 +30,39 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def kernels(args: argparse.Namespace) -> None:
-    """`minipeft kernels`: the machine code of the GPU kernels, compiled here."""
-    options = ["--target", args.target, "--dtype", args.dtype]
-    options += ["--against", args.against] if args.against else []
-    options += ["--json", args.json] if args.json else []
+    """`minipeft kernels`: the machine code of the GPU kernels, compiled here; with --profile, one of them emulated."""
     try:
+        if args.profile is not None:
+            _profile(args)
+            return
+        if args.shape is not None or args.plot is not None:
+            raise KernelsError("--shape and --plot go with --profile OPERATION")
+        options = ["--target", args.target, "--dtype", args.dtype]
+        options += ["--against", args.against] if args.against else []
+        options += ["--json", args.json] if args.json else []
         from minipeft.kernels.offline import main
 
         print(main(options), end="")
     except (ImportError, RuntimeError, ValueError, OSError) as error:
         raise KernelsError(str(error)) from error
+
+
+def _profile(args: argparse.Namespace) -> None:
+    if args.against or args.json:
+        raise KernelsError("--against and --json are of the machine code, and do not go with --profile")
+    shape = (args.shape or "").split(",")
+    if not all(part.isdigit() for part in shape):
+        raise KernelsError(
+            f"--shape must be numbers with commas between them, such as 16,4096,4096, got {args.shape!r}"
+        )
+    if args.plot is not None and not Path(args.plot).absolute().parent.is_dir():
+        raise KernelsError(f"cannot write {args.plot}: its folder does not exist")
+    from minipeft.kernels.emulator.profile import profile, report
+
+    found = profile(args.profile, [int(part) for part in shape], args.target, args.dtype)
+    print(report(found), end="")
+    if args.plot is not None:
+        from minipeft.commands.kernel_plots import plot_profile
+
+        plot_profile(found, Path(args.plot))
+        print(f"picture       {args.plot}")

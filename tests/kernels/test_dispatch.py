@@ -76,7 +76,7 @@ def test_the_variable_is_read_at_every_call(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("backend", ["Triton", "cuda", "0", "reference "])
 def test_another_value_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setenv("MINIPEFT_BACKEND", backend)
-    with pytest.raises(ValueError, match=f"one of reference, native, triton, or unset, got '{backend}'"):
+    with pytest.raises(ValueError, match=f"one of reference, native, triton, ptx, or unset, got '{backend}'"):
         nf4_quantize(torch.ones(64))
 
 
@@ -126,3 +126,21 @@ assert (p < 1).all()
 """
     environment = {k: v for k, v in os.environ.items() if k not in ("MINIPEFT_BACKEND", "TRITON_INTERPRET")}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_emulator_takes_tensors_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIPEFT_BACKEND", "ptx")
+    assert dispatch.use_triton(CPU) and dispatch.emulating(CPU.device)
+    assert dispatch.capability(CPU.device) == 80
+    monkeypatch.setenv("MINIPEFT_PTX_TARGET", "sm_90")
+    assert dispatch.capability(CPU.device) == 90
+    gpu = type("OnGPU", (), {"device": torch.device("cuda", 0)})()
+    with pytest.raises(RuntimeError, match=r"MINIPEFT_BACKEND=ptx, but .* on the CPU, and this one is on cuda:0"):
+        dispatch.use_triton(gpu)
+
+
+def test_the_emulator_does_not_run_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIPEFT_BACKEND", "ptx")
+    with pytest.raises(RuntimeError, match="MINIPEFT_BACKEND=ptx, but TRITON_INTERPRET is set"):
+        dispatch.use_triton(CPU)

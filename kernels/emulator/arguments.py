@@ -59,7 +59,7 @@ def pack(name: str, kind: str, value: Any) -> bytes:
     if kind in _FLOAT_CODES:
         return struct.pack("<" + _FLOAT_CODES[kind], float(value))
     if kind == "bf16":
-        return bytes(torch.tensor(float(value)).bfloat16().view(torch.uint8).tolist())
+        return bytes(torch.tensor([float(value)]).bfloat16().view(torch.uint8).tolist())
     raise TypeError(f"argument {name} has type {kind}, which cannot be given to an emulated kernel")
 
 

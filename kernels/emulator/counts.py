@@ -6,8 +6,9 @@ same slot as one that all 32 do. `Counter` watches a run; `Counts` is the result
 
 from __future__ import annotations
 
-from collections import Counter as Tally
+from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,10 @@ from .memory import Buffer
 from .observer import Batch, Launch, Observer
 from .program import Instruction, Program
 from .traffic import LANES, SECTOR, sectors, wavefronts
+
+
+def _zeros() -> dict[Any, float]:
+    return defaultdict(float)
 
 
 @dataclass
@@ -85,9 +90,9 @@ class Counts:
     blocks: int = 0
     executed: int = 0
     warps: int = 0
-    instructions: Tally[str] = field(default_factory=Tally)
-    lines: Tally[tuple[str, int]] = field(default_factory=Tally)
-    mnemonics: Tally[str] = field(default_factory=Tally)
+    instructions: dict[str, float] = field(default_factory=_zeros)
+    lines: dict[tuple[str, int], float] = field(default_factory=_zeros)
+    mnemonics: dict[str, float] = field(default_factory=_zeros)
     lanes: float = 0
     tensor_flops: float = 0
     global_load: Access = field(default_factory=Access)
@@ -115,9 +120,10 @@ class Counts:
 
     def scale(self, factor: float) -> None:
         """Multiply every number, to make the counts of some blocks those of the grid."""
-        for tally in (self.instructions, self.lines, self.mnemonics):
+        tallies: tuple[dict[Any, float], ...] = (self.instructions, self.lines, self.mnemonics)
+        for tally in tallies:
             for key in tally:
-                tally[key] *= factor  # type: ignore[assignment]
+                tally[key] *= factor
         self.lanes *= factor
         self.tensor_flops *= factor
         for name in ("global_load", "global_store", "global_atomic", "shared_load", "shared_store"):
@@ -149,8 +155,9 @@ class Counter(Observer):
     def begin_batch(self, batch: Batch) -> None:
         self.counts.executed += batch.blocks
 
-    def instruction(self, instruction: Instruction, lanes: np.ndarray) -> None:
-        self._issued[instruction.index] += _warps(lanes)
+    def instruction(self, instruction: Instruction, lanes: np.ndarray, issued: np.ndarray) -> None:
+        # A warp whose lanes are all masked off takes its slot all the same.
+        self._issued[instruction.index] += _warps(issued)
         self._lanes[instruction.index] += lanes.size
 
     def global_access(

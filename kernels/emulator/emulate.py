@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from minipeft.kernels.roofline import WARP, capability_of
 
 from .arguments import AddressSpace, pack
+from .checks import all_checks
 from .counts import Counter, Counts
 from .driver import EmulatedDriver, Request, active_driver, check_triton
+from .machine import run
 from .memory import Memory
 from .observer import Observer
 from .parse import parse
@@ -88,9 +91,22 @@ class Emulation:
 
     def launch(self, request: Request) -> None:
         """Run one launch. Raises: EmulatorError and its kinds, naming instruction, thread and tensor."""
-        program = _program(request.ptx)
         if 0 in request.grid:
             return
+        program = _program(request.ptx)
+        # What is done here with torch is not the user's doing: `unwritten` must not see it.
+        with torch._C.DisableTorchFunction():
+            arguments, memory = self._bind(program, request)
+        counter = Counter() if self.counts else None
+        observers: list[Observer] = all_checks() if self.checks else []
+        observers += [counter] if counter else []
+        blocks = self.blocks(request.grid) if self.blocks else None
+        run(program, arguments, memory, request.grid, request.warps * WARP, request.shared, observers, blocks=blocks)
+        counts = counter.counts if counter else None
+        shape = (request.grid, request.warps, request.shared, request.constants)
+        self.launches.append(EmulatedLaunch(request.name, program, request.ptx, *shape, counts))
+
+    def _bind(self, program: Program, request: Request) -> tuple[list[bytes], Memory]:
         space = AddressSpace(self._reachable)
         arguments = [_parameter(space, *argument) for argument in request.arguments]
         arguments += self._scratch(space, program, request, len(arguments))
@@ -99,14 +115,7 @@ class Emulation:
             written = self.unwritten.written(region.key, region.array.size) if region.key else None
             initialized = region.initialized if written is None else written
             memory.bind(region.name, region.array, region.address, initialized)
-        counter = Counter() if self.counts else None
-        observers: list[Observer] = _checks() if self.checks else []
-        observers += [counter] if counter else []
-        blocks = self.blocks(request.grid) if self.blocks else None
-        _run(program, arguments, memory, request, observers, blocks)
-        counts = counter.counts if counter else None
-        shape = (request.grid, request.warps, request.shared, request.constants)
-        self.launches.append(EmulatedLaunch(request.name, program, request.ptx, *shape, counts))
+        return arguments, memory
 
     @staticmethod
     def _scratch(space: AddressSpace, program: Program, request: Request, given: int) -> list[bytes]:
@@ -170,25 +179,6 @@ def _parameter(space: AddressSpace, name: str, kind: str, value: Any) -> bytes:
             "make the descriptor in the kernel"
         )
     return pack(name, kind, value)
-
-
-def _checks() -> list[Observer]:
-    from . import checks
-
-    return checks.all_checks()
-
-
-def _run(
-    program: Program,
-    arguments: list[bytes],
-    memory: Memory,
-    request: Request,
-    observers: list[Observer],
-    blocks: list[int] | None,
-) -> None:
-    from .machine import run
-
-    run(program, arguments, memory, request.grid, request.warps * WARP, request.shared, observers, blocks=blocks)
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ def _launch_lines(launch: EmulatedLaunch, made: Case) -> Iterator[str]:
         touched = tensor.unique_read + tensor.unique_written
         yield f"    {name:32} {touched:14,.0f} touched {moved:16,.0f} moved to the multiprocessors"
     yield "  instructions by line:"
-    for (file, number), count in counts.lines.most_common(TOP_LINES):
+    for (file, number), count in sorted(counts.lines.items(), key=lambda item: -item[1])[:TOP_LINES]:
         yield f"    {file}:{number:<6} {count / sum(counts.lines.values()):5.1%}"
 
 

@@ -12,7 +12,7 @@ class Weight:
     """A random (n, k) weight: the tensors that launchers take, and the dense float64 matrix, all by the references."""
 
     def __init__(self, n: int, k: int, blocksize: int = 64, double: bool = True) -> None:
-        codes, absmax = nf4_quantize_reference(torch.randn(n, k) / max(k, 1) ** 0.5, blocksize)
+        codes, absmax = nf4_quantize_reference(torch.randn(n, k) / max(n, k) ** 0.5, blocksize)
         self.tensors: list[Tensor | None] = [codes, absmax, NF4_LEVELS.clone(), None, None, None]
         scales = absmax
         if double:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from minipeft.kernels.emulator import AccessError, UninitializedError, emulate
+from minipeft.kernels.emulator import AccessError, RaceError, UninitializedError, emulate
 from minipeft.kernels.emulator.arguments import pack
 
 
@@ -48,10 +48,10 @@ def test_every_dtype_and_views_that_start_anywhere(dtype: torch.dtype) -> None:
 
 
 def test_one_tensor_in_two_roles() -> None:
-    x = torch.randn(64)
+    x = torch.randn(128)
     expected = x * 2 + 5
     with emulate("sm_80") as run:
-        scale_kernel[(1,)](x, x, 2.0, 64, None, (x, 5), BLOCK=64)
+        scale_kernel[(1,)](x, x, 2.0, 128, None, (x, 5), BLOCK=128)
     assert torch.equal(x, expected)
     assert list(run.launches[0].counts.tensors) == ["x/out/pair.0"]  # type: ignore[union-attr]
 
@@ -61,6 +61,13 @@ def test_a_grid_of_nothing_launches_nothing() -> None:
     with emulate("sm_80") as run:
         scale_kernel[(0,)](out, out, 2.0, 4, None, (out, 0), BLOCK=64)
     assert out.isnan().all() and not run.launches
+
+
+def test_threads_that_only_repeat_others_race_with_them() -> None:
+    """128 threads on 64 elements: two warps read what the other two write. Their own results go nowhere, and yet."""
+    x = torch.randn(64)
+    with emulate("sm_80"), pytest.raises(RaceError, match="race on byte 0 of x/out"):
+        scale_kernel[(1,)](x, x, 2.0, 64, None, (x, 5), BLOCK=64)
 
 
 def test_launches_are_told() -> None:
@@ -86,11 +93,11 @@ def test_heuristics_and_autotuning_take_the_first_configuration() -> None:
 def test_contexts_nest_and_put_everything_back() -> None:
     from triton import knobs
 
-    x = torch.ones(64)
+    x = torch.ones(128)
     before = driver._active, knobs.runtime.add_stages_inspection_hook
 
     def launch() -> None:
-        scale_kernel[(1,)](x, x, 2.0, 64, None, (x, 0), BLOCK=64)
+        scale_kernel[(1,)](x, x, 2.0, 128, None, (x, 0), BLOCK=128)
 
     with emulate("sm_80") as outer:
         launch()
@@ -114,10 +121,10 @@ def test_a_true_driver_keeps_its_kernels_and_gets_none_of_the_emulators() -> Non
             raise AssertionError(name)
 
     true = True_()
-    x = torch.ones(64)
+    x = torch.ones(128)
     with patch.object(driver, "_active", true):
         with emulate("sm_80"):
-            scale_kernel[(1,)](x, x, 2.0, 64, None, (x, 0), BLOCK=64)
+            scale_kernel[(1,)](x, x, 2.0, 128, None, (x, 0), BLOCK=128)
         assert driver._active is true
     assert not calls
     # Triton keeps compiled kernels by device: none is kept for a device that a GPU could be.
@@ -138,8 +145,8 @@ def test_memory_that_torch_did_not_write_is_not_read_unnoticed() -> None:
         x.fill_(1.0)
         scale_kernel[(1,)](x, out, 2.0, 64, None, (x, 0), BLOCK=64)
         # Written by a kernel, so it may be read by the next.
-        scale_kernel[(1,)](out, out, 2.0, 64, None, (x, 0), BLOCK=64)
-    assert out.eq(4).all()
+        scale_kernel[(1,)](out, x, 2.0, 64, None, (x, 0), BLOCK=64)
+    assert x.eq(4).all()
 
 
 def test_half_written_memory_is_known_byte_by_byte() -> None:

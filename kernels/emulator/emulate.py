@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from minipeft.kernels.roofline import WARP, capability_of
 
 from .arguments import AddressSpace, pack
-from .checks import all_checks
+from .checks import AsyncCopies, Races, Uninitialized
 from .counts import Counter, Counts
 from .driver import EmulatedDriver, Request, active_driver, check_triton
 from .machine import run
@@ -60,13 +60,14 @@ class Emulation:
     """What `emulate` gives: the launches so far, in order.
 
     Attributes:
-        target: such as "sm_80". checks, counts, blocks: as `emulate` was told.
+        target: such as "sm_80". checks, counts, blocks, watch: as `emulate` was told.
     """
 
     target: str
     checks: bool
     counts: bool
     blocks: ChooseBlocks | None
+    watch: Sequence[Observer] = ()
     launches: list[EmulatedLaunch] = field(default_factory=list)
     unwritten: Unwritten = field(default_factory=Unwritten, repr=False)
     _reachable: dict[str, Tensor] = field(default_factory=dict, repr=False)
@@ -98,8 +99,9 @@ class Emulation:
         with torch._C.DisableTorchFunction():
             arguments, memory = self._bind(program, request)
         counter = Counter() if self.counts else None
-        observers: list[Observer] = all_checks() if self.checks else []
-        observers += [counter] if counter else []
+        # Triton has several threads hold one value, and store it: two stores of the same bytes are no race.
+        checks: list[Observer] = [Uninitialized(), AsyncCopies(), Races(same_value=False)] if self.checks else []
+        observers = [*checks, *([counter] if counter else []), *self.watch]
         blocks = self.blocks(request.grid) if self.blocks else None
         run(program, arguments, memory, request.grid, request.warps * WARP, request.shared, observers, blocks=blocks)
         counts = counter.counts if counter else None
@@ -129,7 +131,12 @@ class Emulation:
 
 @contextlib.contextmanager
 def emulate(
-    target: str = "sm_80", *, checks: bool = True, counts: bool = True, blocks: ChooseBlocks | None = None
+    target: str = "sm_80",
+    *,
+    checks: bool = True,
+    counts: bool = True,
+    blocks: ChooseBlocks | None = None,
+    watch: Sequence[Observer] = (),
 ) -> Iterator[Emulation]:
     """A context in which Triton kernels run on CPU tensors, by the PTX that Triton compiles for `target`.
 
@@ -140,6 +147,7 @@ def emulate(
         counts: count what is executed; `run.launches[i].counts`.
         blocks: given a grid, the blocks to run by their linear index (x fastest), or None for all: to count a part of
             a large grid. What the others would write is then not written.
+        watch: further observers of every launch.
 
     Yields:
         The `Emulation`. Contexts may be nested, with other targets; at the end of each, Triton's driver is the one
@@ -151,7 +159,7 @@ def emulate(
     """
     capability = capability_of(target)
     check_triton()
-    emulation = Emulation(target, checks, counts, blocks)
+    emulation = Emulation(target, checks, counts, blocks, watch)
     with active_driver(EmulatedDriver(capability, emulation.launch)), emulation.unwritten:
         _active.append(emulation)
         try:

@@ -24,7 +24,14 @@ from minipeft.files import write_text
 from minipeft.training.compare_data import load_task
 from minipeft.training.compare_pages import write_pages
 from minipeft.training.compare_plan import CompareConfig
-from minipeft.training.compare_prepare import check_folder, check_runs, fit_to_model, make_orders, open_folder
+from minipeft.training.compare_prepare import (
+    check_folder,
+    check_runs,
+    choose_threads,
+    fit_to_model,
+    make_orders,
+    open_folder,
+)
 from minipeft.training.compare_rows import Outcome, Table, make_table, say_outcome
 from minipeft.training.compare_run import FAILED, RESULT, Order
 from minipeft.training.compare_table import plain_text, write_table
@@ -57,7 +64,7 @@ def compare(config: CompareConfig, say: Say = say_now, execute: Callable[[Order]
     model = config.model or str(smollm2_folder(say))
     task, shared = fit_to_model(config, task, model)
     say(f"{task.about}\n{len(task.train)} texts to learn from, {len(task.held_out)} others held out to measure on.")
-    orders = make_orders(config, task, shared)
+    orders = make_orders(config, task, shared, choose_threads(config.output, say))
 
     config.output.mkdir(exist_ok=True)
     with hold_run(config.output):

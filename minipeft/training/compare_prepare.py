@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +87,19 @@ def fit_to_model(config: CompareConfig, task: Task, model: str) -> tuple[Task, S
     return task, dataclasses.replace(shared, max_length=used)
 
 
-def make_orders(config: CompareConfig, task: Task, shared: Shared) -> list[Order]:
+def choose_threads(folder: Path, say: Callable[[str], None]) -> int:
+    """CPU threads for every run: those that the comparison in `folder` began with, for times that can be compared."""
+    if not (folder / COMPARISON).is_file():
+        Cores(say).share()
+        return torch.get_num_threads()
+    return _read(folder / COMPARISON, "threads", "choose another --output")
+
+
+def make_orders(config: CompareConfig, task: Task, shared: Shared, threads: int) -> list[Order]:
     """What is to be done, the base models first; each with its identity, by which a later call knows it again."""
     common: dict[str, Any] = {"labels": task.labels}
     common |= {f"sha256 of {name}": value for name, value in task_hashes(task).items()}
     common |= {name: value for name, value in dataclasses.asdict(shared).items() if name != "device"}
-    cores = Cores(lambda line: None)
-    cores.share()
     orders = []
     for run in [*bases_of(config.runs), *config.runs]:
         # A base model has no seed.
@@ -107,7 +113,7 @@ def make_orders(config: CompareConfig, task: Task, shared: Shared) -> list[Order
                     shared=shared,
                     seed=seed,
                     labels=task.labels,
-                    threads=torch.get_num_threads(),
+                    threads=threads,
                     # Through JSON, so that it equals what is read back.
                     identity=json.loads(json.dumps({**common, **own, "seed": None if run.is_base else seed})),
                 )
@@ -132,23 +138,27 @@ def open_folder(folder: Path, task: Task, orders: Sequence[Order]) -> None:
     shared = {name: value for name, value in orders[0].identity.items() if "setting" not in name and name != "seed"}
     description = folder / COMPARISON
     if description.is_file():
-        _check_same(description, shared, "or choose another --output")
+        _check_same(description, shared, "choose another --output")
     for order in orders:
         result = Path(order.folder) / RESULT
         if result.exists():
-            _check_same(result, order.identity, f"or remove {order.folder}, or choose another --output")
+            _check_same(result, order.identity, f"remove {order.folder}, or choose another --output")
     remove_leftovers(folder)
     task.write(folder)
-    write_text(description, json.dumps({"identity": shared}, indent=2) + "\n")
+    write_text(description, json.dumps({"identity": shared, "threads": orders[0].threads}, indent=2) + "\n")
     (folder / RUNS).mkdir(exist_ok=True)
 
 
 def _check_same(file: Path, identity: dict[str, Any], advice: str) -> None:
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))["identity"]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{file} is damaged: remove it {advice}") from None
+    saved = _read(file, "identity", advice)
     try:
         check_identity(saved, identity, str(file.parent))
     except CheckpointError as error:
-        raise CheckpointError(f"{error}: use the settings that it was made with, {advice}") from None
+        raise CheckpointError(f"{error}: use the settings that it was made with, or {advice}") from None
+
+
+def _read(file: Path, key: str, advice: str) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))[key]
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{file} is damaged: remove it, or {advice}") from None

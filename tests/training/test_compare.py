@@ -212,6 +212,22 @@ def forbidden(order):
     raise AssertionError(f"{order.run.name} is done again")
 
 
+def test_a_comparison_goes_on_with_the_threads_that_it_began_with(base, files, tmp_path, monkeypatch):
+    config = config_of(tmp_path / "out", base, files, {"lora": METHODS["lora"]})
+    used = []
+
+    def stopped(order):
+        used.append(order.threads)
+        raise KeyboardInterrupt
+
+    for threads in (1, 2):
+        # As if others left the machine in the meantime.
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)  # noqa: B023
+        with pytest.raises(KeyboardInterrupt):
+            compare(config, quiet, stopped)
+    assert used == [1, 1]
+
+
 def test_finished_runs_are_kept_and_others_made(finished, base, files, tmp_path):
     output = tmp_path / "out"
     runs = {name: METHODS[name] for name in ("lora", "prompt")}

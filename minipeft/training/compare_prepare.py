@@ -100,6 +100,8 @@ def make_orders(config: CompareConfig, task: Task, shared: Shared, threads: int)
     common: dict[str, Any] = {"labels": task.labels}
     common |= {f"sha256 of {name}": value for name, value in task_hashes(task).items()}
     common |= {name: value for name, value in dataclasses.asdict(shared).items() if name != "device"}
+    if Path(shared.model).exists():
+        common["model"] = str(Path(shared.model).resolve())
     orders = []
     for run in [*bases_of(config.runs), *config.runs]:
         # A base model has no seed.

@@ -283,6 +283,12 @@ def test_a_comparison_of_other_settings_is_refused(changes, expected, finished, 
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
+def test_the_same_model_by_another_path_is_the_same(finished, base, files, monkeypatch):
+    monkeypatch.chdir(Path(base).parent)
+    config = config_of(finished[0], base, files, {"lora": METHODS["lora"]})
+    compare(dataclasses.replace(config, model="base"), quiet, forbidden)
+
+
 def test_another_folder_and_a_damaged_result_are_refused(base, files, tmp_path):
     (tmp_path / "something").touch()
     with pytest.raises(OutputDirError, match="holds no comparison"):

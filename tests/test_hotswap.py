@@ -11,7 +11,15 @@ import torch
 from tiny import randomize, some_ids, tiny_llama
 from torch._dynamo.testing import CompileCounter
 
-from minipeft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model, hotswap_adapter
+from minipeft import (
+    BottleneckConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    hotswap_adapter,
+)
 
 CONFIG: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "embed_tokens"]}
 
@@ -129,9 +137,20 @@ def calls_in(function: Callable[[], object]) -> int:
     return calls
 
 
-@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}])
-def test_loading_the_thirtieth_adapter_is_the_work_of_the_first(changes: dict[str, Any], tmp_path: Path) -> None:
-    saved(tmp_path, 1, **changes)
+VIRTUAL = {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}
+ADAPTERS = {
+    "lora": LoraConfig(**CONFIG),
+    "lora with a head": LoraConfig(**CONFIG, modules_to_save=["lm_head"]),
+    "dora": LoraConfig(**CONFIG, use_dora=True),
+    "bottleneck": BottleneckConfig.houlsby(bottleneck_size=4),
+    "prefix": PrefixTuningConfig(**VIRTUAL),
+    "prompt": PromptTuningConfig(**VIRTUAL),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_loading_the_thirtieth_adapter_is_the_work_of_the_first(kind: str, tmp_path: Path) -> None:
+    get_peft_model(tiny_llama(), ADAPTERS[kind]).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path, adapter_name="a1")
     work = [calls_in(lambda number=number: model.load_adapter(tmp_path, f"a{number}")) for number in range(2, 31)]
     # A cache that fills up makes single calls differ by a few.

@@ -10,7 +10,6 @@ The adapted module is the part itself (`self_attn`, `mlp`), or where a family ha
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -21,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from minipeft.methods.base import AdapterModule, Method
 from minipeft.methods.bottleneck_config import BottleneckConfig
+from minipeft.methods.bottleneck_places import usual_targets
 from minipeft.methods.matching import is_conv1d, match_targets
 from minipeft.methods.trained_copies import TrainedModule
 from minipeft.quantization import NF4Linear
@@ -34,41 +34,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "leakyrelu": F.leaky_relu,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Places:
-    """Where a family's parts are: endings of module names (regular expressions where they hold a backslash).
-
-    Attributes:
-        whole: Whether the attention and the feed-forward part are modules of their own; only then is the part's input
-            there to be read by a parallel adapter.
-        layers: The list that numbers the layers, where a later number stands in the names too.
-    """
-
-    attention: str
-    feed_forward: str
-    cross: str | None = None
-    whole: bool = True
-    layers: str | None = None
-
-
-_LLAMA = _Places("self_attn", "mlp")
-_BERT = _Places(r"layer\.\d+\.attention\.output\.dense", r"layer\.\d+\.output\.dense", whole=False)
-
-# By transformers' `config.model_type`.
-PLACES = {
-    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2"), _LLAMA),
-    **dict.fromkeys(("gemma3_text", "phi3", "smollm3", "olmo2", "granite"), _LLAMA),
-    "gpt2": _Places("attn", "mlp"),
-    "opt": _Places("self_attn", "fc2", whole=False),
-    "gpt_neox": _Places("attention", "mlp"),
-    "bert": _BERT,
-    "roberta": _BERT,
-    # With images; its vision tower, of another width, has modules of the same names.
-    "gemma3": _Places(r"language_model\.layers\.\d+\.self_attn", r"language_model\.layers\.\d+\.mlp"),
-    "t5": _Places("SelfAttention", "DenseReluDense", "EncDecAttention", layers="block"),
 }
 
 
@@ -258,7 +223,7 @@ def bottleneck_mixin_for(module: nn.Module) -> type[BottleneckLayer] | None:
 
 def _find_targets(model: nn.Module, config: BottleneckConfig, skip: list[str]) -> list[str]:
     if config.target_modules is None:
-        config.target_modules = _usual_targets(model, config)
+        config.target_modules = usual_targets(model, config)
     targets = match_targets(model, config, lambda module: bottleneck_mixin_for(module) is not None, skip)
     model_config: Any = getattr(model, "config", None)
     if config.hidden_size is None and hasattr(model_config, "get_text_config"):
@@ -273,33 +238,6 @@ def _find_targets(model: nn.Module, config: BottleneckConfig, skip: list[str]) -
         if config.hidden_size is None and not (isinstance(module, nn.Linear | NF4Linear) or is_conv1d(module)):
             raise ValueError(f"target_modules: {path!r} is a {kind}; give hidden_size, the width of what it returns")
     return targets
-
-
-def _usual_targets(model: nn.Module, config: BottleneckConfig) -> list[str] | str:
-    """The targets that mh_adapter, output_adapter and cross_adapter stand for in the model's family."""
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    places = PLACES.get(family or "")
-    if places is None:
-        raise ValueError(
-            f"there are no usual places for adapters in a model of type {family!r}: name the modules to put them "
-            "after in target_modules, such as ['self_attn', 'mlp']"
-        )
-    if config.is_parallel and not places.whole:
-        raise ValueError(
-            f"is_parallel=True: the feed-forward part of a {family!r} model is not one module, so its input cannot be "
-            "read there; use is_parallel=False, or name modules that read what the adapter should in target_modules"
-        )
-    if config.cross_adapter and places.cross is None:
-        raise ValueError(f"cross_adapter=True: no cross-attention is known in a model of type {family!r}")
-    if config.layers_to_transform is not None:
-        config.layers_pattern = config.layers_pattern or places.layers
-    wanted = (
-        (config.mh_adapter, places.attention),
-        (config.cross_adapter, places.cross),
-        (config.output_adapter, places.feed_forward),
-    )
-    chosen = [place for asked, place in wanted if asked and place is not None]
-    return list(chosen) if not any("\\" in place for place in chosen) else rf".*\.(?:{'|'.join(chosen)})"
 
 
 BOTTLENECK = Method(find=_find_targets, mixin_for=bottleneck_mixin_for)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from minipeft.methods.attention_masks import check_implementation
-from minipeft.methods.base import AdapterModule, Method
+from minipeft.methods.base import AdapterModule, Method, base_modules
 from minipeft.methods.key_values import (
     PrefixedAttention,
     ShiftedOffset,
@@ -62,8 +62,8 @@ def _find(model: Any, config: VirtualTokensConfig, skip: list[str]) -> list[str]
     else:
         return DECODERS.find(model, config, skip)
     config.fit(sizes)
-    root = next(path for path, module in model.named_modules() if module is holder)
-    inside = [(f"{root}.{name}".lstrip("."), module) for name, module in holder.named_modules() if name]
+    root = next(path for path, module in base_modules(model) if module is holder)
+    inside = [(f"{root}.{name}".lstrip("."), module) for name, module in base_modules(holder) if name]
     # Of an encoder-decoder's attention modules those that read its own text are the causal ones.
     attentions = [name for name, module in inside if is_self_attention(module) and module.is_causal == causal]
     assert len(attentions) == sizes.layers, (attentions, sizes)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.methods.base import AdapterModule, Method
+from minipeft.methods.base import AdapterModule, Method, base_modules
 from minipeft.methods.key_values import argument_names
 from minipeft.methods.virtual_decoders import DECODERS
 from minipeft.methods.virtual_tokens import (
@@ -147,7 +147,7 @@ def _find(model: Any, config: VirtualTokensConfig, skip: list[str]) -> list[str]
     # PEFT writes down the numbers of an encoder-decoder's encoder.
     config.fit(dataclasses.replace(Sizes.of_encoder(model.config), submodules=2 if family in ENCODER_DECODERS else 1))
     holders = [model.base_model] if family in ENCODERS else [model.get_encoder(), model.get_decoder()]
-    paths = {id(module): path for path, module in model.named_modules()}
+    paths = {id(module): path for path, module in base_modules(model)}
     return [paths[id(holder)] for holder in holders]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.methods.attention_masks import check_implementation, check_packing
-from minipeft.methods.base import AdapterModule, Method
+from minipeft.methods.base import AdapterModule, Method, base_modules
 from minipeft.methods.key_values import (
     PrefixedAttention,
     Rotation,
@@ -140,8 +140,8 @@ def _about_the_text(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
 def _find(model: Any, config: VirtualTokensConfig, skip: list[str]) -> list[str]:
     decoder = _decoder(model, config)
     # Of the decoder alone: a model that sees has attention elsewhere, too.
-    path = next(path for path, module in model.named_modules() if module is decoder)
-    inside = [(f"{path}.{name}".lstrip("."), module) for name, module in decoder.named_modules() if name]
+    path = next(path for path, module in base_modules(model) if module is decoder)
+    inside = [(f"{path}.{name}".lstrip("."), module) for name, module in base_modules(decoder) if name]
     attentions = [name for name, module in inside if is_self_attention(module)]
     model_config = model.config.get_text_config()
     layers = sorted(model.get_submodule(path).layer_idx for path in attentions)

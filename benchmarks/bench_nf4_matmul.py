@@ -1,7 +1,8 @@
-"""y = x W^T with W in NF4, doubly quantized: decoding (M = 1), forward, and the input gradient dx = dy W.
+"""y = x W^T with W in NF4, doubly quantized: decoding (M = 1), forward, the input gradient dx = dy W, and both in turn.
 
 Bytes: packed weight and x read, y written; the dense floor reads its 16- or 32-bit weight instead. Operations: 2 M N K.
-The gradient is autograd's, of a graph that was recorded before: the same for all.
+The gradient is autograd's: alone of a graph that was recorded before, the same for all; in a step recorded anew, as in
+training.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Check = tuple[Callable[[Any], float], float]
 
 
 def cases(device: torch.device, sizes: Sizes, peers: Peers) -> Iterator[Case]:
-    """For each layer, dtype and number of rows: one case forward and one backward."""
+    """For each layer, dtype and number of rows: one case forward, one backward, one both in turn."""
     for layer in sizes.layers:
         for dtype in sizes.dtypes:
             weight = packed_weight(layer, dtype, device)
@@ -34,6 +35,7 @@ def cases(device: torch.device, sizes: Sizes, peers: Peers) -> Iterator[Case]:
             for m in sizes.rows:
                 yield _forward(layer, weight, exact, m, peers)
                 yield _input_gradient(layer, weight, exact, m, peers)
+                yield _step(layer, weight, exact, m, peers)
 
 
 def packed_work(weight: NF4Weight, m: int) -> Work:
@@ -80,6 +82,30 @@ def _input_gradient(layer: Layer, weight: NF4Weight, exact: Tensor, m: int, peer
     return Case(OP, "input gradient", f"{layer.label} M={m}", dtype_name(weight.dtype), candidates)
 
 
+def _step(layer: Layer, weight: NF4Weight, exact: Tensor, m: int, peers: Peers) -> Case:
+    x = torch.randn(m, layer.in_features, device=exact.device).to(weight.dtype).requires_grad_()
+    dy = torch.randn(m, layer.out_features, device=exact.device).to(weight.dtype)
+    check = (near(lambda: (x.detach().double() @ exact.T, dy.double() @ exact)), TOLERANCES[weight.dtype])
+    packed, unpacked = twice(packed_work(weight, m)), twice(dense_work(weight, m))
+    candidates = [
+        Candidate(OURS, lambda: _both(ours(weight), x, dy), *check, packed),
+        peers.candidate(
+            BITSANDBYTES,
+            lambda bnb: _both(bitsandbytes_linear(bnb, weight, weight.dtype, train=True), x, dy),
+            *check,
+            packed,
+        ),
+        _unsloth(peers, weight, lambda w: (x.detach() @ w.T, dy @ w), check, packed),
+        Candidate(DENSE, lambda: _both(dense(weight), x, dy), *check, unpacked),
+    ]
+    return Case(OP, "forward + input gradient", f"{layer.label} M={m}", dtype_name(weight.dtype), candidates)
+
+
+def twice(work: Work) -> Work:
+    """Of the product and its gradient."""
+    return Work(2 * work.nbytes, 2 * work.flops, work.dtype)
+
+
 def ours(weight: NF4Weight) -> NF4Linear:
     """Our layer of a packed weight."""
     layer = NF4Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -107,6 +133,14 @@ def _gradient(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Run:
     return lambda: torch.autograd.grad(y, x, dy, retain_graph=True)[0]
 
 
+def _both(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Run:
+    def run() -> tuple[Tensor, Tensor]:
+        y = layer(x)
+        return y.detach(), torch.autograd.grad(y, x, dy)[0]
+
+    return run
+
+
 def _bitsandbytes_forward(weight: NF4Weight, x: Tensor, bnb: Any) -> Run:
     # In eval mode, on CPUs with bfloat16 instructions, it repacks the weight at the first call and multiplies in
     # bfloat16 whatever x is: fast for bfloat16, and not the asked product for others (errors of 1e-2). In training mode
@@ -115,14 +149,14 @@ def _bitsandbytes_forward(weight: NF4Weight, x: Tensor, bnb: Any) -> Run:
 
 
 def _unsloth(
-    peers: Peers, weight: NF4Weight, product: Callable[[Tensor], Tensor], check: Check, work: Work
+    peers: Peers, weight: NF4Weight, product: Callable[[Tensor], Any], check: Check, work: Work
 ) -> Candidate | Missing:
     """unsloth's way: decode the weight, then torch's product."""
 
     def make(kernels: Any) -> Run:
         codes, state = bitsandbytes_state(peers.find(BITSANDBYTES), weight)
 
-        def run() -> Tensor:
+        def run() -> Any:
             with torch.no_grad():
                 return product(kernels.fast_dequantize(codes, state))
 

@@ -43,7 +43,7 @@ def test_quick_runs_every_operation_and_finds_it_right(tmp_path, capsys):
         assert file.with_suffix(".png").is_file()
         assert str(tmp_path) not in file.read_text()
     variants = {row.variant for row in read_csv(next(tmp_path.glob("nf4_matmul-*.csv")))[0]}
-    assert variants == {"decode", "forward", "input gradient"}
+    assert variants == {"decode", "forward", "input gradient", "forward + input gradient"}
 
 
 def test_an_absent_peer_is_named_and_no_error(monkeypatch, capsys):

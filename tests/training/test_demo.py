@@ -39,7 +39,8 @@ def finished(tmp_path_factory, base, data):
     output = tmp_path_factory.mktemp("demo") / "out"
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "LEARNING_RATE", 2e-2)
+        # Twice as much is at the edge: there the result hangs on how sums are rounded.
+        patch.setattr(demo, "LEARNING_RATE", 1e-2)
         config = DemoConfig(output, str(base), str(data), steps=40, held_out_rows=40)
         result = run_demo(config, said.append)
     return output, result, "\n".join(said)

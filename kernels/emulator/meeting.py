@@ -33,7 +33,8 @@ def split_by_warp(step: Step, active: np.ndarray, alive: np.ndarray, lanes: Lane
     if step.aligned and not living.all():
         lane = int(active[~living.all(1)][0])
         raise BarrierError(
-            f"{step.instruction.place} needs all lanes of a warp, and some of that of {lanes.describe(lane)} have exited"
+            f"{step.instruction.place} needs all lanes of a warp, and some of those of {lanes.describe(lane)}'s "
+            "have exited"
         )
     missing = step.members(active) & ~here.reshape(-1, step.width)[rows] & living
     complete = ~missing.any(1)

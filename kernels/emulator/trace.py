@@ -82,6 +82,7 @@ class Trace(Observer):
 
     def _note(self, instruction: Instruction, lanes: np.ndarray, addresses: np.ndarray) -> None:
         if self._takes_part(lanes) and self.entries and self.entries[-1].instruction.index == instruction.index:
+            assert self._lane is not None
             self.entries[-1].address = int(addresses[np.searchsorted(lanes, self._lane)])
 
     def _settle(self) -> None:
@@ -91,7 +92,9 @@ class Trace(Observer):
 
     def _values(self, names: list[str]) -> dict[str, int]:
         registers = self._batch.registers
-        return {name: _bits(registers[name][self._lane]) for name in names if name in registers}
+        lane = self._lane
+        assert lane is not None
+        return {name: _bits(registers[name][lane : lane + 1]) for name in names if name in registers}
 
 
 def results_of(instruction: Instruction) -> list[str]:
@@ -125,5 +128,5 @@ def _is_read_too(instruction: Instruction, name: str) -> bool:
     return name in registers_of(instruction.operands[1:])
 
 
-def _bits(value: np.generic) -> int:
+def _bits(value: np.ndarray) -> int:
     return int.from_bytes(value.tobytes(), "little")

@@ -44,7 +44,7 @@ def test_the_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_compiled_cpu_code_does_not_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = type("OnGPU", (), {"device": torch.device("cuda", 0)})()
+    gpu = type("OnGPU", (), {"device": torch.device("cuda", 0), "is_cpu": False})()
     assert not dispatch.use_native(gpu)
     monkeypatch.setattr(native, "obstacle", lambda: "")
     monkeypatch.setenv("MINIPEFT_BACKEND", "native")

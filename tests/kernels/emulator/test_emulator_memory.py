@@ -229,3 +229,10 @@ def test_lanes_wait_for_their_own_groups() -> None:
     x, y = copied(copy, "@!%p1 bra W; cp.async.commit_group; W: cp.async.wait_group 1;")
     np.testing.assert_array_equal(y[1::2], x[1::2])
     assert (y[::2] == 7).all()
+
+
+def test_a_wait_delivers_to_the_lanes_that_wait_alone() -> None:
+    copy = "and.b32 %r8, tid, 1; setp.eq.u32 %p1, %r8, 1; cp.async.cg.shared.global [%r2], [x], 16;"
+    x, y = copied(copy, "@!%p1 bra W; cp.async.wait_group 0; W:")
+    np.testing.assert_array_equal(y[1::2], x[1::2])
+    assert (y[::2] == 7).all()

@@ -68,7 +68,7 @@ class Races(Observer):
             for warp, address in pairs.tolist():
                 self.order.synchronize(instruction, warp, address, self.now)
         if kind != "store":
-            self._global(instruction, _KINDS[kind], lanes, addresses, size)
+            self._global(instruction, "atomic" if _strong(instruction) else _KINDS[kind], lanes, addresses, size)
 
     def stored(
         self, instruction: Instruction, space: str, lanes: np.ndarray, addresses: np.ndarray, values: np.ndarray
@@ -85,7 +85,8 @@ class Races(Observer):
         raw = np.ascontiguousarray(values).view(np.uint8).reshape(-1, size)
         chosen = self._changing(current, raw, addresses)
         if chosen.any():
-            self._global(instruction, "write", lanes[chosen], addresses[chosen], size)
+            what = "atomic" if _strong(instruction) else "write"
+            self._global(instruction, what, lanes[chosen], addresses[chosen], size)
 
     def shared_access(
         self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
@@ -207,3 +208,8 @@ class Races(Observer):
 
 
 _PAST = {"read": "reads", "write": "writes", "atomic": "updates"}
+
+
+def _strong(instruction: Instruction) -> bool:
+    """Whether a load or store is one that may meet atomics: relaxed, acquiring, releasing or volatile."""
+    return any(m in ("relaxed", "acquire", "release", "volatile", "mmio") for m in instruction.modifiers)

@@ -231,3 +231,33 @@ def test_matrix_loads_are_checked_too(check: Callable[[], Observer]) -> None:
     go(fill + "cp.async.wait_all; bar.sync 0;" + matrix)
     with pytest.raises((RaceError, UninitializedError, AsyncCopyError)):
         go(fill + waits[check] + matrix, [check()])  # type: ignore[index]
+
+
+def test_a_warps_own_later_read_does_not_hide_anothers() -> None:
+    body = """
+    setp.lt.u32 %p1, tid, 32;
+    @%p1 ld.shared.b32 %r5, [%r1];
+    @!%p1 ld.shared.b32 %r6, [%r1];
+    {barrier}
+    @!%p1 st.shared.b32 [%r1], 7;
+    """
+    go(body.format(barrier=SYNC), [Races(same_value=False)])
+    with pytest.raises(RaceError, match=r"warp 1 writes it .*warp 0 reads it"):
+        go(body.format(barrier=""), [Races(same_value=False)])
+
+
+def test_an_acquire_sees_what_every_block_released_at_the_place() -> None:
+    # Blocks 0 and 1 release without acquiring; block 2 acquires once and reads both.
+    body = """
+    setp.ne.u32 %p1, tid, 0; @%p1 exit;
+    setp.eq.u32 %p2, block, 2; @%p2 bra READ;
+    st.global.b32 [%d1], 7;
+    atom.global.gpu.release.add.u32 %r5, [y], 1;
+    exit;
+    READ:
+    ld.acquire.gpu.global.b32 %r6, [y];
+    ld.global.b32 %r7, [x]; ld.global.b32 %r8, [x + 256];
+    """
+    go(body, [Races()], blocks=3, lanes=64)
+    with pytest.raises(RaceError, match="of x"):
+        go(body.replace("ld.acquire.gpu", "ld.relaxed.gpu"), [Races()], blocks=3, lanes=64)

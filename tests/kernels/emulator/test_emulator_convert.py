@@ -18,6 +18,11 @@ near_ties = st.builds(
     lambda e, m, s: s << 31 | e << 23 | m, st.integers(0, 254), st.sampled_from(MANTISSAS), st.integers(0, 1)
 )
 any_f32 = st.integers(0, 2**32 - 1) | near_ties
+# Drawn as such: filtering would throw most draws away.
+normal_f32 = st.builds(
+    lambda e, m, s: s << 31 | e << 23 | m,
+    *(st.integers(1, 254), st.sampled_from(MANTISSAS) | st.integers(0, (1 << 23) - 1), st.integers(0, 1)),
+)
 
 
 def convert(name: str, bits: list[int], source: str, result: str) -> list[int]:
@@ -61,7 +66,7 @@ def test_widening_is_exact_for_every_value(source: str) -> None:
 
 @pytest.mark.parametrize(("name", "mode"), [("rna.tf32.f32", "rna"), ("rn.tf32.f32", "rn")])
 @settings(max_examples=25, deadline=None)
-@given(bits=st.lists(any_f32.filter(lambda b: b >> 23 & 255 not in (0, 255)), min_size=1, max_size=32))
+@given(bits=st.lists(normal_f32, min_size=1, max_size=32))
 def test_tf32_keeps_ten_bits_of_mantissa(name: str, mode: str, bits: list[int]) -> None:
     for b, got in zip(bits, convert(name, bits, "u4", "u4"), strict=True):
         assert got == to_bits(round_fraction(from_bits(b, F32), TF32, mode), F32)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from .arithmetic import arithmetic_dtype
 from .dense import product
 from .lora_products import adapter_dtype, add_product, grad_of_A, grad_of_B, project, project_back
-from .nf4_matmul import as_rows, bias_gradient
+from .nf4_matmul import as_rows, bias_gradient, from_rows
 from .registration import below_autograd, computes_only, define_op, without_autocast
 
 
@@ -110,7 +110,7 @@ class _LoraLinear(torch.autograd.Function):
 def _run_frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with without_autocast():
         y = _base_product(as_rows(x), weight, bias)
-    return y.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
+    return from_rows(y.to(x.dtype), x)
 
 
 def _base_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -127,7 +127,7 @@ def _run_lora_linear(
     with without_autocast():
         low = project(rows, lora_A, scaling, dtype)
         y = add_product(_base_product(rows, weight, bias), low, lora_B.to(dtype).T)
-    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0]), low
+    return from_rows(y.to(x.dtype), x), low
 
 
 def _run_lora_linear_backward(

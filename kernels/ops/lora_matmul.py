@@ -26,6 +26,7 @@ from .nf4_matmul import (
     bias_gradient,
     cast,
     check_input,
+    from_rows,
     multiply,
     multiply_back,
 )
@@ -93,7 +94,7 @@ class _LoraUpdate(torch.autograd.Function):
             low = project(as_rows(x), lora_A, scaling, dtype)  # (M, r)
             ctx.save_for_backward(x, lora_A, lora_B, low)
             ctx.scaling, ctx.dtype = scaling, dtype
-            return product(low, lora_B.to(dtype)).view(*x.shape[:-1], lora_B.shape[0])
+            return from_rows(product(low, lora_B.to(dtype)), x)
 
     @staticmethod
     @once_differentiable
@@ -157,7 +158,7 @@ def _run_lora_matmul(
             y.addmm_(low, lora_B.to(dtype).T)
             if bias is not None:
                 y += bias.to(y.dtype)
-    return y.view(*x.shape[:-1], sizes[0]).to(x.dtype), low
+    return from_rows(y, x).to(x.dtype), low
 
 
 def _run_lora_matmul_backward(

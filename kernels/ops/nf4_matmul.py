@@ -90,7 +90,7 @@ def multiply(x: Tensor, packed: Packed, sizes: Sizes, dtype: torch.dtype) -> Ten
     y = nf4_native.product(x, packed, sizes, dtype) if use_native(x) else None
     if y is not None:
         return y
-    return multiply_reference(as_rows(x), packed, sizes).view(*x.shape[:-1], sizes[0]).to(dtype)
+    return from_rows(multiply_reference(as_rows(x), packed, sizes), x).to(dtype)
 
 
 def multiply_back(dy: Tensor, packed: Packed, sizes: Sizes, dtype: torch.dtype) -> Tensor:
@@ -123,6 +123,12 @@ def multiply_back_reference(rows: Tensor, packed: Packed, sizes: Sizes) -> Tenso
 def as_rows(x: Tensor) -> Tensor:
     """(..., n) -> (rows, n); -1 would not do where n is 0."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def from_rows(y: Tensor, x: Tensor) -> Tensor:
+    """(rows, n) -> (..., n), laid out as x. No view to autograd: models go on in place on what a layer returns."""
+    out: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+    return out
 
 
 def decoded_rows(packed: Packed, sizes: Sizes, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
@@ -210,7 +216,7 @@ def _run_nf4_matmul(x: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
             from .nf4_route_triton import multiply as multiply_triton
 
             y = multiply_triton(as_rows(x).to(compute_dtype), packed, sizes, bias)
-            return y.view(*x.shape[:-1], sizes[0]).to(x.dtype)
+            return from_rows(y, x).to(x.dtype)
         a = cast(x, arithmetic_dtype(compute_dtype, x.device))
         if bias is None:
             return multiply(a, packed, sizes, x.dtype)

@@ -39,7 +39,8 @@ def logits(model: Any, family: Family) -> torch.Tensor:
 
 def check_contract(model: Any, family: Family) -> None:
     """The start is the identity, every factor B learns, and merging keeps the output."""
-    assert torch.equal(logits(model, family), logits(family.build(), family))
+    # To rounding: a layer's rows may lie otherwise in memory than the plain layer's, which sums in another order.
+    torch.testing.assert_close(logits(model, family), logits(family.build(), family), rtol=0, atol=1e-6)
     model.train()(**family.batch()).loss.backward()
     still = {n for n, p in model.named_parameters() if ".lora_B." in n and not p.grad.any()}
     assert not {name for name in still if "expert" not in name}

@@ -252,3 +252,25 @@ def test_dropout_follows_the_mode_of_the_layer_that_it_is_added_to() -> None:
         model = OneLayer(nn.Linear(4, 4)).train(training)
         get_peft_model(model, LoraConfig(target_modules=["layer"], lora_dropout=0.5))
         assert model.layer.lora_dropout["default"].training is training
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"lora_dropout": 0.1}, {"use_dora": True}, {"init_lora_weights": "pissa"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_layer_returns_may_be_changed_in_place(
+    quantized: bool, changes: dict[str, Any], dtype: torch.dtype
+) -> None:
+    # Llama 4 and Falcon go on so.
+    net = nn.Sequential(nn.Linear(64, 32)).to(dtype)
+    if quantized:
+        net[0] = NF4Linear.from_linear(net[0])
+    x = torch.randn(2, 3, 64, dtype=dtype, requires_grad=True)
+    gradients = []
+    for adapted in (False, True):
+        model: Any = get_peft_model(net, LoraConfig(target_modules=["0"], **changes)) if adapted else net
+        for in_place in (False, True):
+            torch.manual_seed(0)
+            y = model(x)
+            y = y.mul_(2) if in_place else y * 2
+            gradients.append(torch.autograd.grad(y.sum(), x)[0])
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[2], gradients[3])

@@ -155,7 +155,8 @@ def _draw(axes: Any, rows: Sequence[Row]) -> None:
     axes.set(xscale="log", xlabel=f"{unit} (median, 20% to 80%)", ylim=(len(cases) - 0.5, -0.5))
     axes.set_yticks(range(len(cases)), [case.partition(" ")[2] for case in cases], fontsize=8)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    if timed:
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _columns(pairs: Iterable[tuple[float, int]]) -> tuple[list[float], list[int]]:

@@ -36,7 +36,8 @@ def test_quick_runs_every_operation_and_finds_it_right(tmp_path, capsys):
     for op in OPS:
         (file,) = tmp_path.glob(f"{op}-cpu-*-1-threads.csv")
         rows, environment = read_csv(file)
-        assert {row.candidate for row in rows} > {OURS}
+        # How costs grow is shown of ours alone.
+        assert op == "finetune_growth" or {row.candidate for row in rows} > {OURS}
         assert all(row.status == "right" and row.median > 0 for row in rows if row.candidate == OURS)
         assert {"device", "torch", "bitsandbytes", "threads", "command", "date", "load", "backend"} <= set(environment)
         assert environment["command"] == f"minipeft bench {op} --quick --device cpu --threads 1"

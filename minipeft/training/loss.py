@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from minipeft.training.batches import Batch
 from minipeft.training.encoding import IGNORE
+from minipeft.training.head_loss import at_least_float32, head_loss_sum, split_model
 
 
 def token_loss_sum(model: Any, batch: Batch) -> Tensor:
@@ -22,7 +23,13 @@ def token_loss_sum(model: Any, batch: Batch) -> Tensor:
     following = batch.labels[:, 1:]
     learned = following != IGNORE
     # Position t predicts label t + 1: (B, T - 1) -> (B, T)
-    logits = logits_at(model, batch.inputs, F.pad(learned, (0, 1)))
+    positions = F.pad(learned, (0, 1))
+    split = split_model(model) if _keeps_logits(model) else None
+    if split is not None:
+        body, head = split
+        hidden = body(**batch.inputs, use_cache=False)[0]
+        return head_loss_sum(head, hidden[positions], following[learned])
+    logits = logits_at(model, batch.inputs, positions)
     return F.cross_entropy(at_least_float32(logits), following[learned], reduction="sum")
 
 
@@ -37,11 +44,6 @@ def logits_at(model: Any, inputs: dict[str, Tensor], positions: Tensor) -> Tenso
     logits = model(**inputs, use_cache=False).logits
     # Virtual tokens put in front make more logits than there are inputs; the last T are the inputs' own.
     return logits[:, -positions.shape[1] :][positions]
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """16-bit logits in float32, wider ones as they are."""
-    return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
 def _keeps_logits(model: Any) -> bool:

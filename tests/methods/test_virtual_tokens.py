@@ -174,6 +174,30 @@ def test_a_sliding_window_does_not_evict_the_virtual_tokens(method: str, family:
 
 
 @every_method
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_the_logits_are_pefts_until_its_window_passes_the_virtual_tokens(
+    method: str, family: str, tmp_path: Path
+) -> None:
+    ours, ids = adapted(method, tiny_decoder(family)), some_ids(1, 20)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_decoder(family), tmp_path)
+    apart = (logits(ours, ids) - logits(theirs, ids)[:, -20:]).abs().amax(dim=(0, 2))
+    inside = 8 - P  # the window is 8
+    assert (apart[:inside] < EXACT["atol"]).all() and (apart[inside:] > 1e-3).all()
+
+
+@every_method
+def test_a_left_padded_row_has_its_own_logits_where_pefts_have_others(method: str, tmp_path: Path) -> None:
+    ours, row = adapted(method, tiny_decoder("llama")), some_ids(1, 6)
+    ours.save_pretrained(tmp_path)
+    theirs, alone = peft.PeftModel.from_pretrained(tiny_decoder("llama"), tmp_path), logits(ours, row)
+    padded = padded_left([row, some_ids(1, 9)])
+    torch.testing.assert_close(logits(theirs, row)[:, -6:], alone, **EXACT)
+    torch.testing.assert_close(ours(**padded).logits[:1, -6:], alone, **EXACT)
+    assert (theirs(**padded).logits[:1, -6:] - alone).abs().max() > 0.01
+
+
+@every_method
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_only_the_virtual_tokens_are_trained_and_the_loss_falls(method: str, quantized: bool, attention: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import difflib
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -190,6 +191,7 @@ def load_tensors(
 
     Raises ValueError naming missing and unexpected tensors and wrong shapes.
     """
+    stored = _without_repeats(stored, expected)
     extra = {name for name in stored if name not in expected and name in embeddings}
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected and name not in extra]
@@ -204,6 +206,22 @@ def load_tensors(
             )
     for name, target in targets.items():
         target.copy_(stored[name])
+
+
+def _without_repeats(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`stored` less what PEFT writes a second time: with bias="all", the bias of a head that is trained whole.
+
+    The trained one is there under PEFT's inner name (`head.modules_to_save.bias`) too, and the base's own beside it
+    (`head.original_module.bias`), which stands aside while the adapter acts. Values that differ are no repeat.
+    """
+
+    def repeats(name: str) -> bool:
+        once = re.sub(r"\.(modules_to_save|original_module)\.(?=bias$)", ".", name)
+        if once == name or once not in expected or once not in stored:
+            return False
+        return name.endswith(".original_module.bias") or torch.equal(stored[name], stored[once])
+
+    return {name: tensor for name, tensor in stored.items() if name in expected or not repeats(name)}
 
 
 def _key_errors(missing: list[str], unexpected: list[str], expected: Iterable[str]) -> list[str]:

@@ -8,7 +8,9 @@ import peft
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import randomize, some_ids, tiny_gpt2, tiny_llama
+from transformers import BertConfig, BertForSequenceClassification
 
 import minipeft
 
@@ -122,6 +124,36 @@ def test_gpt2_conv1d_adapter_both_ways(tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "ours")
     torch.testing.assert_close(logits(back), logits(ours), **TOLERANCE)
+
+
+def tiny_classifier() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertForSequenceClassification(BertConfig(vocab_size=128, num_labels=3, **sizes)).eval()
+
+
+def test_all_biases_of_a_classifier_go_both_ways(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"r": 2, "task_type": "SEQ_CLS", "target_modules": "all-linear", "bias": "all"}
+    theirs = peft.get_peft_model(tiny_classifier(), peft.LoraConfig(**config))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    stored = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert "base_model.model.classifier.modules_to_save.bias" in stored, "PEFT writes it once now"
+    ours = minipeft.PeftModel.from_pretrained(tiny_classifier(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs), **TOLERANCE)
+    ours.save_pretrained(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path / "ours")
+    torch.testing.assert_close(logits(back), logits(ours), **TOLERANCE)
+
+
+def test_two_values_for_a_classifiers_bias_are_an_error() -> None:
+    config = minipeft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear", bias="all")
+    ours = minipeft.get_peft_model(tiny_classifier(), config)
+    state = minipeft.get_peft_model_state_dict(ours)
+    again = "base_model.model.classifier.modules_to_save.bias"
+    minipeft.set_peft_model_state_dict(ours, {**state, again: state["base_model.model.classifier.bias"].clone()})
+    with pytest.raises(ValueError, match=f"unknown tensors {again}"):
+        minipeft.set_peft_model_state_dict(ours, {**state, again: torch.ones(3)})
 
 
 def test_resized_vocabulary_travels_with_the_adapter(tmp_path: Path) -> None:

@@ -51,11 +51,13 @@ class LoraConfig(PeftConfig):
         init_lora_weights: True (B = 0), "gaussian" (the same with normal A), "pissa" or "pissa_niter_N" (the weight's
             principal components, see `lora_init.py`), "loftq" (what quantization loses, see `loftq.py`), or False
             (both random: a start that is not the identity, for tests).
-        target_parameters: Names or name endings of 3-D parameters of a mixture's experts (see `lora_parameters.py`).
+        target_parameters: Names or name endings of 3-D parameters of a mixture's experts, and of its routers' weights
+            (see `lora_parameters.py`).
         loftq_config: A `LoftQConfig` or its fields, for init_lora_weights="loftq".
         layers_to_transform, layers_pattern: Only targets in layers of these numbers, counted in the module list
             called `layers_pattern`.
-        rank_pattern, alpha_pattern: r and lora_alpha of targets whose name ends with the key (a regular expression).
+        rank_pattern, alpha_pattern: r and lora_alpha of targets (modules or parameters) whose name ends with the key
+            (a regular expression).
         use_dora: Train the length of each output feature's weight too.
 
     Raises ValueError for values out of range, and for fields of PEFT's that minipeft lacks.

@@ -216,20 +216,26 @@ def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
     return None
 
 
-_ROUTER = ", the router of a mixture of experts"
+_ROUTER = ", the router of a mixture of experts, whose weight target_parameters takes"
 
 
 def _mixin_for(module: nn.Module) -> type[AdapterModule] | None:
-    """`lora_mixin_for`, and for a module that holds 3-D parameters `LoraParameters`."""
-    fused = any(p is not None and p.dim() == 3 for p in module._parameters.values())
+    """`lora_mixin_for`, and for a module that holds parameters for `target_parameters` `LoraParameters`."""
+    fused = any(p is not None and p.dim() >= 2 for p in module._parameters.values())
     return lora_mixin_for(module) or (LoraParameters if fused else None)
+
+
+def _reads_its_own(module: nn.Module) -> bool:
+    """Whether a 2-D weight of `module` is read in the module's own forward, where an update of it can stand in."""
+    plain_layer = isinstance(module, nn.Linear) and "Router" not in type(module).__name__
+    return lora_mixin_for(module) is None and not plain_layer
 
 
 def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
     if not config.target_parameters:
         return _find_layers(model, config, skip)
     check_target_parameters(config)
-    holders = find_target_parameters(dict(base_modules(model)), config)
+    holders = find_target_parameters(dict(base_modules(model)), config, _reads_its_own)
     # Without a word about modules, as in PEFT, the parameters are all.
     return [*(_find_layers(model, config, skip) if config.target_modules else ()), *holders]
 

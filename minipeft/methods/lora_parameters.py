@@ -1,9 +1,11 @@
-"""LoRA on parameters that are no module's weight: the experts of a mixture, all in one 3-D parameter.
+"""LoRA on parameters that are no layer's weight: a mixture's experts, all in one 3-D parameter, and its router's.
 
 transformers keeps `gate_up_proj` and `down_proj` of all experts as one parameter each, (experts, out_features,
 in_features) (or with the last two swapped, where the module says `is_transposed`). Every expert e has an update of its
 own, W_e + s B_e A_e. The module reads its parameters itself, so while it runs they stand in its place with the update
 added: unlike for a layer, the whole updated weight is made in every forward.
+
+A router's weight (experts, in_features) is updated in the same way, as one expert's would be.
 
 A and B of all experts lie as PEFT lays them: A (experts * r, in_features), expert by expert, B (out_features,
 r * experts), rank by rank.
@@ -11,6 +13,7 @@ r * experts), rank by rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +43,7 @@ class ExpertFactors(nn.Module):
 
 
 class LoraParameters(AdapterModule):
-    """A module with 3-D parameters that adapters update.
+    """A module with parameters of its own, 3-D or a router's, that adapters update.
 
     Attributes:
         lora_experts: adapter -> parameter -> its `ExpertFactors`.
@@ -58,13 +61,13 @@ class LoraParameters(AdapterModule):
 
     def add_adapter(self, adapter: str, config: LoraConfig, path: str, dtype: torch.dtype, init: bool) -> None:
         """Create the factors of `adapter` for the parameters that `config.target_parameters` names here."""
-        r, _, scaling = config.settings_for(path)
         own = self.lora_experts[adapter] = nn.ModuleDict()
         for name in target_parameters_of(self, path, config):
             parameter = self._parameters[name]
             assert parameter is not None
-            experts, *sides = parameter.shape
-            out_features, in_features = reversed(sides) if self._transposed() else sides
+            r, _, scaling = config.settings_for(f"{path}.{name}")
+            experts, *sides = parameter.shape if parameter.dim() == 3 else (1, *parameter.shape)
+            out_features, in_features = reversed(sides) if self._transposed(name) else sides
             like = {"dtype": dtype, "device": parameter.device}
             own[name] = factors = ExpertFactors((experts, out_features, in_features), r, scaling, **like)
             if init:
@@ -91,10 +94,12 @@ class LoraParameters(AdapterModule):
     def delta_parameter(self, adapter: str, name: str) -> Tensor:
         """What merging `adapter` adds to the parameter called `name`, of its shape."""
         update: Tensor = self.lora_experts[adapter][name].update()
-        return update.transpose(1, 2) if self._transposed() else update
+        update = update.transpose(1, 2) if self._transposed(name) else update
+        return update.reshape(self._parameters[name].shape)  # type: ignore[union-attr]
 
-    def _transposed(self) -> bool:
-        return bool(getattr(self, "is_transposed", False))
+    def _transposed(self, name: str) -> bool:
+        parameter: Any = self._parameters[name]
+        return parameter.dim() == 3 and bool(getattr(self, "is_transposed", False))
 
     def adapter_names(self) -> set[str]:
         return set(self.lora_experts) | super().adapter_names()
@@ -148,22 +153,21 @@ def check_target_parameters(config: LoraConfig) -> None:
         raise ValueError(f"init_lora_weights={config.init_lora_weights!r} does not go with target_parameters")
 
 
-def find_target_parameters(modules: dict[str, nn.Module], config: LoraConfig) -> list[str]:
+def find_target_parameters(
+    modules: dict[str, nn.Module], config: LoraConfig, reads_its_own: Callable[[nn.Module], bool]
+) -> list[str]:
     """The dotted names of the modules that hold what `config.target_parameters` names.
 
-    Raises ValueError for a name that matches no parameter, or one that is not 3-D.
+    Args:
+        reads_its_own: Whether a module is no layer for `target_modules`, and reads its weight in its own forward.
+
+    Raises ValueError for a name that matches no parameter, or one that cannot be updated.
     """
     found: dict[str, list[str]] = {}
     for path, module in modules.items():
         names = target_parameters_of(module, path, config)
         for name in names:
-            parameter = module._parameters[name]
-            if parameter is None or parameter.dim() != 3:
-                shape = None if parameter is None else tuple(parameter.shape)
-                raise ValueError(
-                    f"target_parameters: {path}.{name} is no 3-D parameter of experts (shape {shape}); adapt a layer's "
-                    "weight by naming the layer in target_modules"
-                )
+            _check_target(f"{path}.{name}", module._parameters[name], reads_its_own(module))
         if names:
             found[path] = names
     for target in config.target_parameters or ():
@@ -171,3 +175,14 @@ def find_target_parameters(modules: dict[str, nn.Module], config: LoraConfig) ->
             fused = {n for m in modules.values() for n, p in m._parameters.items() if p is not None and p.dim() == 3}
             raise ValueError(f"target_parameters: {target!r} matches no parameter; 3-D ones here: {sorted(fused)}")
     return list(found)
+
+
+def _check_target(name: str, parameter: Tensor | None, reads_its_own: bool) -> None:
+    dims = 0 if parameter is None or not parameter.is_floating_point() else parameter.dim()
+    if dims == 3 or (dims == 2 and reads_its_own):
+        return
+    shape = None if parameter is None else tuple(parameter.shape)
+    advice = "; adapt a layer's weight by naming the layer in target_modules" if dims == 2 else ""
+    raise ValueError(
+        f"target_parameters: {name} is no 3-D parameter of experts, nor a router's (shape {shape}){advice}"
+    )

@@ -15,6 +15,7 @@ from minipeft import LoraConfig, get_peft_model, lora_plus_groups
 
 CONFIG: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
 BOTH = ["gate_up_proj", "mlp.experts.down_proj"]
+ROUTERS = [*BOTH, "gate.weight"]
 SIZES: dict[str, Any] = {
     **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2},
     **{"num_attention_heads": 4, "num_key_value_heads": 2},
@@ -44,7 +45,7 @@ def adapted(library: Any, plain: Any = mixtral, targets: Any = BOTH, **changes: 
 
 
 @pytest.mark.parametrize("plain", [mixtral, qwen])
-@pytest.mark.parametrize("targets", [BOTH, ["down_proj"]])
+@pytest.mark.parametrize("targets", [BOTH, ["down_proj"], ROUTERS])
 def test_adapters_move_between_the_libraries(plain: Any, targets: list[str], tmp_path: Path) -> None:
     theirs = adapted(peft, plain, targets)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -57,9 +58,23 @@ def test_adapters_move_between_the_libraries(plain: Any, targets: list[str], tmp
     torch.testing.assert_close(logits(back), logits(ours), rtol=0, atol=1e-5)
 
 
+# PEFT says so of its own pattern, and follows it (the ranks in the file are the pattern's).
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("plain", [mixtral, qwen])
-def test_contract_of_every_method(plain: Any) -> None:
-    untouched, model = plain(), get_peft_model(plain(), LoraConfig(**CONFIG, target_parameters=BOTH))
+def test_what_peft_makes_of_all_linear_loads_here(plain: Any, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(plain(), peft.LoraConfig(r=2, target_modules="all-linear"))
+    randomize(theirs, scale=0.2)
+    theirs.save_pretrained(tmp_path)
+    ours = minipeft.PeftModel.from_pretrained(plain(), tmp_path)
+    config = ours.peft_config["default"]
+    assert "gate.weight" in config.target_parameters and config.rank_pattern, "PEFT's defaults changed"
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [BOTH, ROUTERS])
+@pytest.mark.parametrize("plain", [mixtral, qwen])
+def test_contract_of_every_method(plain: Any, targets: list[str]) -> None:
+    untouched, model = plain(), get_peft_model(plain(), LoraConfig(**CONFIG, target_parameters=targets))
     base = logits(untouched)
     torch.testing.assert_close(logits(model), base, rtol=0, atol=0)
     randomize(model, scale=0.2)
@@ -111,7 +126,11 @@ def test_parameters_alone_need_no_modules() -> None:
     ("changes", "message"),
     [
         ({"targets": ["nope"]}, r"'nope' matches no parameter; 3-D ones here: \['down_proj', 'gate_up_proj'\]"),
-        ({"targets": ["q_proj.weight"]}, r"q_proj\.weight is no 3-D parameter"),
+        ({"targets": ["q_proj.weight"]}, r"q_proj\.weight is no 3-D parameter.* naming the layer in target_modules"),
+        (
+            {"targets": ["norm.weight"]},
+            r"norm\.weight is no 3-D parameter of experts, nor a router's \(shape \(32,\)\)$",
+        ),
         ({"use_dora": True}, "use_dora=True does not go with target_parameters"),
         ({"lora_dropout": 0.1}, "lora_dropout=0.1 does not go with"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' does not go with"),

@@ -92,13 +92,20 @@ class PeftConfig:
                 f"{type(self).__name__} is for peft_type {own_type and own_type.value!r}, got {self.peft_type!r}"
             )
         self.peft_type = own_type
-        for field, neutral in self.unsupported.items():
-            value = getattr(self, field)
-            if not _asks_for_nothing(value) and value not in neutral:
-                raise ValueError(
-                    f"{type(self).__name__}({field}={value!r}) is not supported by minipeft; "
-                    f"leave {field} at its default ({neutral[0] if neutral else None!r})"
-                )
+        for field in self._asked_in_vain(vars(self)):
+            raise ValueError(
+                f"{type(self).__name__}({field}={getattr(self, field)!r}) is not supported by minipeft; "
+                f"leave {field} at its default ({getattr(type(self), field, None)!r})"
+            )
+
+    @classmethod
+    def _asked_in_vain(cls, values: Mapping[str, Any]) -> list[str]:
+        """The fields of `values` that ask for something minipeft does not have."""
+        asking = {field: values[field] for field in cls.unsupported if not _asks_for_nothing(values.get(field))}
+        return [field for field, value in asking.items() if value not in cls.unsupported[field]]
+
+    def check_start(self) -> None:
+        """Raise ValueError if an adapter of this config can be loaded, but not made anew."""
 
     def for_loading(self, trainable: bool, training_file: bool) -> None:
         """Get ready to describe an adapter that is loaded.
@@ -140,6 +147,11 @@ class PeftConfig:
                 near = difflib.get_close_matches(field, known, n=1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise ValueError(f"{source}: field {field!r} = {value!r} is not known to minipeft{hint}")
+        for field in config_class._asked_in_vain(values):
+            raise ValueError(
+                f"{source}: the adapter was made with {field}={values[field]!r}, which minipeft does not have: use it "
+                f"with PEFT, or train one without {field}"
+            )
         try:
             return config_class(**{k: v for k, v in values.items() if k in known})
         except (TypeError, ValueError) as error:

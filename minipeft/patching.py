@@ -65,6 +65,8 @@ def attach_adapter(
     Raises ValueError for an invalid adapter name, names that match nothing, and modules that cannot be adapted.
     """
     check_adapter_name(adapter)
+    if init:
+        config.check_start()
     method = METHODS[config.peft_type]
     saved = modules_to_save(model, config)
     _check_saved(model, saved)

@@ -126,6 +126,27 @@ def test_gpt2_conv1d_adapter_both_ways(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(back), logits(ours), **TOLERANCE)
 
 
+def test_an_orthogonal_start_of_pefts_is_read_but_none_is_made(tmp_path: Path) -> None:
+    config = {**arguments("plain"), "init_lora_weights": "orthogonal"}
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**config))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = minipeft.PeftModel.from_pretrained(base(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs), **TOLERANCE)
+    ours.save_pretrained(tmp_path / "ours")
+    assert files(tmp_path / "ours") == files(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"'orthogonal' is for adapters that PEFT made.*makes no such start"):
+        minipeft.get_peft_model(base(), minipeft.LoraConfig(**config))
+
+
+@pytest.mark.parametrize("field", ["lora_bias", "trainable_token_indices"])
+def test_a_file_that_asks_for_what_is_not_here_gets_advice_for_files(field: str, tmp_path: Path) -> None:
+    changes = {"lora_bias": True, "trainable_token_indices": [5, 6]}
+    peft.LoraConfig(**arguments("plain"), **{field: changes[field]}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"made with {field}=.*use it with PEFT, or train one without {field}$"):
+        minipeft.PeftConfig.from_pretrained(tmp_path)
+
+
 def tiny_classifier() -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -17,6 +17,11 @@ _UNSUPPORTED = (
     *("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
 )
 
+# PEFT's starts that are not made here. Of the first, A and B mean the same in the file as any others; with the second
+# PEFT takes the start out of the base weight and leaves it to the reader to do so again.
+_LOADED_STARTS = ("orthogonal",)
+_CHANGE_THE_BASE = ("olora", "corda", "lora_ga")
+
 
 @dataclasses.dataclass
 class LoraRuntimeConfig:
@@ -50,7 +55,7 @@ class LoraConfig(PeftConfig):
         modules_to_save: Modules that the adapter trains whole.
         init_lora_weights: True (B = 0), "gaussian" (the same with normal A), "pissa" or "pissa_niter_N" (the weight's
             principal components, see `lora_init.py`), "loftq" (what quantization loses, see `loftq.py`), or False
-            (both random: a start that is not the identity, for tests).
+            (both random: a start that is not the identity, for tests). "orthogonal" in PEFT's files is read.
         target_parameters: Names or name endings of 3-D parameters of a mixture's experts, and of its routers' weights
             (see `lora_parameters.py`).
         loftq_config: A `LoftQConfig` or its fields, for init_lora_weights="loftq".
@@ -131,11 +136,7 @@ class LoraConfig(PeftConfig):
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
-        kind = self.init_lora_weights
-        if kind not in (True, False, "gaussian", "pissa", "loftq") and not re.fullmatch(r"pissa_niter_\d+", str(kind)):
-            raise ValueError(
-                f"init_lora_weights must be True, False, 'gaussian', 'pissa', 'pissa_niter_N' or 'loftq', got {kind!r}"
-            )
+        self._check_kind_of_start()
         self._check_loftq()
         if not isinstance(self.runtime_config, LoraRuntimeConfig):
             raise ValueError(f"runtime_config must be a LoraRuntimeConfig, got {self.runtime_config!r}")
@@ -158,6 +159,26 @@ class LoraConfig(PeftConfig):
         values = super().to_dict()
         del values["runtime_config"]
         return values
+
+    def _check_kind_of_start(self) -> None:
+        kind = self.init_lora_weights
+        known = (True, False, "gaussian", "pissa", "loftq", *_LOADED_STARTS)
+        if kind in _CHANGE_THE_BASE:
+            raise ValueError(
+                f"init_lora_weights={kind!r} is not supported by minipeft: it changes the base weights; an adapter "
+                "that PEFT saves with path_initial_model_for_weight_conversion is plain LoRA, which loads"
+            )
+        if kind not in known and not re.fullmatch(r"pissa_niter_\d+", str(kind)):
+            raise ValueError(
+                f"init_lora_weights must be True, False, 'gaussian', 'pissa', 'pissa_niter_N' or 'loftq', got {kind!r}"
+            )
+
+    def check_start(self) -> None:
+        if self.init_lora_weights in _LOADED_STARTS:
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} is for adapters that PEFT made, which load; minipeft "
+                "makes no such start: take True, 'gaussian' or 'pissa'"
+            )
 
     def _check_loftq(self) -> None:
         if isinstance(self.loftq_config, LoftQConfig):

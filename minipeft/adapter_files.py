@@ -73,6 +73,7 @@ class AdapterFiles(Mixin):
             )
         config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(directory)
         stored = checkpoint.read_tensors(directory)
+        config.check_marks(checkpoint.read_marks(directory), str(directory))
         _warn_other_base(self, config, directory)
         exists = adapter_name in self.peft_config
         if exists:
@@ -144,6 +145,13 @@ class AdapterFiles(Mixin):
             if path_initial_model_for_weight_conversion is not None:
                 config = plain_config(config)
                 tensors = as_plain_lora(tensors, pissa_starts(self, adapter, config.key_prefix))
+            if config.file_marks():
+                logger.warning(
+                    "adapter %r: PEFT would start init_lora_weights=%r from other random numbers and read it wrongly; "
+                    "for PEFT, save it with path_initial_model_for_weight_conversion, as plain LoRA",
+                    adapter,
+                    config.init_lora_weights,  # type: ignore[attr-defined]
+                )
             checkpoint.save_adapter(folder, config, tensors, _model_card(config), training)
         if _TRAINER_FOLDER.fullmatch(directory.name):
             with atomic_path(directory / _TRAINER_WEIGHTS) as temporary:

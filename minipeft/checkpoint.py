@@ -48,7 +48,7 @@ def save_adapter(
         if named:
             flat = _without_shared_memory(named)
             with atomic_path(directory / file) as temporary:
-                save_file(flat, temporary, metadata={"format": "pt"})
+                save_file(flat, temporary, metadata={"format": "pt", **config.file_marks()})
     if model_card is not None and not (directory / "README.md").exists():
         write_text(directory / "README.md", model_card)
     values = {**config.to_dict(), "inference_mode": True, "peft_version": config.peft_version or PEFT_FORMAT}
@@ -84,6 +84,19 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
             )
         raise FileNotFoundError(f"no adapter weights at {str(directory)!r}: expected a file {WEIGHTS_NAME}")
     return _read(file)
+
+
+def read_marks(directory: str | Path) -> dict[str, str]:
+    """What the file of tensors in an adapter directory says about itself (`PeftConfig.file_marks`).
+
+    Raises ValueError when the file is damaged.
+    """
+    file = Path(directory) / WEIGHTS_NAME
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return dict(tensors.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
 
 
 def load_peft_weights(model_id: str | Path, device: str | None = None) -> dict[str, Tensor]:

@@ -107,6 +107,17 @@ class PeftConfig:
     def check_start(self) -> None:
         """Raise ValueError if an adapter of this config can be loaded, but not made anew."""
 
+    def file_marks(self) -> dict[str, str]:
+        """What the adapter's file of tensors says about itself, for `check_marks`."""
+        return {}
+
+    def check_marks(self, marks: Mapping[str, str], source: str) -> None:
+        """Raise ValueError if a file with these marks cannot be read with this config.
+
+        Args:
+            source: Names it in errors.
+        """
+
     def for_loading(self, trainable: bool, training_file: bool) -> None:
         """Get ready to describe an adapter that is loaded.
 

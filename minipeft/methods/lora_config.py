@@ -21,6 +21,8 @@ _UNSUPPORTED = (
 # PEFT takes the start out of the base weight and leaves it to the reader to do so again.
 _LOADED_STARTS = ("orthogonal",)
 _CHANGE_THE_BASE = ("olora", "corda", "lora_ga")
+# In the files of adapters with "pissa_niter_N": that the numbers were drawn as in `lora_init.py`, from seed 0.
+_OWN_DRAW = {"pissa_draw": "minipeft"}
 
 
 @dataclasses.dataclass
@@ -179,6 +181,20 @@ class LoraConfig(PeftConfig):
                 f"init_lora_weights={self.init_lora_weights!r} is for adapters that PEFT made, which load; minipeft "
                 "makes no such start: take True, 'gaussian' or 'pissa'"
             )
+
+    def file_marks(self) -> dict[str, str]:
+        return _OWN_DRAW if self._starts_from_a_draw() else {}
+
+    def check_marks(self, marks: Mapping[str, str], source: str) -> None:
+        if self._starts_from_a_draw() and not _OWN_DRAW.items() <= marks.items():
+            raise ValueError(
+                f"{source}: init_lora_weights={self.init_lora_weights!r} starts from random numbers that PEFT does not "
+                "store, so nobody can know what the adapter was trained from; where it was trained, save it with "
+                "path_initial_model_for_weight_conversion, as plain LoRA"
+            )
+
+    def _starts_from_a_draw(self) -> bool:
+        return str(self.init_lora_weights).startswith("pissa_niter_")
 
     def _check_loftq(self) -> None:
         if isinstance(self.loftq_config, LoftQConfig):

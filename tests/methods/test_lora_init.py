@@ -144,6 +144,25 @@ def test_pissa_adapters_move_between_the_libraries(changes: dict[str, Any], tmp_
     torch.testing.assert_close(logits(back), logits(ours), rtol=0, atol=2e-5)
 
 
+def test_what_pefts_random_start_was_nobody_knows_so_its_file_is_refused(tmp_path: Path) -> None:
+    theirs, model = trained(peft, init_lora_weights="pissa_niter_4"), tiny_llama()
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'pissa_niter_4' starts from random numbers that PEFT does not store"):
+        minipeft.PeftModel.from_pretrained(model, tmp_path)
+    assert torch.equal(logits(model), logits(tiny_llama()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saving_warns_where_peft_would_read_something_else(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = trained(minipeft, init_lora_weights=kind)
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion="start")
+    assert not caplog.records
+    model.save_pretrained(tmp_path / "own")
+    assert [kind in record.getMessage() for record in caplog.records] == [True] * (kind != "pissa")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded_here_is_exact(kind: str, tmp_path: Path) -> None:
     model = trained(minipeft, init_lora_weights=kind)

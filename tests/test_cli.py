@@ -93,6 +93,8 @@ def logits(model, ids=((5, 9, 70, 71, 72),)):
 def test_train_saves_an_adapter_that_eval_finds_better_than_the_base(base, data, lora_run, adapter):
     assert (adapter / "adapter_model.safetensors").is_file()
     assert "trainable params" in lora_run[1] and str(adapter) in lora_run[1]
+    # The data are prompts and completions, which no chat template saw.
+    assert f"--adapter {adapter} --raw --prompt" in lora_run[1]
     before = loss_of("--model", base, "--data", data)
     assert loss_of("--model", base, "--adapter", adapter, "--data", data) < before - 0.5
 

@@ -54,7 +54,11 @@ def train(args: argparse.Namespace) -> None:
         print(f"evaluation: {loss_text(result.eval_end)}")
     print(f"adapter saved in {result.adapter_dir}")
     quantize = f" --quantize {config.quantize}" if config.quantize else ""
-    print(f"use it: minipeft generate --model {config.model}{quantize} --adapter {result.adapter_dir} --prompt '...'")
+    # Texts that were learned as they are must be asked as they are.
+    raw = "" if data.chat else " --raw"
+    print(
+        f"use it: minipeft generate --model {config.model}{quantize} --adapter {result.adapter_dir}{raw} --prompt '...'"
+    )
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:

@@ -80,6 +80,8 @@ def plan_runs(methods: Sequence[str] | None, path: str | Path | None) -> list[Ru
 
 def _run(name: str, given: Any) -> Run:
     where = f"run {name!r}"
+    if not name.strip():
+        raise ConfigError(f"{where}: a run needs a name, for its row and its folder")
     if not isinstance(given, Mapping):
         raise ConfigError(f"{where} must be a mapping of settings, such as {{method: lora, lr: 0.001}}, got {given!r}")
     for key in given:

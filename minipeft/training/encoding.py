@@ -49,6 +49,7 @@ class EncodedDataset:
     truncated: int = 0
     dropped: int = 0
     notices: list[str] = field(default_factory=list)
+    chat: bool = False  # whether the records were conversations, put into the chat template
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -86,7 +87,7 @@ def encode_records(
         DataError: a record too long under "error", a record the tokenizer or chat template refuses, or
             nothing left to learn from.
     """
-    data = EncodedDataset([], max_length, len(records))
+    data = EncodedDataset([], max_length, len(records), chat=any(r.messages is not None for r in records))
     hopeless = 0
     for record in records:
         example = encode_record(record, tokenizer)
@@ -272,4 +273,4 @@ def split_examples(data: EncodedDataset, fraction: float, seed: int) -> tuple[En
 
 def _subset(data: EncodedDataset, indices: Iterable[int]) -> EncodedDataset:
     examples = [data.examples[i] for i in indices]
-    return EncodedDataset(examples, data.max_length, len(examples))
+    return EncodedDataset(examples, data.max_length, len(examples), chat=data.chat)

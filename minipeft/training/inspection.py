@@ -101,7 +101,7 @@ def _about_adapter(path: Path) -> Iterator[str]:
     yield "  config"
     for key, value in sorted(config.items()):
         if value not in (None, False, [], {}) and key not in ("base_model_name_or_path", "peft_type"):
-            yield f"    {key:<24}{_short(value)}"
+            yield f"    {key:<28}{_short(value)}"
     yield from _tensor_lines(tensors)
 
 
@@ -134,7 +134,7 @@ def _about_model(path: Path) -> Iterator[str]:
     yield "  config"
     for key, value in sorted(config.items()):
         if not isinstance(value, dict) and value is not None:
-            yield f"    {key:<24}{_short(value)}"
+            yield f"    {key:<28}{_short(value)}"
     yield from _tensor_lines(tensors)
 
 
@@ -143,13 +143,13 @@ def _about_run(path: Path) -> Iterator[str]:
     yield f"{path}: training run"
     for key in ("model", "data", "method", "quantize", "lr", "batch_size", "gradient_accumulation", "seed"):
         if config.get(key) is not None:
-            yield f"  {key:<24}{_short(config[key])}"
+            yield f"  {key:<28}{_short(config[key])}"
     rows = _log_rows(path / "log.jsonl")
     for name in ("loss", "eval_loss"):
         steps = [row for row in rows if row.get(name) is not None]
         if steps:
             first, last = steps[0], steps[-1]
-            yield f"  {name:<24}{first[name]:.4f} (step {first['step']}) -> {last[name]:.4f} (step {last['step']})"
+            yield f"  {name:<28}{first[name]:.4f} (step {first['step']}) -> {last[name]:.4f} (step {last['step']})"
     checkpoints = sorted(p.name for p in path.glob("checkpoint-*"))
     yield f"  checkpoints             {', '.join(checkpoints) or 'none'}"
     if (path / "adapter" / "adapter_config.json").is_file():

@@ -26,7 +26,7 @@ from minipeft.training import compare_run, loop
 from minipeft.training.compare import compare, in_own_process
 from minipeft.training.compare_plan import CompareConfig, Run, Shared, plan_runs
 from minipeft.training.compare_run import Order, attempt
-from minipeft.training.errors import CheckpointError, OutputDirError, TrainingError
+from minipeft.training.errors import CheckpointError, ConfigError, OutputDirError, TrainingError
 from minipeft.training.records import read_jsonl
 
 OTHER = "The quick brown fox jumps over the lazy dog. " * 12
@@ -578,3 +578,16 @@ def test_failures_of_ours_keep_their_traceback(tmp_path, capsys, monkeypatch):
     assert not attempt(order_in(tmp_path))
     assert "Traceback" in capsys.readouterr().err
     assert json.loads((tmp_path / "failed.json").read_text())["reason"] == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: {method: lora}\na: {method: prompt}\n", r"'a' is given twice"),
+        ('"": {method: lora}\n', "run '': a run needs a name"),
+    ],
+)
+def test_no_run_of_a_file_is_lost_or_nameless(tmp_path, text, message):
+    (tmp_path / "runs.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        plan_runs(None, tmp_path / "runs.yaml")

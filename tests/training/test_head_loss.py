@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from largest_tensor import LargestTensor
+from tiny import VOCABULARY, randomize, some_ids, tiny_gpt2, tiny_llama
+from tiny_decoders import tiny_decoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,9 +15,6 @@ from minipeft.training import head_loss
 from minipeft.training.batches import Batch
 from minipeft.training.head_loss import head_loss_sum, split_model
 from minipeft.training.loss import token_loss_sum
-from tests.largest_tensor import LargestTensor
-from tests.tiny import VOCABULARY, randomize, some_ids, tiny_gpt2, tiny_llama
-from tests.tiny_decoders import tiny_decoder
 
 ROWS, HIDDEN, VOCAB = 11, 6, 20
 

@@ -8,6 +8,7 @@ float32, whatever was asked for.
 import logging
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger("minipeft")
 
@@ -36,3 +37,16 @@ def arithmetic_dtype(asked: torch.dtype, device: torch.device) -> torch.dtype:
         _said.add(asked)
         logger.warning("this CPU has no %s matrix instructions: products are in float32 instead", asked)
     return torch.float32
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """x as a product takes it: in autocast's dtype under autocast, as `F.linear` would have it.
+
+    float64, and what is no floating point, are left alone.
+    """
+    if not torch._C._is_any_autocast_enabled():
+        return x
+    kind, eligible = x.device.type, x.dtype.is_floating_point and x.dtype != torch.float64
+    if eligible and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .arithmetic import arithmetic_dtype
+from .arithmetic import arithmetic_dtype, as_autocast
 from .dense import product
-from .lora_products import adapter_dtype, add_product, grad_of_A, grad_of_B, project, project_back
+from .lora_products import adapter_dtype, add_product, empty_gradients, gradients, project
 from .nf4_matmul import as_rows, bias_gradient, from_rows
 from .registration import below_autograd, computes_only, define_op, without_autocast
 
@@ -52,14 +52,6 @@ def lora_linear(
     call = _run_lora_linear if computes_only(x, bias, lora_A, lora_B) else _lora_linear_op
     out: Tensor = call(as_autocast(x), weight, bias, lora_A, lora_B, scaling, dtype)[0]
     return out
-
-
-def as_autocast(x: Tensor) -> Tensor:
-    """x as a product takes it: in autocast's dtype under autocast (which leaves float64 alone)."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -142,21 +134,12 @@ def _run_lora_linear_backward(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA and dB; one that is not needed is empty."""
-    dx, dA, dB = dy.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+
+    def input_gradient(rows: Tensor, grad_low: Tensor) -> Tensor:
+        return add_product(_base_product(rows, weight.T, None), grad_low, lora_A.to(dtype))
+
     with without_autocast():
-        rows = as_rows(dy)
-        wide = rows.to(dtype)
-        if needed[0] or needed[1]:
-            grad_low = project_back(wide, lora_B, scaling)
-        if needed[0]:
-            dx = add_product(_base_product(rows, weight.T, None), grad_low, lora_A.to(dtype))
-            dx = dx.to(dy.dtype).view(*dy.shape[:-1], weight.shape[1])
-        if needed[1]:
-            assert x is not None
-            dA = grad_of_A(grad_low, as_rows(x), lora_A.dtype)
-        if needed[2]:
-            dB = grad_of_B(wide, low, lora_B.dtype)
-    return dx, dA, dB
+        return gradients(dy, x, lora_A, lora_B, low, scaling, dtype, needed, input_gradient)
 
 
 def _fake_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, *args: Any) -> Any:
@@ -167,9 +150,7 @@ def _fake_lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Te
 def _fake_lora_linear_backward(
     dy: Tensor, x: Tensor | None, weight: Tensor, lora_A: Tensor, lora_B: Tensor, *args: Any
 ) -> Any:
-    needed = args[-1]
-    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if needed[0] else dy.new_empty(0)
-    return dx, *(t.new_empty(t.shape if n else 0) for t, n in zip((lora_A, lora_B), needed[1:], strict=True))
+    return empty_gradients(dy, weight.shape[1], lora_A, lora_B, needed=args[-1])
 
 
 _frozen_linear_op = define_op(

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from .arithmetic import arithmetic_dtype
 from .dense import product
 from .dispatch import use_triton
-from .lora_products import adapter_dtype, grad_of_A, grad_of_B, project, project_back
+from .lora_products import adapter_dtype, empty_gradients, grad_of_A, grad_of_B, gradients, project, project_back
 from .nf4_matmul import (
     PACKED_SCHEMA,
     SIZES_SCHEMA,
@@ -106,7 +106,7 @@ class _LoraUpdate(torch.autograd.Function):
             if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
                 grad_low = project_back(rows, lora_B, ctx.scaling)
             if ctx.needs_input_grad[0]:
-                grad_x = product(grad_low, lora_A.to(ctx.dtype).T).view(x.shape).to(x.dtype)
+                grad_x = from_rows(product(grad_low, lora_A.to(ctx.dtype).T), x).to(x.dtype)
             if ctx.needs_input_grad[1]:
                 grad_A = grad_of_A(grad_low, as_rows(x), lora_A.dtype)
             if ctx.needs_input_grad[2]:
@@ -164,26 +164,14 @@ def _run_lora_matmul(
 def _run_lora_matmul_backward(
     dy: Tensor, x: Tensor | None, lora_A: Tensor, lora_B: Tensor, low: Tensor, scaling: float, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dA and dB; one that is not needed is empty.
-
-    dy B, of r columns, comes first: dx and dA are made from it, so that no product is larger than the base's own.
-    """
+    """dx, dA and dB; one that is not needed is empty."""
     packed, sizes, (compute_dtype, dtype), needed = args[:6], args[6:10], args[10:12], args[12]
-    dx, dA, dB = dy.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+
+    def input_gradient(rows: Tensor, grad_low: Tensor) -> Tensor:
+        return _input_gradient(rows, grad_low, lora_A, packed, sizes, compute_dtype)
+
     with without_autocast():
-        rows = as_rows(dy)
-        wide = rows.to(dtype)
-        if needed[0] or needed[1]:
-            grad_low = project_back(wide, lora_B, scaling)  # (M, r)
-        if needed[0]:
-            dx = _input_gradient(rows, grad_low, lora_A, packed, sizes, compute_dtype)
-            dx = dx.to(dy.dtype).view(*dy.shape[:-1], sizes[1])
-        if needed[1]:
-            assert x is not None
-            dA = grad_of_A(grad_low, as_rows(x), lora_A.dtype)
-        if needed[2]:
-            dB = grad_of_B(wide, low, lora_B.dtype)
-    return dx, dA, dB
+        return gradients(dy, x, lora_A, lora_B, low, scaling, dtype, needed, input_gradient)
 
 
 def _input_gradient(
@@ -207,10 +195,7 @@ def _fake_lora_matmul(x: Tensor, lora_A: Tensor, *args: Any) -> tuple[Tensor, Te
 def _fake_lora_matmul_backward(
     dy: Tensor, x: Tensor | None, lora_A: Tensor, lora_B: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    in_features, needed = args[9], args[14]
-    dx = dy.new_empty(*dy.shape[:-1], in_features) if needed[0] else dy.new_empty(0)
-    dA, dB = (t.new_empty(t.shape if n else 0) for t, n in zip((lora_A, lora_B), needed[1:], strict=True))
-    return dx, dA, dB
+    return empty_gradients(dy, args[9], lora_A, lora_B, needed=args[14])
 
 
 _DTYPES_SCHEMA = "ScalarType compute_dtype, ScalarType adapter_dtype"

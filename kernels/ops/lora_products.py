@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
 from .dense import product
+from .nf4_matmul import as_rows, from_rows
 
 
 def adapter_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
@@ -38,6 +41,50 @@ def grad_of_B(dy: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
     against 1105 (M = 1024, N = 1536, r = 16, float32).
     """
     return product(low.T, dy.T).T.to(dtype).contiguous()
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    low: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    needed: Sequence[bool],
+    input_gradient: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dA and dB of a base product with the update; one that is not needed is empty.
+
+    dy B, of r columns, comes first: dx and dA are made from it, so that no product is larger than the base's own.
+
+    Args:
+        dy: (..., N). x: (..., K), or None where dA is not needed. low: s x A^T, (M, r).
+        dtype: of the update's products. needed: which of the three.
+        input_gradient: of rows of dy (M, N) and s dy B (M, r), the base's input gradient with s dy B A, (M, K).
+    """
+    dx, dA, dB = dy.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+    rows = as_rows(dy)
+    wide = rows.to(dtype)
+    if needed[0] or needed[1]:
+        grad_low = project_back(wide, lora_B, scaling)  # (M, r)
+    if needed[0]:
+        dx = from_rows(input_gradient(rows, grad_low).to(dy.dtype), dy)
+    if needed[1]:
+        assert x is not None
+        dA = grad_of_A(grad_low, as_rows(x), lora_A.dtype)
+    if needed[2]:
+        dB = grad_of_B(wide, low, lora_B.dtype)
+    return dx, dA, dB
+
+
+def empty_gradients(
+    dy: Tensor, in_features: int, lora_A: Tensor, lora_B: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the shapes and dtypes of `gradients`."""
+    dx = dy.new_empty(*dy.shape[:-1], in_features) if needed[0] else dy.new_empty(0)
+    dA, dB = (t.new_empty(t.shape if n else 0) for t, n in zip((lora_A, lora_B), needed[1:], strict=True))
+    return dx, dA, dB
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

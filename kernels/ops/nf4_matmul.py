@@ -98,7 +98,7 @@ def multiply_back(dy: Tensor, packed: Packed, sizes: Sizes, dtype: torch.dtype) 
     dx = nf4_native.product(dy, packed, sizes, dtype, backward=True) if use_native(dy) else None
     if dx is not None:
         return dx
-    return multiply_back_reference(as_rows(dy), packed, sizes).view(*dy.shape[:-1], sizes[1]).to(dtype)
+    return from_rows(multiply_back_reference(as_rows(dy), packed, sizes), dy).to(dtype)
 
 
 def multiply_reference(rows: Tensor, packed: Packed, sizes: Sizes) -> Tensor:
@@ -231,7 +231,7 @@ def _run_nf4_matmul_input_grad(dy: Tensor, *args: Any) -> Tensor:
             from .nf4_route_triton import multiply_back as multiply_back_triton
 
             dx = multiply_back_triton(as_rows(dy).to(compute_dtype), packed, sizes)
-            return dx.to(dtype).view(*dy.shape[:-1], sizes[1])
+            return from_rows(dx, dy).to(dtype)
         return multiply_back(cast(dy, arithmetic_dtype(compute_dtype, dy.device)), packed, sizes, dtype)
 
 

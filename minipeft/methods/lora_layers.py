@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.kernels.arithmetic import as_autocast
 from minipeft.kernels.lora_linear import lora_linear
 from minipeft.kernels.lora_matmul import lora_matmul
 from minipeft.kernels.nf4_matmul import Packed, Sizes
@@ -65,7 +66,6 @@ class LoraNF4Linear(LoraLayer):
     out_features: int
     dense_merged: Tensor | None
     compute_dtype: torch.dtype | None
-    autocast: Callable[[Tensor], Tensor]
     packed: Callable[[], Packed]
     sizes: Callable[[], Sizes]
     dequantize: Callable[[torch.dtype], Tensor]
@@ -87,7 +87,7 @@ class LoraNF4Linear(LoraLayer):
 
     def _fused_forward(self, adapter: str, x: Tensor) -> Tensor:
         factors = (*self.factors(adapter), self.scaling[adapter])
-        return lora_matmul(self.autocast(x), self.packed(), *factors, *self.sizes(), self.bias, self.compute_dtype)
+        return lora_matmul(as_autocast(x), self.packed(), *factors, *self.sizes(), self.bias, self.compute_dtype)
 
     def unmerge(self) -> None:
         super().unmerge()

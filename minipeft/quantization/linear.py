@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.kernels.arithmetic import as_autocast
 from minipeft.kernels.codebooks import NF4_LEVELS, dynamic_map
 from minipeft.kernels.nf4_matmul import nf4_matmul
 from minipeft.kernels.nf4_quantize import NESTED_BLOCKSIZE, WEIGHT_DTYPES, check_blocksize
@@ -136,16 +137,7 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in x's dtype, or under autocast in autocast's."""
-        return nf4_matmul(self.autocast(x), *self.packed(), *self.sizes(), self.bias, self.compute_dtype)
-
-    def autocast(self, x: Tensor) -> Tensor:
-        """x as the product takes it: in autocast's dtype under autocast, as nn.Linear would have it."""
-        if not torch._C._is_any_autocast_enabled():
-            return x
-        kind = x.device.type
-        if x.dtype in WEIGHT_DTYPES and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            return x.to(torch.get_autocast_dtype(kind))
-        return x
+        return nf4_matmul(as_autocast(x), *self.packed(), *self.sizes(), self.bias, self.compute_dtype)
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The tensors of the weight, in the order in which the operations take them."""

@@ -182,21 +182,38 @@ def _update_at_once(tensors: list[tuple[Tensor, Tensor, Tensor, Tensor]], number
     One pass over memory instead of seven: 2.2 ms against 9.6 for 4 million float32 parameters, one thread.
     """
     params, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*tensors, strict=True))
-    count = torch.tensor(float(numbers.step), device=params[0].device)
+    fused_update(params, grads, exp_avgs, exp_avg_sqs, [numbers.step] * len(tensors), *numbers[1:])
+
+
+def fused_update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: Sequence[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """torch's fused update of float32 tensors, in place, each at its step. Autograd is not told that they changed."""
+    counts = {step: torch.tensor(float(step), device=params[0].device) for step in set(steps)}
     torch._fused_adamw_(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
         [],
-        [count] * len(params),
-        lr=numbers.lr,
-        beta1=numbers.beta1,
-        beta2=numbers.beta2,
-        weight_decay=numbers.weight_decay,
-        eps=numbers.eps,
+        [counts[step] for step in steps],
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
         amsgrad=False,
-        maximize=numbers.maximize,
+        maximize=maximize,
     )
 
 

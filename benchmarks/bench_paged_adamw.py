@@ -19,7 +19,6 @@ import io
 import json
 import mmap
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -34,12 +33,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import ROOT, describe_environment, device_slug, load
-from benchmarks.harness import OURS, Candidate, Case, Run, Work, quantile
+from benchmarks.harness import OURS, Candidate, Case, Run, Work
 from benchmarks.peers import BITSANDBYTES, Peers
 from benchmarks.reference import adamw_steps, near
+from benchmarks.resident import resident_bytes
 from benchmarks.shapes import RANK, Sizes
 from minipeft import PagedAdamW
 from minipeft.files import write_text
+from minipeft.training.compare_measure import quantile
 
 OP = "paged_adamw"
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -209,13 +210,6 @@ def _measure(name: str, budget: int, numel: int, spill_dir: str, steps: int = 4)
         "peak": resident_bytes("VmHWM") - start,
         "digest": digest,
     }
-
-
-def resident_bytes(name: str) -> int:
-    """A line of this process's memory, "VmRSS" or its peak "VmHWM"."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def disk_rates(directory: Path, size: int) -> tuple[float, float]:

@@ -9,12 +9,12 @@ first step's loss.
 from __future__ import annotations
 
 import json
-import re
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.resident import resident_bytes
 
 STEPS = 2
 
@@ -39,13 +39,6 @@ def main(text: str) -> None:
     cuda = torch.device(settings["device"]).type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
     print(json.dumps({"peak": peak, "loss": losses[0]}))
-
-
-def resident_bytes(name: str) -> int:
-    """A line of this process's memory, "VmRSS" or its peak "VmHWM"."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def _loss(model: Any, ids: torch.Tensor, loop: bool) -> torch.Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.device import Device
 from benchmarks.roofline import Roofline
+from minipeft.training.compare_measure import quantile
 
 Run = Callable[[], Any]
 
@@ -241,15 +242,6 @@ def _fill(entry: _Entry, ours: list[float] | None, roofline: Roofline) -> None:
     row.gflop_per_s = work.flops / middle / 1e9 if work.flops else None
     floor = roofline.floor_seconds(work.nbytes, work.flops, work.dtype)
     row.floor, row.share = 1e6 * floor, floor / middle
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """The q-th quantile, 0 <= q <= 1, linear between the two nearest values."""
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
 def distance(result: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]) -> float:

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from minipeft.training.batches import collate
-from minipeft.training.encoding import IGNORE, Example
-from minipeft.training.loss import at_least_float32, logits_at
+from minipeft.training.encoding import Example
+from minipeft.training.loss import learned_positions, logits_at
 from minipeft.training.modes import eval_mode
 
 
@@ -99,11 +99,9 @@ def measure_losses(model: Any, examples: Sequence[Example], pad_id: int, batch_s
         for at in range(0, len(order), batch_size):
             group = order[at : at + batch_size]
             batch = collate([examples[i] for i in group], pad_id).to(device)
-            following = batch.labels[:, 1:]
-            learned = following != IGNORE
-            # Position t predicts label t + 1: (B, T - 1) -> (B, T)
-            logits = at_least_float32(logits_at(model, batch.inputs, F.pad(learned, (0, 1))))
-            losses = F.cross_entropy(logits, following[learned], reduction="none").double().cpu()
+            positions, labels = learned_positions(batch)
+            logits = logits_at(model, batch.inputs, positions)
+            losses = F.cross_entropy(logits, labels, reduction="none").double().cpu()
             for i, part in zip(group, losses.split([tokens[i] for i in group]), strict=True):
                 sums[i] = part.sum().item()
     return Losses(sums, tokens)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minipeft.training.batches import Batch, collate, pad_id_of
 from minipeft.training.encoding import IGNORE, Example, encode_pair
-from minipeft.training.loss import at_least_float32, autocast, logits_at, token_loss_sum
+from minipeft.training.loss import autocast, logits_at, token_loss_sum
 from minipeft.training.modes import eval_mode
 
 
@@ -112,7 +112,7 @@ def classify(
             batch = collate([c.example() for c in group], pad_id).to(device)
             with autocast(device, precision):
                 logits = logits_at(model, batch.inputs, batch.labels != IGNORE)
-            log_probs = at_least_float32(logits).log_softmax(-1).cpu()
+            log_probs = logits.log_softmax(-1).cpu()
             for context, rows in zip(group, log_probs.split([c.positions for c in group]), strict=True):
                 for label, tokens in context.labels.items():
                     scores[context.prompt, label] = rows[range(len(tokens)), tokens].double().sum()

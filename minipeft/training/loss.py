@@ -20,30 +20,34 @@ from minipeft.training.head_loss import at_least_float32, head_loss_sum, split_m
 
 def token_loss_sum(model: Any, batch: Batch) -> Tensor:
     """Sum of -log p(label) over the batch's learned tokens; scalar, float32 (float64 for a float64 model)."""
-    following = batch.labels[:, 1:]
-    learned = following != IGNORE
-    # Position t predicts label t + 1: (B, T - 1) -> (B, T)
-    positions = F.pad(learned, (0, 1))
+    positions, labels = learned_positions(batch)
     split = split_model(model) if _keeps_logits(model) else None
     if split is not None:
         body, head = split
         hidden = body(**batch.inputs, use_cache=False)[0]
-        return head_loss_sum(head, hidden[positions], following[learned])
-    logits = logits_at(model, batch.inputs, positions)
-    return F.cross_entropy(at_least_float32(logits), following[learned], reduction="sum")
+        return head_loss_sum(head, hidden[positions], labels)
+    return F.cross_entropy(logits_at(model, batch.inputs, positions), labels, reduction="sum")
+
+
+def learned_positions(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Where a learned label is predicted, (B, T) bool, and those labels row by row, (N,) int64."""
+    following = batch.labels[:, 1:]
+    learned = following != IGNORE
+    # Position t predicts label t + 1: (B, T - 1) -> (B, T)
+    return F.pad(learned, (0, 1)), following[learned]
 
 
 def logits_at(model: Any, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
-    """Logits (N, vocabulary) at the N true entries of `positions` (B, T), row by row.
+    """Logits (N, vocabulary) at the N true entries of `positions` (B, T), row by row, in at least float32.
 
     The cache is off: it is useless here, and with it transformers would let packed documents see each other.
     """
     if _keeps_logits(model):
         # The head then runs on these positions only: with short completions it is most of the cost.
-        return model(**inputs, use_cache=False, logits_to_keep=positions).logits
+        return at_least_float32(model(**inputs, use_cache=False, logits_to_keep=positions).logits)
     logits = model(**inputs, use_cache=False).logits
     # Virtual tokens put in front make more logits than there are inputs; the last T are the inputs' own.
-    return logits[:, -positions.shape[1] :][positions]
+    return at_least_float32(logits[:, -positions.shape[1] :][positions])
 
 
 def _keeps_logits(model: Any) -> bool:

@@ -108,12 +108,6 @@ class Counts:
         return sum(count for name, count in self.instructions.items() if name != "move")
 
     @property
-    def sector_bytes(self) -> float:
-        """Bytes that move between the multiprocessors and what lies behind them."""
-        accesses = (self.global_load, self.global_store, self.global_atomic)
-        return SECTOR * sum(a.transactions for a in accesses)
-
-    @property
     def unique_bytes(self) -> float:
         """Bytes read plus bytes written, each once: what DRAM moves at least, if the caches forget nothing."""
         return sum(t.unique_read + t.unique_written for t in self.tensors.values())

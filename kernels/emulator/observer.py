@@ -77,10 +77,6 @@ class Batch:
         place = self.launch.place(int(self.indices[block]))
         return f"block {place}, thread {thread} (warp {thread // 32}, lane {thread % 32})"
 
-    def warp_of(self, lanes: np.ndarray) -> np.ndarray:
-        """Index in the batch of each lane's warp."""
-        return lanes // 32
-
 
 class Observer:
     """Override what is of interest: a hook that is not overridden costs nothing.

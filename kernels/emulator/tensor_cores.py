@@ -131,9 +131,9 @@ def _matrix_mods(instruction: Instruction) -> tuple[int, bool]:
     return next((_MATRICES[m] for m in mods if m in _MATRICES), 1), "trans" in mods
 
 
-def _row_lanes(lanes_of_call: np.ndarray, matrices: int) -> np.ndarray:
-    """(W, 8 matrices) the lanes that give the rows' addresses, of whole warps."""
-    return lanes_of_call.reshape(-1, WARP)[:, : 8 * matrices]
+def _of_rows(values: np.ndarray, matrices: int) -> np.ndarray:
+    """(W, 8 matrices) of whole warps' lanes, or of what they hold, those that give the rows' addresses."""
+    return values.reshape(-1, WARP)[:, : 8 * matrices]
 
 
 @opcode("ldmatrix")
@@ -145,8 +145,8 @@ def build_ldmatrix(instruction: Instruction, context: Context) -> Execute:
     space = Space(instruction, context)
 
     def execute(lanes: ANY) -> None:
-        rows = _row_lanes(context.lanes.indices(lanes), matrices)
-        starts = address(lanes).reshape(-1, WARP)[:, : 8 * matrices]
+        rows = _of_rows(context.lanes.indices(lanes), matrices)
+        starts = _of_rows(address(lanes), matrices)
         words = space.load(rows.ravel(), np.ascontiguousarray(starts).ravel(), 16)
         halves = words.view(np.uint16).reshape(-1, matrices, 8, 8)
         if transposed:
@@ -172,8 +172,8 @@ def build_stmatrix(instruction: Instruction, context: Context) -> Execute:
         halves = np.ascontiguousarray(words.transpose(0, 2, 1)).view(np.uint16).reshape(-1, matrices, 8, 8)
         if transposed:
             halves = np.ascontiguousarray(halves.transpose(0, 1, 3, 2))
-        starts = address(lanes).reshape(-1, WARP)[:, : 8 * matrices]
+        starts = _of_rows(address(lanes), matrices)
         values = halves.reshape(-1, 8).view(np.complex128)[:, 0]
-        space.store(_row_lanes(who, matrices).ravel(), np.ascontiguousarray(starts).ravel(), values)
+        space.store(_of_rows(who, matrices).ravel(), np.ascontiguousarray(starts).ravel(), values)
 
     return execute

@@ -7,6 +7,8 @@ happen here to be ordered, so a run finds the races of its inputs and paths, wha
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from ..errors import RaceError
@@ -21,6 +23,21 @@ from .shadow import SharedOffsets, cells
 _KINDS = {
     **{"load": "read", "async": "read", "matrix": "read", "store": "write", "atomic": "atomic", "arrive": "write"},
 }
+
+
+@dataclass(frozen=True)
+class _Access:
+    """What one instruction does to memory: each of `cells` is touched by the warp at its place in `warps`.
+
+    history, buffer: of the memory, buffer None for shared memory. what: "read", "write" or "atomic".
+    """
+
+    history: History
+    buffer: Buffer | None
+    instruction: Instruction
+    what: str
+    cells: np.ndarray
+    warps: np.ndarray
 
 
 class Races(Observer):
@@ -139,62 +156,42 @@ class Races(Observer):
         history.prepare(size, starts)
         touched = cells(starts, size, history.granule)
         warps = np.repeat(self._warps(lanes), touched.shape[1])
-        flat = touched.ravel()
+        access = _Access(history, buffer, instruction, what, touched.ravel(), warps)
         for kind, latest in history.against(what):
-            self._compare(history, buffer, instruction, what, flat, warps, kind, latest)
+            self._compare(access, kind, latest)
         kept = history.of(what)
-        kept.record(flat, warps, self.now, instruction.index, self.order.per_block)
+        kept.record(access.cells, warps, self.now, instruction.index, self.order.per_block)
         if what == "write":
-            winner = kept.slots[0]["warp"][flat]
+            winner = kept.slots[0]["warp"][access.cells]
             clash = np.flatnonzero(winner != warps)
             if clash.size:
-                self._report(history, buffer, instruction, what, flat, warps, int(clash[0]), "write", kept.slots[0])
+                self._report(access, int(clash[0]), "write", kept.slots[0])
 
-    def _compare(
-        self,
-        history: History,
-        buffer: Buffer | None,
-        instruction: Instruction,
-        what: str,
-        flat: np.ndarray,
-        warps: np.ndarray,
-        kind: str,
-        latest: Latest,
-    ) -> None:
+    def _compare(self, access: _Access, kind: str, latest: Latest) -> None:
         for slot in latest.slots:
-            other = slot["warp"][flat]
-            foreign = np.flatnonzero((other >= 0) & (other != warps))
+            other = slot["warp"][access.cells]
+            foreign = np.flatnonzero((other >= 0) & (other != access.warps))
             if not foreign.size:
                 continue
-            known = self.order.known(warps[foreign], other[foreign])
-            racing = foreign[slot["time"][flat[foreign]] > known]
+            known = self.order.known(access.warps[foreign], other[foreign])
+            racing = foreign[slot["time"][access.cells[foreign]] > known]
             if racing.size:
-                self._report(history, buffer, instruction, what, flat, warps, int(racing[0]), kind, slot)
+                self._report(access, int(racing[0]), kind, slot)
 
-    def _report(
-        self,
-        history: History,
-        buffer: Buffer | None,
-        instruction: Instruction,
-        what: str,
-        flat: np.ndarray,
-        warps: np.ndarray,
-        position: int,
-        kind: str,
-        slot: dict[str, np.ndarray],
-    ) -> None:
-        cell = int(flat[position])
+    def _report(self, access: _Access, position: int, kind: str, slot: dict[str, np.ndarray]) -> None:
+        cell, buffer, instruction = int(access.cells[position]), access.buffer, access.instruction
         before = self.launch.program.instructions[int(slot["place"][cell])]
         key = (before.index, instruction.index, buffer.name if buffer else "")
         if key in self.found:
             return
-        byte = cell * history.granule
+        byte = cell * access.history.granule
         if buffer is not None:
             where = f"byte {byte} of {buffer.name} ({buffer.data.size} bytes)"
         else:
             where = f"byte {byte % self.offsets.stride} of shared memory"
+        warp = self._warp(int(access.warps[position]))
         message = (
-            f"race on {where}: {self._warp(int(warps[position]))} {_PAST[what]} it at {instruction.place}, "
+            f"race on {where}: {warp} {_PAST[access.what]} it at {instruction.place}, "
             f"{self._warp(int(slot['warp'][cell]))} {_PAST[kind]} it at {before.place}, and no barrier or acquire is "
             "between them"
         )

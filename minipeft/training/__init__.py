@@ -24,7 +24,7 @@ _HOME = {
     "OutputDirError": "minipeft.training.errors",
     "Record": "minipeft.training.records",
     "TrainConfig": "minipeft.training.config",
-    "TrainResult": "minipeft.training.loop",
+    "TrainResult": "minipeft.training.result",
     "Trainer": "minipeft.training.loop",
     "TrainingError": "minipeft.training.errors",
     "TrainingInterrupted": "minipeft.training.errors",

@@ -25,12 +25,13 @@ from minipeft.training.demo_exam import ROW_TOKENS, Exam, row_tokens
 from minipeft.training.demo_report import DemoResult, say_after, say_before, say_data, say_model, say_result
 from minipeft.training.encoding import EncodedDataset, encode_records
 from minipeft.training.errors import TrainingInterrupted
-from minipeft.training.loop import Trainer, TrainResult
+from minipeft.training.loop import Trainer
 from minipeft.training.metrics import read_log
 from minipeft.training.models import load_base_model, load_tokenizer, seed_everything
 from minipeft.training.plots import check_matplotlib, plot_loss_curve
 from minipeft.training.positions import model_position_limit
 from minipeft.training.quiet import without_bars
+from minipeft.training.result import TrainResult
 from minipeft.training.smollm2 import smollm2_folder
 
 # Two packed rows make a step: about 13 texts, 74 steps. Accuracy after one pass: 54.8 % so, 52.2 % with three rows, and

@@ -10,7 +10,7 @@ from typing import Any
 from minipeft.training.demo_data import DemoData
 from minipeft.training.demo_exam import Exam, Measurement, varied
 from minipeft.training.inspection import size
-from minipeft.training.loop import TrainResult
+from minipeft.training.result import TrainResult
 
 Say = Callable[[str], None]
 

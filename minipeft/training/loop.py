@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,35 +38,10 @@ from minipeft.training.modes import training_mode
 from minipeft.training.packing import check_isolation
 from minipeft.training.plots import check_matplotlib, plot_loss_curve
 from minipeft.training.report import Reporter
+from minipeft.training.result import TrainResult, logged_evaluation
 from minipeft.training.rundir import check_output_dir, hold_run, open_run
 from minipeft.training.schedule import make_optimizer, make_schedule, trainable_parameters
 from minipeft.training.signals import StopSignal
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run leaves.
-
-    Attributes:
-        steps: optimizer steps in all.
-        loss: training loss of the last log row, in nats per token.
-        eval_start, eval_end: evaluation before the first and after the last step, where asked for.
-        adapter_dir, log_path, plot_path: where the results are.
-        seconds: training time, of all processes that worked on the run.
-        tokens: real tokens trained on (padding not counted).
-        peak_memory: bytes, see `metrics.peak_memory_bytes`.
-    """
-
-    steps: int
-    loss: float
-    eval_start: EvalResult | None
-    eval_end: EvalResult | None
-    adapter_dir: Path
-    log_path: Path
-    plot_path: Path | None
-    seconds: float
-    tokens: int
-    peak_memory: int
 
 
 class Trainer:
@@ -267,7 +241,7 @@ class Trainer:
 
     def _finish(self, start: EvalResult | None, end: EvalResult | None) -> TrainResult:
         log_path, adapter_dir = self._report.log_path, self.output_dir / "adapter"
-        end = end or _logged_evaluation(read_log(log_path), self.progress.step) or self._evaluate_and_log()
+        end = end or logged_evaluation(read_log(log_path), self.progress.step) or self._evaluate_and_log()
         seconds = self._report.seconds
         with atomic_directory(adapter_dir) as temporary:
             self.model.save_pretrained(str(temporary))
@@ -279,7 +253,7 @@ class Trainer:
         return TrainResult(
             steps=self.progress.step,
             loss=losses[-1] if losses else math.nan,
-            eval_start=start or _logged_evaluation(rows, 0),
+            eval_start=start or logged_evaluation(rows, 0),
             eval_end=end,
             adapter_dir=adapter_dir,
             log_path=log_path,
@@ -320,11 +294,3 @@ def total_steps(batches: int, config: TrainConfig) -> int:
     if config.max_steps is not None:
         return config.max_steps
     return max(1, math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation)))
-
-
-def _logged_evaluation(rows: list[dict[str, Any]], step: int) -> EvalResult | None:
-    """The evaluation that an earlier process of this run logged at `step`."""
-    for row in rows:
-        if row["step"] == step and "eval_loss" in row and row["eval_loss"] is not None:
-            return EvalResult(row["eval_loss"], row["eval_tokens"])
-    return None

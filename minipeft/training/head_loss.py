@@ -93,7 +93,7 @@ class _HeadLoss(torch.autograd.Function):
             with torch.enable_grad():
                 rows = hidden[start:stop].detach().requires_grad_(grad_hidden is not None)
                 logits = logits_of(rows)
-            loss, grad = _loss_and_gradient(logits.detach(), labels[start:stop])
+            loss, grad = _loss_and_gradient(logits.detach(), labels[start:stop], overwrite=logits_of is not head)
             total = total + loss
             leaves = [rows, *trained] if grad_hidden is not None else list(trained)
             with torch.autocast(hidden.device.type, enabled=False):
@@ -112,13 +112,19 @@ class _HeadLoss(torch.autograd.Function):
         return (first, None, None, *others)
 
 
-def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of the rows' cross-entropies, and its gradient: softmax(logits), less 1 at the labels."""
+def _loss_and_gradient(logits: Tensor, labels: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """The sum of the rows' cross-entropies, and its gradient: softmax(logits), less 1 at the labels.
+
+    Args:
+        overwrite: put the gradient in the logits' place: not where the head's own backward may need them.
+    """
     wide = at_least_float32(logits)
-    p = wide.softmax(-1)
+    largest, picked = wide.amax(-1), _picked(wide, labels)
+    # 85 x 49,152 in their own place 1.5 ms, into fresh memory 6.5.
+    p = torch.softmax(wide, -1, out=wide) if overwrite or wide is not logits else wide.softmax(-1)
     # log sum exp(logits), by the largest of them: of 4 million logits 0.3 ms, `logsumexp` takes 13.
-    normalizer = wide.amax(-1) - p.amax(-1).log()
-    loss = (normalizer - _picked(wide, labels)).sum()
+    normalizer = largest - p.amax(-1).log()
+    loss = (normalizer - picked).sum()
     p[torch.arange(len(labels), device=labels.device), labels] -= 1
     return loss, p.to(logits.dtype)
 

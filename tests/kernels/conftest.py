@@ -2,7 +2,7 @@
 
 Triton reads TRITON_INTERPRET when a kernel is defined, so it is set before any is. The tests beside this file stay with
 the PyTorch references: a test that means the kernels takes the fixture `kernels`, one that means the compiled CPU code
-is in `test_native.py`. The rest of the suite, in the same process, takes what a CPU takes.
+`compiled`. The rest of the suite, in the same process, takes what a CPU takes.
 """
 
 import os
@@ -13,7 +13,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from minipeft.kernels import native
 
-os.environ.setdefault("MINIPEFT_BACKEND", "reference" if native.obstacle() else "native")
+HAVE_COMPILED = not native.obstacle()
+# Of the compiled code, what this processor has the instructions for.
+LEVELS = list(range(native.level() + 1)) if HAVE_COMPILED else [native.SCALAR]
+
+os.environ.setdefault("MINIPEFT_BACKEND", "native" if HAVE_COMPILED else "reference")
 
 
 @pytest.fixture(autouse=True)
@@ -25,3 +29,17 @@ def _reference(monkeypatch: pytest.MonkeyPatch) -> None:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Operations run as Triton kernels; a kernel that cannot run is an error."""
     monkeypatch.setenv("MINIPEFT_BACKEND", "triton")
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operations run as compiled CPU code, where there is any."""
+    if HAVE_COMPILED:
+        monkeypatch.setenv("MINIPEFT_BACKEND", "native")
+
+
+@pytest.fixture(params=LEVELS, ids=[native.LEVELS[i] for i in LEVELS])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Compiled code of each level that this processor has the instructions for."""
+    monkeypatch.setattr(native, "level", lambda: request.param)
+    return int(request.param)

@@ -1,0 +1,45 @@
+"""What the tests of the compiled CPU code share: weights in any state, and what the reference makes of them."""
+
+import importlib
+
+import pytest
+import torch
+from torch import Tensor
+
+from minipeft.kernels import native
+from minipeft.kernels.codebooks import NF4_LEVELS, dynamic_map
+from minipeft.kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize_reference
+from minipeft.quantization import NF4Weight
+
+module = importlib.import_module("minipeft.kernels.nf4_matmul")
+needs_library = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle())
+LEVELS = [native.SCALAR] if native.obstacle() else list(range(native.level() + 1))
+
+
+def packed_of(w: NF4Weight) -> module.Packed:
+    return w.codes, w.absmax, w.quant_map, w.nested_absmax, w.nested_quant_map, w.offset
+
+
+def sizes_of(w: NF4Weight) -> module.Sizes:
+    rows, columns = w.shape if len(w.shape) == 2 else (w.shape.numel(), 1)
+    return rows, columns, w.blocksize, w.nested_blocksize
+
+
+def random_state(n: int, blocksize: int, double: bool, exponents: tuple[float, float] = (-3, 3)) -> NF4Weight:
+    """Any codes and scales: n weights whose scales have exponents from a range, which quantizing may not give."""
+    blocks = -(-n // blocksize)
+    scales = torch.exp2(torch.empty(blocks).uniform_(*exponents))
+    codes = torch.randint(0, 256, ((n + 1) // 2, 1), dtype=torch.uint8)
+    w = NF4Weight(codes, scales, NF4_LEVELS.clone(), blocksize, torch.Size((n,)), torch.float32)
+    if double:
+        w.absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
+        w.nested_absmax = torch.rand(-(-blocks // 256)) * 2.0 ** exponents[1]
+        w.nested_quant_map, w.offset = dynamic_map().clone(), torch.tensor(2.0 ** exponents[0])
+    return w
+
+
+def by_reference(w: NF4Weight, dtype: torch.dtype) -> Tensor:
+    scales = w.absmax
+    if w.nested_absmax is not None:
+        scales = dequantize_absmax(w.absmax, w.nested_absmax, w.nested_quant_map, w.offset, w.nested_blocksize)
+    return nf4_dequantize_reference(w.codes, scales, w.quant_map, w.shape.numel(), w.blocksize, dtype).view(w.shape)

@@ -1,0 +1,150 @@
+"""Products with NF4 weights in compiled CPU code: against float64, and what they allocate, keep and call."""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from largest_tensor import LargestTensor
+from native_weights import LEVELS, by_reference, needs_library, packed_of, sizes_of
+from torch import Tensor
+
+from minipeft.kernels import native
+from minipeft.quantization import NF4Linear, NF4Weight
+
+module = importlib.import_module("minipeft.kernels.nf4_matmul")
+# Of the terms' magnitudes: float32's rounding of some sums, and terms and results rounded to bfloat16.
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
+pytestmark = [needs_library, pytest.mark.usefixtures("compiled")]
+needs_products = pytest.mark.skipif(
+    bool(native.obstacle()) or native.level() < native.AVX512, reason="the products want AVX-512"
+)
+
+
+def error_of_product(ours: Tensor, a: Tensor, b: Tensor) -> float:
+    """The largest distance from a b, in units of the largest sum of the terms' magnitudes."""
+    a, b = a.double(), b.double()
+    return float((ours.double() - a @ b).abs().max() / (a.abs() @ b.abs()).max()) if ours.numel() else 0.0
+
+
+@given(
+    n=st.integers(1, 150),
+    blocks=st.integers(1, 12),
+    blocksize=st.sampled_from([32, 64, 256]),
+    cut=st.sampled_from([0, 0, 0, 1, 10, 16]),
+    m=st.sampled_from([0, 1, 2, 5, 6, 7, 16, 300]),
+    double=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    which=st.sampled_from(LEVELS),
+)
+@settings(max_examples=150, deadline=None)
+def test_products_equal_float64(
+    n: int, blocks: int, blocksize: int, cut: int, m: int, double: bool, dtype: torch.dtype, which: int
+) -> None:
+    # `cut` makes rows that end within a block, which the compiled product leaves to torch.
+    k = blocks * blocksize - cut
+    w = NF4Weight.quantize(torch.randn(n, k), blocksize, double)
+    dense = by_reference(w, torch.float32).double()
+    x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "level", lambda: which)
+        y = module.multiply(x, packed_of(w), sizes_of(w), dtype)
+        dx = module.multiply_back(dy, packed_of(w), sizes_of(w), torch.float32)
+    assert y.dtype == dtype and dx.dtype == torch.float32
+    assert error_of_product(y, x, dense.T) < TOLERANCES[dtype]
+    assert error_of_product(dx, dy, dense) < TOLERANCES[dtype]
+
+
+@needs_products
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 64), (70, 96), (2, 32), (576, 576)])
+def test_a_fitting_product_is_compiled_code_and_one_call(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    if dtype == torch.bfloat16 and native.level() < native.AVX512_BF16:
+        pytest.skip("no bfloat16 instructions")
+    calls: list[str] = []
+
+    class Counted:
+        def __getattr__(self, name: str) -> object:
+            calls.append(name)
+            return getattr(real, name)
+
+    real = native.library()
+    monkeypatch.setattr(native, "library", Counted)
+    w = NF4Weight.quantize(torch.randn(shape), 32)
+    layer = NF4Linear(shape[1], shape[0], bias=False, device="meta")
+    layer.set_weight(w)
+    x = torch.randn(3, shape[1], dtype=dtype, requires_grad=True)
+    layer(x).sum().backward()
+    assert calls == ["minipeft_product", "minipeft_product"]
+
+
+@needs_products
+@pytest.mark.parametrize("m", [1, 40])
+def test_nothing_is_allocated_but_the_result(m: int) -> None:
+    w = NF4Weight.quantize(torch.randn(256, 1024))
+    x, dy = torch.randn(m, 1024), torch.randn(m, 256)
+    with LargestTensor() as largest:
+        module.multiply(x, packed_of(w), sizes_of(w), torch.float32)
+    assert largest.nbytes == 4 * m * 256
+    with LargestTensor() as largest:
+        module.multiply_back(dy, packed_of(w), sizes_of(w), torch.float32)
+    assert largest.nbytes == 4 * m * 1024
+
+
+def test_the_packed_weight_alone_is_kept_for_backward() -> None:
+    layer = NF4Linear.from_linear(torch.nn.Linear(128, 64))
+    x = torch.randn(50, 128, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in layer.packed()]
+
+
+def test_threads_and_rows_beside_change_no_bit() -> None:
+    w = NF4Weight.quantize(torch.randn(640, 576))
+    x = torch.randn(300, 576)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append((module.multiply(x, packed_of(w), sizes_of(w), torch.float32), w.dequantize()))
+    finally:
+        torch.set_num_threads(before)
+    for y, dense in results[1:]:
+        assert torch.equal(y, results[0][0]) and torch.equal(dense, results[0][1])
+    if native.level() >= native.AVX512:
+        assert torch.equal(module.multiply(x[7:20], packed_of(w), sizes_of(w), torch.float32), results[0][0][7:20])
+
+
+def test_compiled_graphs_hold_the_operation(level: int) -> None:
+    layer = NF4Linear.from_linear(torch.nn.Linear(128, 64))
+    x = torch.randn(6, 128).T.contiguous().T.requires_grad_()  # strided
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = [torch.autograd.grad(call(x).sum(), x)[0] for call in (layer, compiled)]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("index", "tensor", "message"),
+    [
+        (
+            0,
+            torch.zeros(10, 1, dtype=torch.uint8),
+            r"codes of the NF4 weight must be 4096 of torch.uint8 .* got 10 of torch.uint8",
+        ),
+        (1, torch.zeros(128), r"absmax of .* must be 128 of torch.uint8 .* got 128 of torch.float32"),
+        (2, torch.zeros(16).double(), "quant_map of .* must be 16 of torch.float32"),
+        (3, torch.zeros(0), "nested_absmax of .* must be 1 of"),
+        (4, None, "nested_map of .* must be 256 of .* got None"),
+    ],
+)
+def test_a_weight_that_is_not_whole_is_refused(index: int, tensor: Tensor | None, message: str) -> None:
+    w = NF4Weight.quantize(torch.randn(64, 128))
+    packed = list(packed_of(w))
+    packed[index] = tensor
+    with pytest.raises(ValueError, match=message):
+        module.multiply(torch.randn(2, 128), packed, sizes_of(w), torch.float32)

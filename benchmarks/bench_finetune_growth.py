@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.bench_finetune import base_folder
 from benchmarks.finetune_loss import as_our_loop
-from benchmarks.finetune_models import Models, load_base, lora_config, random_llama, token_ids
+from benchmarks.finetune_models import Models, base_folder, load_base, lora_config, random_llama, token_ids
 from benchmarks.harness import OURS, Candidate, Case, Measured, Row, Run, Work
 from benchmarks.peers import Peers
 from benchmarks.shapes import Sizes

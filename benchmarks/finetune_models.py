@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.shapes import Sizes
 from minipeft import LoraConfig, NF4Config, PeftModel, get_peft_model
 from minipeft.quantization import NF4Linear
 from minipeft.quantization.hf import read_bitsandbytes_with
@@ -239,6 +240,17 @@ def random_llama(hidden: int, layers: int = 2, vocabulary: int = 256) -> Any:
         "num_key_value_heads": max(2, hidden // 128),
     }
     return LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+
+
+def base_folder(sizes: Sizes) -> Path | None:
+    """The model's folder: the one asked for, else the demo's; None for a tiny random model when quick."""
+    if sizes.model is not None:
+        return Path(sizes.model)
+    if len(sizes.layers) == 1:
+        return None
+    from minipeft.training.smollm2 import smollm2_folder
+
+    return smollm2_folder()
 
 
 def _random_base(folder: Path) -> Path:

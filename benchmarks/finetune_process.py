@@ -24,7 +24,7 @@ def main(text: str) -> None:
     settings: dict[str, Any] = json.loads(text)
     torch.set_num_threads(settings["threads"])
     dtype = getattr(torch, settings["dtype"])
-    model = _ours(settings, dtype) if settings["side"] == "minipeft" else _theirs(settings, dtype)
+    model = _model(settings, dtype)
     model.to(settings["device"]).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
@@ -47,19 +47,14 @@ def _loss(model: Any, ids: torch.Tensor, loop: bool) -> torch.Tensor:
     return (finetune_loss.as_our_loop if loop else finetune_loss.as_user)(model, ids)
 
 
-def _ours(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+def _model(settings: dict[str, Any], dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from minipeft import BitsAndBytesConfig, PeftModel
-
-    options = {"quantization_config": BitsAndBytesConfig(**_nf4(dtype))} if settings["kind"] == "nf4" else {}
-    base = AutoModelForCausalLM.from_pretrained(settings["base"], dtype=dtype, **options)
-    return PeftModel.from_pretrained(base, settings["adapter"], is_trainable=True)
-
-
-def _theirs(settings: dict[str, Any], dtype: torch.dtype) -> Any:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    if settings["side"] == "minipeft":
+        from minipeft import BitsAndBytesConfig, PeftModel
+    else:
+        from peft import PeftModel
+        from transformers import BitsAndBytesConfig
 
     options = {"quantization_config": BitsAndBytesConfig(**_nf4(dtype))} if settings["kind"] == "nf4" else {}
     base = AutoModelForCausalLM.from_pretrained(settings["base"], dtype=dtype, **options)

@@ -22,7 +22,7 @@ EMULATOR = ["minipeft.kernels.emulator", "minipeft.kernels.emulator.checks"]
 NATIVE = Extension(
     "minipeft.kernels._native",
     sources=[f"kernels/native/{name}.c" for name in ("decode", "product", "thin", "entry")],
-    depends=["kernels/native/nf4.h"],
+    depends=["kernels/native/nf4.h", "kernels/native/scales.h"],
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"],
     extra_link_args=["-fopenmp"],
     optional=True,

@@ -4,10 +4,12 @@
 #include "nf4.h"
 
 #include <omp.h>
+#include <stdlib.h>
+#include <string.h>
 
 #define EXPORT __attribute__((visibility("default")))
 /* Raised with every change to the calls below; `native.py` has the same number, and refuses another. */
-#define ABI 1
+#define ABI 2
 
 /* Results larger than this do not stay in a cache: written around it, they need not be read first. */
 #define STREAM_BYTES (16 << 20)
@@ -73,8 +75,6 @@ EXPORT int minipeft_product(const int64_t *call) {
     int64_t parts = (m + MAX_ROWS - 1) / MAX_ROWS, each = (m + parts - 1) / parts;
     each = (each + 5) / 6 * 6;
     void (*strip)(const Product *, int64_t, int64_t, int64_t) = call[14] == BFLOAT16 ? strip_bfloat16 : strip_float32;
-    if (m <= THIN_ROWS && !p.backward)
-        strip = call[14] == BFLOAT16 ? thin_strip_bfloat16 : thin_strip_float32;
     int threads = threads_for(w.rows * w.columns, m, call[16]);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
     for (int64_t i = 0; i < strips * parts; i++) {
@@ -82,6 +82,46 @@ EXPORT int minipeft_product(const int64_t *call) {
         if (m0 < m1)
             strip(&p, i % strips, m0, m1);
     }
+    return 1;
+#else
+    (void)call;
+    return 0;
+#endif
+}
+
+/* call: the weight (10), x, out, rows of x (up to THIN_ROWS), dtype of x, dtype of out, threads, A, B, rank, scaling (a
+ * double's bits). 1 if it was done, 0 if not: the processor lacks the instructions, or there is no memory. */
+EXPORT int minipeft_thin(const int64_t *call) {
+#ifdef MINIPEFT_X86
+    Weight w = weight_of(call);
+    Thin t = {.w = &w, .x = (const void *)call[10], .out = (void *)call[11], .rows = call[12], .dtype = (int)call[13],
+              .out_dtype = (int)call[14], .lora_A = (const float *)call[16], .lora_B = (const float *)call[17],
+              .rank = call[18], .padded = (w.columns + 127) / 128 * 128};
+    double scaling;
+    memcpy(&scaling, call + 19, sizeof scaling);
+    t.scaling = (float)scaling;
+    int64_t bytes = t.rows * t.padded * 4;
+    int threads = threads_for(w.rows * w.columns, t.rows, call[15]);
+    int64_t strips = (w.rows + THIN_STRIP - 1) / THIN_STRIP, scales = thin_scales(&w);
+    int64_t floats = (threads * scales + t.rows * t.rank + 15) / 16 * 16;
+    char *scratch = aligned_alloc(64, bytes + floats * 4);
+    if (!scratch)
+        return 0;
+    t.spread = scratch;
+    float *made = (float *)(scratch + bytes);
+    t.low = made + threads * scales;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp single nowait
+        thin_start(&t);
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t j = 0; j < t.rank; j++)
+            thin_low(&t, j);
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t strip = 0; strip < strips; strip++)
+            thin_strip(&t, strip, made + omp_get_thread_num() * scales);
+    }
+    free(scratch);
     return 1;
 #else
     (void)call;

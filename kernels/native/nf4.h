@@ -65,24 +65,29 @@ typedef struct {
 #define MAX_ROWS 264
 void strip_float32(const Product *p, int64_t strip, int64_t m0, int64_t m1);
 void strip_bfloat16(const Product *p, int64_t strip, int64_t m0, int64_t m1);
-/* thin.c: the same forward for up to THIN_ROWS rows in all. */
+/* thin.c: out = x W^T + s (x A^T) B^T for up to THIN_ROWS rows of x. First `thin_start`, then `thin_low` for each row of
+ * A, then `thin_strip` for each THIN_STRIP rows of W. */
+typedef struct {
+    const Weight *w;
+    const void *x;       /* (rows, K), of `dtype` */
+    void *out;           /* (rows, N) */
+    int64_t rows, padded; /* padded: K, up to whole registers of codes */
+    int dtype, out_dtype;
+    const float *lora_A, *lora_B; /* (rank, K) and (N, rank); rank 0 without an update */
+    int64_t rank;
+    float scaling;
+    char *spread;        /* scratch for (rows, padded) of `dtype` */
+    float *low;          /* and for (rows, rank): s x A^T */
+} Thin;
+
 #define THIN_ROWS 4
-void thin_strip_float32(const Product *p, int64_t strip, int64_t m0, int64_t m1);
-void thin_strip_bfloat16(const Product *p, int64_t strip, int64_t m0, int64_t m1);
+#define THIN_STRIP 64
+void thin_start(const Thin *t);
+void thin_low(const Thin *t, int64_t j);
+int64_t thin_scales(const Weight *w); /* numbers in the scratch that each thread needs for `thin_strip` */
+void thin_strip(const Thin *t, int64_t strip, float *scales);
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* Blocks begin..end of W's rows first.. -> scales[block][row], `width` rows; beyond the last row it is taken again. */
-INLINE void scales_of_rows(
-    const Weight *w, int64_t first, const int width, int64_t begin, int64_t end, float *restrict scales) {
-    const Weight own = *w; /* a copy, which stores to `scales` cannot change */
-    int64_t per_row = own.columns / own.blocksize;
-    for (int64_t i = 0; i < width; i++) {
-        int64_t start = least(first + i, own.rows - 1) * per_row;
-        for (int64_t b = begin; b <= end; b++)
-            scales[(b - begin) * width + i] = scale_of(&own, start + b);
-    }
-}
 
 /* 32 weights from each of 16 rows of W -> 4 words of 8 weights, lane i from row i. */
 TARGET_AVX512 INLINE void transpose_words(const uint8_t *const *rows, int64_t byte, __m512i *words) {

@@ -14,7 +14,7 @@
  * bfloat16 products add pairs of steps (vdpbf16ps). Forward the scale differs from lane to lane, so the levels alone
  * are looked up, and each block's sum is multiplied by the scales in float32; backward the tables are scaled.
  */
-#include "nf4.h"
+#include "scales.h"
 
 #ifdef MINIPEFT_X86
 #include <string.h>

@@ -64,6 +64,13 @@ def use_native(tensor: Tensor) -> bool:
     return tensor.is_cpu and os.environ.get(VARIABLE) != "reference" and not native_obstacle()
 
 
+def runs_native(tensor: Tensor) -> bool:
+    """Whether `use_triton` says no and `use_native` yes: in one question, which is asked at every token and layer."""
+    if tensor.is_cpu and VARIABLE not in os.environ and _emulation() is None and not interpreting():
+        return not native_obstacle()
+    return not use_triton(tensor) and use_native(tensor)
+
+
 @functools.cache
 def native_obstacle() -> str:
     """Why the compiled CPU code cannot run, or "" if it can. The reason is also logged, once."""

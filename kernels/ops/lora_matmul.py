@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import nf4_native
 from .arithmetic import arithmetic_dtype
 from .dense import product
-from .dispatch import use_triton
+from .dispatch import runs_native, use_triton
 from .lora_products import adapter_dtype, empty_gradients, grad_of_A, grad_of_B, gradients, project, project_back
 from .nf4_matmul import (
     PACKED_SCHEMA,
@@ -81,10 +82,26 @@ def lora_matmul(
     """
     check_input(x, in_features)
     sizes = (out_features, in_features, blocksize, nested_blocksize)
+    if compute_dtype in (None, x.dtype) and computes_only(x, lora_A, lora_B, bias) and runs_native(x):
+        y = _few_rows(x, packed, lora_A, lora_B, scaling, sizes, bias)
+        if y is not None:
+            return y
     dtypes = (compute_dtype or x.dtype, arithmetic_dtype(adapter_dtype(x, lora_A), x.device))
     call = _run_lora_matmul if computes_only(x, lora_A, lora_B, bias) else _lora_matmul_op
     out: Tensor = call(x, lora_A, lora_B, bias, scaling, *packed, *sizes, *dtypes)[0]
     return out
+
+
+def _few_rows(
+    x: Tensor, packed: Packed, lora_A: Tensor, lora_B: Tensor, scaling: float, sizes: Sizes, bias: Tensor | None
+) -> Tensor | None:
+    """`lora_matmul` of a few rows in one call of the compiled code, or None where that does not have it."""
+    if torch._C._is_any_autocast_enabled():
+        return None
+    if bias is None:
+        return nf4_native.adapted_product(x, packed, sizes, x.dtype, lora_A, lora_B, scaling)
+    y = nf4_native.adapted_product(x, packed, sizes, torch.float32, lora_A, lora_B, scaling)
+    return None if y is None else y.add_(bias).to(x.dtype)
 
 
 class _LoraUpdate(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 
 # The layout of the calls, as in kernels/native/entry.c: raised together, so that a library built from older sources is
 # noticed and not called.
-ABI = 1
+ABI = 2
 
 SCALAR, AVX2, AVX512, AVX512_BF16 = range(4)
 LEVELS = ("scalar", "AVX2", "AVX-512", "AVX-512 with bfloat16")
@@ -75,7 +75,7 @@ def _load() -> ctypes.CDLL | str:
         return f"minipeft's compiled part cannot be loaded ({error}): {REINSTALL}"
     if abi != ABI:
         return f"minipeft's compiled part was built from other sources (version {abi}, not {ABI}): {REINSTALL}"
-    for name in ("minipeft_decode", "minipeft_product"):
+    for name in ("minipeft_decode", "minipeft_product", "minipeft_thin"):
         getattr(found, name).argtypes = [ctypes.c_char_p]
     return found
 

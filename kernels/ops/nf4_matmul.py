@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from . import nf4_native
 from .arithmetic import arithmetic_dtype
-from .dispatch import use_native, use_triton
+from .dispatch import runs_native, use_native, use_triton
 from .nf4_dequantize import decode_into, dequantize_absmax, level_pairs
 from .nf4_quantize import WEIGHT_DTYPES
 from .registration import below_autograd, computes_only, define_op, without_autocast
@@ -72,7 +72,12 @@ def nf4_matmul(
     check_input(x, in_features)
     packed = (codes, absmax, quant_map, nested_absmax, nested_map, offset)
     sizes = (out_features, in_features, blocksize, nested_blocksize)
-    call = _run_nf4_matmul if computes_only(x, bias) else _nf4_matmul_op
+    alone = computes_only(x, bias)
+    if alone and bias is None and compute_dtype in (None, x.dtype) and runs_native(x):
+        y = nf4_native.product(x, packed, sizes, x.dtype)
+        if y is not None:
+            return y
+    call = _run_nf4_matmul if alone else _nf4_matmul_op
     out: Tensor = call(x, bias, *packed, *sizes, compute_dtype or x.dtype)
     return out
 

@@ -4,12 +4,17 @@ The products want AVX-512 and rows of W that are whole blocks. What does not fit
 by torch after decoding, which is compiled for every processor and every size.
 """
 
+import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import native
+
+# As in kernels/native/nf4.h: how many rows of x are multiplied by W where it lies.
+THIN_ROWS = 4
+_THIN_CALL = struct.Struct("19qd")
 
 # codes, absmax, quant_map, nested_absmax, nested_map, offset
 Packed = Sequence[Tensor | None]
@@ -54,6 +59,8 @@ def product(
     if not _fits(a.dtype, sizes, dtype, backward):
         return None
     to, of = (sizes[1], sizes[0]) if backward else (sizes[0], sizes[1])
+    if not backward and 0 < a.numel() <= THIN_ROWS * of:
+        return _thin_product(a, packed, sizes, dtype, a.numel() // of)
     out = torch.empty((*a.shape[:-1], to), dtype=dtype)
     rows = a.numel() // of
     if rows == 0:
@@ -66,6 +73,60 @@ def product(
     native.library().minipeft_product(native.packer(17).pack(*addresses, *sizes, *call))
     del kept
     return out
+
+
+def adapted_product(
+    x: Tensor,
+    packed: Packed,
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> Tensor | None:
+    """x W^T + s (x A^T) B^T for up to THIN_ROWS rows of x, or None where the compiled code has no such product.
+
+    In one call: of a small layer and one row, each call of torch's takes as long as the whole.
+
+    Args:
+        x, packed, sizes, dtype: as `product`'s.
+        lora_A, lora_B: (r, K) and (N, r), float32, in which the update is computed and added before rounding.
+        scaling: s.
+
+    Returns:
+        (..., N).
+
+    Raises:
+        ValueError: as `decode_into`.
+    """
+    rows = x.numel() // sizes[1] if sizes[1] else 0
+    if not 0 < rows <= THIN_ROWS or not _fits(x.dtype, sizes, dtype, backward=False):
+        return None
+    rank = lora_A.shape[0]
+    for factor, shape in ((lora_A, (rank, sizes[1])), (lora_B, (sizes[0], rank))):
+        if factor.dtype != torch.float32 or factor.shape != shape or not factor.is_cpu or not factor.is_contiguous():
+            return None
+    return _thin_product(x, packed, sizes, dtype, rows, (lora_A.data_ptr(), lora_B.data_ptr(), rank), scaling)
+
+
+def _thin_product(
+    x: Tensor,
+    packed: Packed,
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    rows: int,
+    update: tuple[int, int, int] = (0, 0, 0),
+    scaling: float = 0.0,
+) -> Tensor | None:
+    """As `adapted_product`, of what fits; update: the addresses of A and B, and the rank."""
+    x = x if x.is_contiguous() else x.contiguous()
+    out = torch.empty((*x.shape[:-1], sizes[0]), dtype=dtype)
+    kept, addresses = _addresses(packed, sizes)
+    numbers = native.DTYPES
+    call = (x.data_ptr(), out.data_ptr(), rows, numbers[x.dtype], numbers[dtype], native.threads(), *update, scaling)
+    done = native.library().minipeft_thin(_THIN_CALL.pack(*addresses, *sizes, *call))
+    del kept
+    return out if done else None
 
 
 def _fits(a: torch.dtype, sizes: Sequence[int], dtype: torch.dtype, backward: bool) -> bool:

@@ -103,12 +103,18 @@ class LoraLayer(TrainedBias):
 
     def fused_adapter(self) -> str | None:
         """The adapter whose update is made in one operation with the base product: it acts alone, on the same x."""
-        acting = [] if self.merged_adapters else [a for a in self.switch.acting if a in self.scaling]
-        special = (self.lora_magnitude_vector, self.lora_start, self.lora_base)
-        if len(acting) != 1 or any(acting[0] in held for held in special):
+        acting = () if self.merged_adapters else self.switch.acting
+        own = [adapter for adapter in acting if adapter in self.scaling]
+        if len(own) != 1:
             return None
-        dropout = self.lora_dropout[acting[0]]
-        return None if isinstance(dropout, nn.Dropout) and dropout.training else acting[0]
+        adapter = own[0]
+        # Not as attributes: nn.Module looks for those in three places, at every token of every layer.
+        held: Any = self._modules
+        for name in ("lora_magnitude_vector", "lora_start", "lora_base"):
+            if len(held[name]) and adapter in held[name]:
+                return None
+        dropout = held["lora_dropout"][adapter]
+        return None if dropout.training and isinstance(dropout, nn.Dropout) else adapter
 
     def _check_not_by_row(self) -> None:
         if self.switch.rows is not None:
@@ -237,7 +243,8 @@ class LoraLayer(TrainedBias):
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """The live A (r, in_features) and B (out_features, r) of `adapter`."""
-        return self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        held: Any = self._modules  # as in `fused_adapter`
+        return held["lora_A"][adapter].weight, held["lora_B"][adapter].weight
 
     def _factor_state(self, adapter: str) -> dict[str, Tensor]:
         lora_A, lora_B = self.factors(adapter)

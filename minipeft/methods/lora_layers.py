@@ -78,12 +78,13 @@ class LoraNF4Linear(LoraLayer):
             self.register_buffer("dense_merged", None, persistent=False)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.dense_merged is None:
+        merged = self._buffers["dense_merged"]
+        if merged is None:
             adapter = self.fused_adapter()
             return super().forward(x, *args, **kwargs) if adapter is None else self._fused_forward(adapter, x)
         self._check_not_by_row()
-        bias = None if self.bias is None else self.bias.to(self.dense_merged.dtype)
-        return F.linear(x.to(self.dense_merged.dtype), self.dense_merged, bias).to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(merged.dtype)
+        return F.linear(x.to(merged.dtype), merged, bias).to(x.dtype)
 
     def _fused_forward(self, adapter: str, x: Tensor) -> Tensor:
         factors = (*self.factors(adapter), self.scaling[adapter])

@@ -76,9 +76,10 @@ def test_a_fitting_product_is_compiled_code_and_one_call(
     w = NF4Weight.quantize(torch.randn(shape), 32)
     layer = NF4Linear(shape[1], shape[0], bias=False, device="meta")
     layer.set_weight(w)
-    x = torch.randn(3, shape[1], dtype=dtype, requires_grad=True)
-    layer(x).sum().backward()
-    assert calls == ["minipeft_product", "minipeft_product"]
+    for rows, forward in ((3, "minipeft_thin"), (7, "minipeft_product")):
+        calls.clear()
+        layer(torch.randn(rows, shape[1], dtype=dtype, requires_grad=True)).sum().backward()
+        assert calls == [forward, "minipeft_product"]
 
 
 @needs_products

@@ -1,0 +1,169 @@
+"""Products of a few rows in compiled code, alone and with LoRA's update, against float64; and what does not fit."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from guarded import Guarded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_weights import by_reference, packed_of, random_state, sizes_of
+from torch import Tensor
+
+from minipeft import LoraConfig, get_peft_model
+from minipeft.kernels import native, nf4_native
+from minipeft.quantization import NF4Linear, NF4Weight
+
+lora = importlib.import_module("minipeft.kernels.lora_matmul")
+pytestmark = pytest.mark.skipif(
+    bool(native.obstacle()) or native.level() < native.AVX512, reason="the compiled products want AVX-512"
+)
+BFLOAT16 = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(
+        bool(native.obstacle()) or native.level() < native.AVX512_BF16, reason="no bfloat16 instructions"
+    ),
+)
+# Of the terms' magnitudes: float32's rounding of some sums, and weights and results rounded to bfloat16.
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
+
+
+@pytest.fixture(autouse=True)
+def _native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIPEFT_BACKEND", "native")
+
+
+def weight(n: int, k: int, blocksize: int = 32, double: bool = True, nested: int = 256) -> NF4Weight:
+    w = random_state(n * k, blocksize, double)
+    w.shape = torch.Size((n, k))
+    if double:
+        w.nested_blocksize, w.nested_absmax = nested, torch.rand(-(-n * k // blocksize // nested) + 1) + 0.5
+    return w
+
+
+def factors(n: int, k: int, rank: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(rank, k), torch.randn(n, rank)
+
+
+def error(y: Tensor, x: Tensor, w: NF4Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
+    """The largest distance from the float64 result, in units of the largest sum of the terms' magnitudes."""
+    x, dense, a, b = (t.double() for t in (x, by_reference(w, torch.float32), lora_A, lora_B))
+    right = x @ dense.T + scaling * (x @ a.T) @ b.T
+    size = x.abs() @ dense.abs().T + abs(scaling) * (x.abs() @ a.abs().T) @ b.abs().T
+    return float((y.double() - right).abs().max() / size.max())
+
+
+@given(
+    m=st.integers(1, 4),
+    n=st.integers(1, 150),
+    blocks=st.integers(1, 40),
+    blocksize=st.sampled_from([32, 64, 256]),
+    nested=st.sampled_from([None, 256, 40, 5]),
+    rank=st.sampled_from([0, 1, 7, 16, 40]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    to=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=150, deadline=None)
+def test_products_with_an_update_equal_float64(
+    m: int, n: int, blocks: int, blocksize: int, nested: int | None, rank: int, dtype: torch.dtype, to: torch.dtype
+) -> None:
+    w = weight(n, blocks * blocksize, blocksize, nested is not None, nested or 256)
+    lora_A, lora_B = factors(*w.shape, rank)
+    x = torch.randn(m, w.shape[1]).to(dtype)
+    y = nf4_native.adapted_product(x, packed_of(w), sizes_of(w), to, lora_A, lora_B, -0.7)
+    if dtype == torch.bfloat16 and native.level() < native.AVX512_BF16:
+        assert y is None
+        return
+    assert y is not None and y.dtype == to and y.shape == (m, n)
+    tolerance = max(TOLERANCES[dtype], TOLERANCES[to])
+    assert error(y, x, w, lora_A, lora_B, -0.7) < tolerance
+    plain = nf4_native.product(x, packed_of(w), sizes_of(w), to)
+    assert plain is not None
+    assert error(plain, x, w, lora_A[:0], lora_B[:, :0], 0.0) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_a_row_and_a_scale_that_are_no_numbers_stay_where_they_are(dtype: torch.dtype) -> None:
+    # 96 columns fill three quarters of a register of codes: what the other lanes would meet is the next row's.
+    w = weight(10, 96, double=False)
+    w.absmax[3 * 7 + 1] = float("nan")
+    lora_A, lora_B = factors(10, 96, 4)
+    x = torch.randn(3, 96).to(dtype)
+    x[1, 5] = float("inf")
+    y = nf4_native.adapted_product(x, packed_of(w), sizes_of(w), torch.float32, lora_A, lora_B, 1.0)
+    assert y is not None
+    finite = y.isfinite()
+    assert not finite[:, 7].any() and not finite[1].any()
+    assert finite[[0, 2]][:, [i for i in range(10) if i != 7]].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+@pytest.mark.parametrize("n", [1, 63, 66])
+def test_nothing_is_written_beside_the_result(monkeypatch: pytest.MonkeyPatch, n: int, dtype: torch.dtype) -> None:
+    w = weight(n, 160)
+    lora_A, lora_B = factors(n, 160, 5)
+    x = torch.randn(3, 160).to(dtype)
+    buffer = Guarded(3 * n, dtype=dtype)
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype: buffer.out.view(shape))
+    y = nf4_native.adapted_product(x, packed_of(w), sizes_of(w), dtype, lora_A, lora_B, 1.0)
+    monkeypatch.undo()
+    assert y is not None and y.data_ptr() == buffer.out.data_ptr()
+    assert error(buffer.check().view(3, n), x, w, lora_A, lora_B, 1.0) < TOLERANCES[dtype]
+
+
+def adapted_layer(bias: bool = False) -> Any:
+    model = torch.nn.Sequential()
+    model.add_module("layer", NF4Linear.from_linear(torch.nn.Linear(192, 70, bias=bias)))
+    get_peft_model(model, LoraConfig(r=8, target_modules=["layer"], init_lora_weights=False))
+    return model.get_submodule("layer")
+
+
+@torch.no_grad()
+def test_an_adapted_layer_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    class Counted:
+        def __getattr__(self, name: str) -> object:
+            calls.append(name)
+            return getattr(real, name)
+
+    real = native.library()
+    monkeypatch.setattr(native, "library", Counted)
+    adapted_layer()(torch.randn(2, 1, 192))
+    assert calls == ["minipeft_thin"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_few_rows_without_a_gradient_equal_those_with_one(dtype: torch.dtype, bias: bool) -> None:
+    layer = adapted_layer(bias).to(dtype)
+    for rows in (1, 4, 5):
+        x = torch.randn(rows, 192).to(dtype)
+        with torch.no_grad():
+            got = layer(x)
+        right = layer(x)  # a gradient is recorded
+        assert right.requires_grad and got.dtype == right.dtype == dtype
+        torch.testing.assert_close(got, right.detach(), rtol=TOLERANCES[dtype], atol=10 * TOLERANCES[dtype])
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_multiplied_otherwise() -> None:
+    layer = adapted_layer()
+    x = torch.randn(2, 192)
+    right = layer(x)
+    arguments = (packed_of(layer.nf4_weight()), sizes_of(layer.nf4_weight()), torch.float32)
+    lora_A, lora_B = layer.factors("default")
+    odd: list[tuple[Tensor, Tensor]] = [
+        (lora_A.T.contiguous().T, lora_B),
+        (lora_A, lora_B.bfloat16()),
+        (lora_A[:, :-1].contiguous(), lora_B),
+    ]
+    for pair in odd:
+        assert nf4_native.adapted_product(x, *arguments, *pair, 1.0) is None
+    assert nf4_native.adapted_product(torch.randn(5, 192), *arguments, lora_A, lora_B, 1.0) is None
+    assert nf4_native.adapted_product(x.double(), *arguments, lora_A, lora_B, 1.0) is None
+    layer.lora_A["default"].weight.data = lora_A.T.contiguous().T
+    torch.testing.assert_close(layer(x), right)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16

@@ -11,12 +11,11 @@ import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from native_weights import LEVELS
+
 from minipeft.kernels import native
 
 HAVE_COMPILED = not native.obstacle()
-# Of the compiled code, what this processor has the instructions for.
-LEVELS = list(range(native.level() + 1)) if HAVE_COMPILED else [native.SCALAR]
-
 os.environ.setdefault("MINIPEFT_BACKEND", "native" if HAVE_COMPILED else "reference")
 
 

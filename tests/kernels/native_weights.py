@@ -13,6 +13,7 @@ from minipeft.quantization import NF4Weight
 
 module = importlib.import_module("minipeft.kernels.nf4_matmul")
 needs_library = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle())
+# Of the compiled code, what this processor has the instructions for.
 LEVELS = [native.SCALAR] if native.obstacle() else list(range(native.level() + 1))
 
 

@@ -6,12 +6,12 @@ of the Constitution of the United States, which comes with the package and which
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.resources
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ WINDOW = 128
 FILES = ("train.jsonl", "held_out.jsonl", "other.txt")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """What is learned and what is measured.
 
@@ -143,7 +143,7 @@ def _other_text(path: str | None) -> tuple[str, str]:
     return text, f"Other text: {path}."
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Encoded:
     """A task in tokens.
 
@@ -167,8 +167,10 @@ def encode_task(task: Task, tokenizer: Any, shared: Shared) -> Encoded:
     Raises:
         DataError: a record of more than `shared.max_length` tokens, or another text of fewer than four.
     """
-    train = encode_records(task.train, tokenizer, shared.max_length)
-    held_out = encode_records(task.held_out, tokenizer, shared.max_length)
+    advice = "raise --max-length, or leave longer texts out by --too-long drop"
+    train, held_out = (
+        encode_records(part, tokenizer, shared.max_length, advice=advice) for part in (task.train, task.held_out)
+    )
     return Encoded(train, held_out, windows_of(encode_prompt(tokenizer, task.other), shared.window))
 
 
@@ -181,16 +183,22 @@ def windows_of(ids: list[int], width: int) -> list[Example]:
     return [Example(piece, list(piece)) for piece in pieces if len(piece) > 1]
 
 
-def without_long(records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Record]:
-    """The records of at most `max_length` tokens.
+def without_long(task: Task, tokenizer: Any, max_length: int) -> Task:
+    """The task without the records of more than `max_length` tokens.
 
     Raises:
-        DataError: there is none.
+        DataError: none are left to learn from, or fewer than two to measure on.
     """
-    kept = [record for record in records if len(encode_record(record, tokenizer)) <= max_length]
-    if not kept:
-        raise DataError(f"all {len(records)} records exceed {max_length} tokens", records[0].path)
-    return kept
+    parts = []
+    for records, what, least in ((task.train, "to learn from", 1), (task.held_out, "held out", 2)):
+        lengths = [len(encode_record(record, tokenizer)) for record in records]
+        kept = [record for record, length in zip(records, lengths, strict=True) if length <= max_length]
+        if len(kept) < least:
+            message = f"of the {len(records)} texts {what} {len(kept)} have at most max_length ({max_length}) tokens"
+            need = sorted(lengths)[least - 1]
+            raise DataError(f"{message}, and {least} must: raise --max-length, to {need} at least", records[0].path)
+        parts.append(kept)
+    return dataclasses.replace(task, train=parts[0], held_out=parts[1])
 
 
 def read_task(folder: Path, labels: Sequence[str]) -> Task:

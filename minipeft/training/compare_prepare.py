@@ -78,8 +78,7 @@ def fit_to_model(config: CompareConfig, task: Task, model: str) -> tuple[Task, S
     positions = [text_positions(model, _adapter_config(run, shared)) for run in config.runs]
     max_length = resolve_max_length(config.max_length, positions[0][0], max(virtual for _, virtual in positions))
     if config.too_long == "drop":
-        kept = [without_long(part, tokenizer, max_length) for part in (task.train, task.held_out)]
-        task = dataclasses.replace(task, train=kept[0], held_out=kept[1])
+        task = without_long(task, tokenizer, max_length)
     shared = dataclasses.replace(shared, max_length=max_length, window=min(WINDOW, max_length))
     encoded = encode_task(task, tokenizer, shared)
     # What there is and not what there may be: that changes with the methods, and with it nothing else.

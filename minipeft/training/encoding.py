@@ -73,8 +73,11 @@ class EncodedDataset:
         return digest.hexdigest()
 
 
+SHORTEN = "raise max_length, or choose too_long: truncate or too_long: drop"
+
+
 def encode_records(
-    records: Sequence[Record], tokenizer: Any, max_length: int, too_long: str = "error"
+    records: Sequence[Record], tokenizer: Any, max_length: int, too_long: str = "error", advice: str = SHORTEN
 ) -> EncodedDataset:
     """Tokenize records.
 
@@ -82,10 +85,11 @@ def encode_records(
         max_length: longest sequence, end-of-sequence token included.
         too_long: "error" refuses a longer record, "drop" leaves it out, "truncate" cuts its end off. A record
             whose learned part would be cut off entirely is left out. What was done is counted in `notices`.
+        advice: what the user can do about a record that is refused.
 
     Raises:
         DataError: a record too long under "error", a record the tokenizer or chat template refuses, or
-            nothing left to learn from.
+            nothing left.
     """
     data = EncodedDataset([], max_length, len(records), chat=any(r.messages is not None for r in records))
     hopeless = 0
@@ -93,7 +97,9 @@ def encode_records(
         example = encode_record(record, tokenizer)
         if len(example) > max_length:
             if too_long == "error":
-                raise record.error(_too_long_message(len(example), max_length))
+                raise record.error(
+                    f"the record has {len(example)} tokens, more than max_length ({max_length}): {advice}"
+                )
             cut = Example(example.input_ids[:max_length], example.labels[:max_length])
             if too_long == "drop" or not cut.loss_tokens:
                 data.dropped += 1
@@ -105,7 +111,7 @@ def encode_records(
     _describe_losses(data, hopeless)
     if not data.examples:
         path = records[0].path if records else None
-        raise DataError(f"no record is left to train on: all {len(records)} exceed {max_length} tokens", path)
+        raise DataError(f"no record is left: all {len(records)} exceed {max_length} tokens; raise max_length", path)
     return data
 
 
@@ -237,13 +243,6 @@ def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
     """`ids` with the end-of-sequence token, if the tokenizer has one, exactly once at the end."""
     eos = tokenizer.eos_token_id
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
-
-
-def _too_long_message(length: int, max_length: int) -> str:
-    return (
-        f"the record has {length} tokens, more than max_length ({max_length}): raise max_length, or choose "
-        "too_long: truncate or too_long: drop"
-    )
 
 
 def _describe_losses(data: EncodedDataset, hopeless: int) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -371,6 +372,25 @@ def test_too_long_texts_are_left_out_for_all(base, tmp_path, files):
         compare(config, quiet, forbidden)
     compare(dataclasses.replace(config, too_long="drop"), quiet, attempt)
     assert sum(len(read_jsonl(tmp_path / "out" / f"{name}.jsonl")) for name in ("train", "held_out")) == 20
+
+
+def test_the_advice_on_texts_that_are_too_long_can_be_followed(refuses, base, files, tmp_path):
+    err = refuses("--methods", "lora", "--max-length", "5")
+    assert "tokens, more than max_length (5): raise --max-length, or" in err
+    flags = re.search(r"by (--too-long \w+)", err)[1].split()
+    err = refuses("--methods", "lora", "--max-length", "5", *flags)
+    assert "of the 32 texts to learn from 0 have at most max_length (5) tokens, and 1 must" in err
+    least = int(re.search(r"raise --max-length, to (\d+) at least", err)[1])
+    config = config_of(tmp_path / "out", base, files, {"lora": METHODS["lora"]}, steps=1)
+    compare(dataclasses.replace(config, max_length=least, too_long="drop"), quiet, attempt)
+
+
+def test_two_texts_at_least_are_measured_on(refuses, tmp_path):
+    records = [{"prompt": f"{c} ->", "completion": " a"} for c in ("c", "d" * 9, "e" * 7)]
+    path = write_jsonl(tmp_path / "held_out.jsonl", records)
+    err = refuses("--eval-data", str(path), "--max-length", "9", "--too-long", "drop")
+    assert "of the 3 texts held out 1 have at most max_length (9) tokens, and 2 must" in err
+    assert "raise --max-length, to 13 at least" in err
 
 
 # Processes

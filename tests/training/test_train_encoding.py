@@ -152,7 +152,7 @@ def test_too_long_records_are_cut_and_counted_and_hopeless_ones_left_out(tokeniz
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate"])
 def test_nothing_left_is_an_error(tokenizer, too_long):
-    with pytest.raises(DataError, match="no record is left to train on: all 1 exceed 8 tokens"):
+    with pytest.raises(DataError, match="no record is left: all 1 exceed 8 tokens; raise max_length"):
         encode_records(make_records([HOPELESS]), tokenizer, 8, too_long)
 
 

@@ -113,6 +113,7 @@ class BottleneckConfig(PeftConfig):
             value = getattr(self, field)
             if isinstance(value, set | tuple):
                 setattr(self, field, sorted(value))
+        self._check_kinds()
         self.layer_norm = self.ln_before = bool(self.layer_norm or self.ln_before)
         if self.bottleneck_size is None and self.reduction_factor is None:
             self.reduction_factor = 16.0
@@ -125,6 +126,21 @@ class BottleneckConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where to count layers_to_transform, which is not given")
+
+    def _check_kinds(self) -> None:
+        for field in ("mh_adapter", "output_adapter", "cross_adapter", "is_parallel", "layer_norm", "ln_before"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be true or false, got {getattr(self, field)!r}")
+        for field in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, field)
+            names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+            expression = isinstance(value, str) and field != "modules_to_save"
+            if not (value is None or names or expression):
+                kinds = "a list of names" + (" or a regular expression" if field != "modules_to_save" else "")
+                raise ValueError(f"{field} must be {kinds}, got {value!r}")
+        layers = self.layers_to_transform
+        if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, list) else [layers])):
+            raise ValueError(f"layers_to_transform must be a layer number or a list of them, got {layers!r}")
 
     def size_for(self, width: int) -> int:
         """The width of the middle for an input of `width` features."""

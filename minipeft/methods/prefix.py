@@ -47,6 +47,10 @@ class PrefixTuningConfig(VirtualTokensConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.prefix_projection, bool):
+            raise ValueError(f"prefix_projection must be true or false, got {self.prefix_projection!r}")
+        if self.encoder_hidden_size is not None:
+            self._check_positive_int("encoder_hidden_size")
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights must be None or 'zero', got {self.init_weights!r}")
 

@@ -63,6 +63,11 @@ class PromptTuningConfig(VirtualTokensConfig):
         if self.prompt_tuning_init not in kinds:
             raise ValueError(f"prompt_tuning_init must be one of {kinds}, got {self.prompt_tuning_init!r}")
         self.prompt_tuning_init = PromptTuningInit(self.prompt_tuning_init)
+        for field in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+            if not isinstance(getattr(self, field), str | None):
+                raise ValueError(f"{field} must be text, got {getattr(self, field)!r}")
+        if not isinstance(self.tokenizer_kwargs, dict | None):
+            raise ValueError(f"tokenizer_kwargs must be a mapping, got {self.tokenizer_kwargs!r}")
         from_text = self.prompt_tuning_init is PromptTuningInit.TEXT
         for field in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
             if from_text and not getattr(self, field):

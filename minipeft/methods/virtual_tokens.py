@@ -91,11 +91,13 @@ class VirtualTokensConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"):
-            value = getattr(self, field)
-            if value is None and field != "num_virtual_tokens":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"{field} must be a positive integer, got {value!r}")
+            if getattr(self, field) is not None or field == "num_virtual_tokens":
+                self._check_positive_int(field)
+
+    def _check_positive_int(self, field: str) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise ValueError(f"{field} must be a positive integer, got {value!r}")
 
     def fit(self, sizes: Sizes) -> None:
         """Fill in what the model says.

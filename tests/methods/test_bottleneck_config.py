@@ -124,6 +124,11 @@ def test_a_part_that_cannot_be_followed_or_read_says_so() -> None:
         ({"output_adapter": False}, "no place is left"),
         ({"target_modules": "all-linear"}, "'all-linear' is LoRA's"),
         ({"target_modules": "(mlp"}, r"target_modules '\(mlp' is not a regular expression"),
+        ({"target_modules": 3}, "target_modules must be a list of names or a regular expression, got 3"),
+        ({"modules_to_save": "head"}, "modules_to_save must be a list of names, got 'head'"),
+        ({"mh_adapter": 3}, "mh_adapter must be true or false, got 3"),
+        ({"ln_before": "yes"}, "ln_before must be true or false, got 'yes'"),
+        ({"layers_to_transform": "1"}, "layers_to_transform must be a layer number or a list of them, got '1'"),
         ({"layers_pattern": "layers"}, "layers_to_transform, which is not given"),
         *[
             ({field: value}, rf"BottleneckConfig\({field}={value!r}\) is not supported".replace("[", r"\["))

@@ -216,6 +216,10 @@ def test_a_text_start_that_cannot_be_is_refused() -> None:
 def test_wrong_settings_are_named() -> None:
     with pytest.raises(ValueError, match="init_weights must be None or 'zero', got 'ones'"):
         PrefixTuningConfig(**COMMON, init_weights="ones")
+    with pytest.raises(ValueError, match="prefix_projection must be true or false, got 3"):
+        PrefixTuningConfig(**COMMON, prefix_projection=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="encoder_hidden_size must be a positive integer, got -3"):
+        PrefixTuningConfig(**COMMON, encoder_hidden_size=-3)
     with pytest.raises(ValueError, match=r"num_virtual_tokens=64 leaves no position .*: transformer\.wpe has 64"):
         prefix(tiny_decoder("gpt2"), num_virtual_tokens=64)
 

@@ -94,6 +94,8 @@ def test_a_vocabulary_start_is_made_of_rows_as_the_model_looks_them_up() -> None
         ({"prompt_tuning_init": "ZERO"}, "must be one of .*, got 'ZERO'"),
         ({"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "A"}, "needs tokenizer_name_or_path, got None"),
         ({"prompt_tuning_init": "TEXT", "tokenizer_name_or_path": "x"}, "needs prompt_tuning_init_text, got None"),
+        ({"prompt_tuning_init_text": 3}, "prompt_tuning_init_text must be text, got 3"),
+        ({"tokenizer_kwargs": ["use_fast"]}, "tokenizer_kwargs must be a mapping, got"),
         ({"tokenizer_kwargs": {"use_fast": True}}, "tokenizer_kwargs is for prompt_tuning_init='TEXT' alone"),
         ({"num_attention_heads": 3}, "num_attention_heads=3 does not fit the model, which has 4"),
     ],

@@ -298,6 +298,7 @@ def test_models_that_cannot_have_virtual_tokens_are_refused_and_unchanged(method
     [
         ({"num_virtual_tokens": None}, "num_virtual_tokens must be a positive integer, got None"),
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be a positive integer, got 0"),
+        ({"num_virtual_tokens": True}, "num_virtual_tokens must be a positive integer, got True"),
         ({"num_layers": 7}, "num_layers=7 does not fit the model, which has 2"),
         ({"token_dim": 48}, "token_dim=48 does not fit"),
         ({"modules_to_save": ["nope"]}, "'nope' matches no module"),

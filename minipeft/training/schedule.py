@@ -76,7 +76,16 @@ def _memory(args: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"unknown optimizer_args {unknown}; there are {', '.join(MEMORY_SETTINGS)}")
     # In YAML 1e9 is a float, or a string; both mean a whole number of bytes.
     whole = [name for name in args if name != "spill_dir" and args[name] is not None]
-    return {**args, **{name: int(float(args[name])) for name in whole}}
+    return {**args, **{name: _bytes(name, args[name]) for name in whole}}
+
+
+def _bytes(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return int(float(value))
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} must be a number of bytes, got {value!r}")
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> LRScheduler:

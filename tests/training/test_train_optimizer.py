@@ -76,6 +76,12 @@ def test_another_optimizer_is_another_run(tmp_path):
         ({"optimizer_args": MEMORY}, "adamw takes no optimizer_args"),
         ({"optimizer": "paged_adamw", "optimizer_args": {"budget": 1}}, "unknown optimizer_args .*'budget'"),
         ({"optimizer": "paged_adamw", "optimizer_args": {"host_budget": 4096}}, "must hold 2 pages"),
+        (
+            {"optimizer": "paged_adamw", "optimizer_args": {"host_budget": "lots"}},
+            "must be a number of bytes, got 'lots'",
+        ),
+        ({"optimizer": "paged_adamw", "optimizer_args": {"host_budget": True}}, "must be a number of bytes, got True"),
+        ({"optimizer": "paged_adamw", "optimizer_args": {"host_budget": float("inf")}}, "a number of bytes, got inf"),
         ({"optimizer": "paged_adamw", "optimizer_args": MEMORY}, "give spill_dir"),
     ],
 )

@@ -370,7 +370,9 @@ def test_a_damaged_adapter(base, adapter, tmp_path):
 def test_wrong_target_names_list_the_near_ones(base, data, tmp_path):
     arguments = ["train", "--model", base, "--data", data, "--output", tmp_path / "o"]
     assert "q_proj" in refused(*arguments, "--method-args", "{target_modules: [q_prj]}")
-    assert "method_args" in refused(*arguments, "--method-args", "{rank: 8}")
+    assert "LoraConfig has no argument 'rank'; did you mean rank_pattern" in refused(
+        *arguments, "--method-args", "{rank: 8}"
+    )
     assert "method_args" in refused(*arguments, "--method-args", "{r: 0}")
     assert not (tmp_path / "o").exists()
 

@@ -7,12 +7,12 @@ its method and how that is optimized.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minipeft.training.config import SEED_END, TrainConfig, read_yaml
+from minipeft.training.compare_entries import check_entry, read_entries
+from minipeft.training.config import SEED_END, TrainConfig
 from minipeft.training.errors import ConfigError
 from minipeft.training.methods import METHODS
 
@@ -28,13 +28,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "prompt": {"lr": 3e-2, "method_args": {"num_virtual_tokens": 20}},
 }
 
-# What a run may set for itself.
-OWN_SETTINGS = (
-    *("method", "method_args", "quantize", "dtype", "lr", "loraplus_lr_ratio", "optimizer", "optimizer_args"),
-    *("scheduler", "scheduler_args", "warmup_steps", "warmup_ratio", "weight_decay", "beta1", "beta2", "eps"),
-    *("max_grad_norm", "precision", "gradient_checkpointing"),
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -43,10 +36,15 @@ class Run:
     Attributes:
         name: what the table calls it.
         settings: settings of TrainConfig. Without `method` it is the base model without an adapter.
+        where: what errors call it.
     """
 
     name: str
     settings: Mapping[str, Any]
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "where", self.where or f"run {self.name!r}")
 
     @property
     def is_base(self) -> bool:
@@ -67,37 +65,48 @@ def plan_runs(methods: Sequence[str] | None, path: str | Path | None) -> list[Ru
     """
     if methods is None:
         methods = [] if path is not None else list(METHODS)
-    runs = [_run(name, {"method": name}) for name in methods]
-    runs += [_run(name, settings) for name, settings in (read_yaml(path) if path is not None else {}).items()]
+    runs = []
+    for name in methods:
+        where, given = f"--methods: run {name!r}", {"method": name}
+        check_entry(where, name, given)
+        runs.append(_run(name, given, where))
+    for name, given in (read_entries(path) if path is not None else {}).items():
+        runs.append(_run(name, given, f"runs file {path}: run {name!r}"))
     if not runs:
         raise ConfigError("nothing to compare: name at least one method")
-    names = [run.name for run in [*bases_of(runs), *runs]]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigError(f"runs need different names, got {', '.join(map(repr, twice))} more than once")
+    _check_different(runs)
     return runs
 
 
-def _run(name: str, given: Any) -> Run:
-    where = f"run {name!r}"
-    if not name.strip():
-        raise ConfigError(f"{where}: a run needs a name, for its row and its folder")
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"{where} must be a mapping of settings, such as {{method: lora, lr: 0.001}}, got {given!r}")
-    for key in given:
-        if key not in OWN_SETTINGS:
-            near = difflib.get_close_matches(str(key), OWN_SETTINGS, n=3, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(near)}?" if near else f"; a run may set {', '.join(OWN_SETTINGS)}"
-            raise ConfigError(f"{where}: unknown setting {key!r}{hint}")
+def _run(name: str, given: Mapping[str, Any], where: str) -> Run:
     method = given.get("method", name)
-    if method not in METHODS:
-        raise ConfigError(f"{where}: unknown method {method!r}: known methods are {', '.join(METHODS)}")
     common = COMMON
     if any(key.startswith(("scheduler", "warmup")) for key in given):
         # A schedule that was chosen may know no warm-up.
         common = {}
-    own = METHODS[method].settings
-    return Run(name, {**common, **DEFAULTS[method], **given, "method": method, **own})
+    settings = {**common, **DEFAULTS[method], **given, "method": method}
+    try:
+        checked = TrainConfig(model="model", data="data", output_dir="folder", **settings)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    # As they were understood: YAML's 2e-3 is a string.
+    settings = {key: getattr(checked, key) for key in settings}
+    for key, value in METHODS[method].settings.items():
+        if key in given and settings[key] != value:
+            raise ConfigError(
+                f"{where}: method {method} has {key} {value}, got {given[key]!r}: leave it out, or take another method"
+            )
+        settings[key] = value
+    return Run(name, settings, where)
+
+
+def _check_different(runs: Sequence[Run]) -> None:
+    rows = {run.name for run in bases_of(runs)}
+    for number, run in enumerate(runs):
+        if run.name in rows:
+            raise ConfigError(f"{run.where}: this is what the row without an adapter is called: choose another name")
+        if run.name in [other.name for other in runs[:number]]:
+            raise ConfigError(f"{run.where}: there is another run of this name: runs need different names")
 
 
 def bases_of(runs: Sequence[Run]) -> list[Run]:

@@ -50,7 +50,7 @@ def _adapter_config(run: Run, shared: Shared) -> Any:
     try:
         return check_settings(train_config(run, shared, 0, Path("run"), Path("data")))
     except ConfigError as error:
-        raise ConfigError(f"run {run.name!r}: {error}") from None
+        raise ConfigError(f"{run.where}: {error}") from None
 
 
 def check_folder(folder: Path) -> None:

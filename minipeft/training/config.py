@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from minipeft.training.errors import ConfigError
+from minipeft.training.yaml_files import load_yaml
 
 TOO_LONG_CHOICES = ("error", "drop", "truncate")
 PRECISION_CHOICES = ("none", "bf16")
@@ -131,7 +132,7 @@ class TrainConfig:
             ConfigError: unreadable file, unknown setting (with the nearest names), missing setting,
                 wrong type.
         """
-        values = {} if path is None else read_yaml(path)
+        values = {} if path is None else _read_settings(path)
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
         _check_names(values, where=str(path))
         _check_names(given, where="command line")
@@ -154,37 +155,9 @@ def required_settings() -> list[str]:
     ]
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice, of which yaml would drop the first in silence."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises:
-        ConfigError: no such file, not UTF-8, not YAML, a key given twice, or not a mapping with string keys.
-    """
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(f"cannot read config file {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"config file {path} is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError(f"config file {path} is nested too deep") from None
-    except ValueError as error:
-        # A number of too many digits, a date that there is not.
-        raise ConfigError(f"config file {path} holds a value that cannot be read: {error}") from None
+def _read_settings(path: str | Path) -> dict[str, Any]:
+    """A YAML file's settings; an empty one holds none."""
+    content = load_yaml(path, f"config file {path}")
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -209,14 +182,28 @@ _ALIASES = {
 
 
 def _check_names(values: Mapping[str, Any], where: str) -> None:
-    known = [f.name for f in dataclasses.fields(TrainConfig)]
+    known = setting_names()
     for name in values:
-        if name in known:
-            continue
-        plain = name.replace("-", "_")
-        near = [_ALIASES[plain]] if plain in _ALIASES else difflib.get_close_matches(plain, known, n=3, cutoff=0.5)
-        hint = f"; did you mean {' or '.join(near)}?" if near else f"; known settings: {', '.join(known)}"
-        raise ConfigError(f"{where}: unknown setting {name!r}{hint}")
+        if name not in known:
+            raise ConfigError(f"{where}: unknown setting {name!r}; {near_settings(name, known)}")
+
+
+def setting_names() -> list[str]:
+    """The names of all settings."""
+    return [f.name for f in dataclasses.fields(TrainConfig)]
+
+
+def usual_name(name: str) -> str:
+    """A setting's name with us, where it is another trainer's for it."""
+    plain = name.replace("-", "_")
+    return _ALIASES.get(plain, plain)
+
+
+def near_settings(name: str, known: Sequence[str]) -> str:
+    """What to say to one who wrote `name` and meant one of `known`."""
+    usual = usual_name(name)
+    near = [usual] if usual in known else difflib.get_close_matches(usual, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known settings: {', '.join(known)}"
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:

@@ -6,11 +6,12 @@ Heavy imports are made inside the functions: a command line looks at the names a
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import itertools
 from collections.abc import Callable
 from typing import Any
 
-from minipeft.training.config import TrainConfig
+from minipeft.training.config import TrainConfig, setting_names
 from minipeft.training.errors import ConfigError, TrainingError, as_user_error
 
 
@@ -45,6 +46,7 @@ def method_config(config: TrainConfig) -> Any:
     """
     import minipeft
 
+    _check_arguments(config)
     choice = METHODS[config.method]
     arguments = {**choice.arguments, "task_type": "CAUSAL_LM", **config.method_args}
     if choice.config == "PromptTuningConfig" and "prompt_tuning_init_text" in arguments:
@@ -54,6 +56,34 @@ def method_config(config: TrainConfig) -> Any:
         arguments.setdefault("init_weights", "zero")
     with as_user_error(ConfigError, "method_args"):
         return getattr(minipeft, choice.config)(**arguments)
+
+
+def method_arguments(method: str) -> list[str]:
+    """The names of the arguments that a method's config makes use of."""
+    import minipeft
+
+    config = getattr(minipeft, METHODS[method].config)
+    # What every adapter's file has, and what of PEFT's there is not, is taken where it asks for nothing.
+    idle = {f.name for f in dataclasses.fields(minipeft.PeftConfig)} | set(config.unsupported)
+    return [f.name for f in dataclasses.fields(config) if f.name not in idle]
+
+
+def _check_arguments(config: TrainConfig) -> None:
+    import minipeft
+
+    name_of_config = METHODS[config.method].config
+    taken = [f.name for f in dataclasses.fields(getattr(minipeft, name_of_config))]
+    for name in config.method_args:
+        if name in taken:
+            continue
+        if name in setting_names():
+            raise ConfigError(f"method_args: {name!r} is a setting of the run: write it beside method_args, not in it")
+        known = method_arguments(config.method)
+        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+        raise ConfigError(f"method_args: {name_of_config} has no argument {name!r}; {hint}")
+    if config.method_args.get("inference_mode"):
+        raise ConfigError("method_args: an adapter in inference_mode is not trained: leave it out")
 
 
 def check_settings(config: TrainConfig) -> Any:

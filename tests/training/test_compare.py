@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import signal
 import statistics
 import sys
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_compare import OTHER, forbidden, letters, quiet
 from tiny_folder import byte_tokenizer, save_model, write_jsonl
 from transformers import AutoModelForCausalLM
 
@@ -27,10 +27,9 @@ from minipeft.training import compare_run, loop
 from minipeft.training.compare import compare, in_own_process
 from minipeft.training.compare_plan import CompareConfig, Run, Shared, plan_runs
 from minipeft.training.compare_run import Order, attempt
-from minipeft.training.errors import CheckpointError, ConfigError, OutputDirError, TrainingError
+from minipeft.training.errors import CheckpointError, OutputDirError, TrainingError
 from minipeft.training.records import read_jsonl
 
-OTHER = "The quick brown fox jumps over the lazy dog. " * 12
 METHODS = {
     "lora": {"method": "lora", "lr": 0.02, "method_args": {"r": 4}},
     "qlora": {"method": "qlora", "lr": 0.02, "method_args": {"r": 4}},
@@ -48,11 +47,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Which letter comes first? And a text of another kind."""
-    folder = tmp_path_factory.mktemp("data")
-    records = [{"prompt": f"{c}{i}{d} ->", "completion": f" {c}"} for i in range(10) for c in "ab" for d in "xy"]
-    (folder / "other.txt").write_text(OTHER)
-    return {"data": str(write_jsonl(folder / "data.jsonl", records)), "other_text": str(folder / "other.txt")}
+    return letters(tmp_path_factory.mktemp("data"))
 
 
 def config_of(output, base, files, runs, **changes):
@@ -61,10 +56,6 @@ def config_of(output, base, files, runs, **changes):
     return CompareConfig(
         output, planned, **{"model": str(base), "steps": 5, "batch_size": 4, "dtype": "float32", **files, **changes}
     )
-
-
-def quiet(line):
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -207,10 +198,6 @@ def test_everything_is_on_disk_and_says_the_same(finished):
 
 
 # Going on
-
-
-def forbidden(order):
-    raise AssertionError(f"{order.run.name} is done again")
 
 
 def test_a_comparison_goes_on_with_the_threads_that_it_began_with(base, files, tmp_path, monkeypatch):
@@ -374,25 +361,6 @@ def test_too_long_texts_are_left_out_for_all(base, tmp_path, files):
     assert sum(len(read_jsonl(tmp_path / "out" / f"{name}.jsonl")) for name in ("train", "held_out")) == 20
 
 
-def test_the_advice_on_texts_that_are_too_long_can_be_followed(refuses, base, files, tmp_path):
-    err = refuses("--methods", "lora", "--max-length", "5")
-    assert "tokens, more than max_length (5): raise --max-length, or" in err
-    flags = re.search(r"by (--too-long \w+)", err)[1].split()
-    err = refuses("--methods", "lora", "--max-length", "5", *flags)
-    assert "of the 32 texts to learn from 0 have at most max_length (5) tokens, and 1 must" in err
-    least = int(re.search(r"raise --max-length, to (\d+) at least", err)[1])
-    config = config_of(tmp_path / "out", base, files, {"lora": METHODS["lora"]}, steps=1)
-    compare(dataclasses.replace(config, max_length=least, too_long="drop"), quiet, attempt)
-
-
-def test_two_texts_at_least_are_measured_on(refuses, tmp_path):
-    records = [{"prompt": f"{c} ->", "completion": " a"} for c in ("c", "d" * 9, "e" * 7)]
-    path = write_jsonl(tmp_path / "held_out.jsonl", records)
-    err = refuses("--eval-data", str(path), "--max-length", "9", "--too-long", "drop")
-    assert "of the 3 texts held out 1 have at most max_length (9) tokens, and 2 must" in err
-    assert "raise --max-length, to 13 at least" in err
-
-
 # Processes
 
 
@@ -480,102 +448,6 @@ def test_the_command_in_processes_of_its_own(base, files, tmp_path, capsys):
     assert max(row["peak_memory"] for row in rows[:2]) < 1.5 * min(row["peak_memory"] for row in rows[:2])
 
 
-# What is refused, before any model is loaded
-
-
-@pytest.fixture
-def refuses(base, files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(comparing, "in_own_process", forbidden)
-
-    def refused(*flags, **changes):
-        own = {"model": base, **files, "output": tmp_path / "out", **changes}
-        given = [part for name, value in own.items() for part in (f"--{name.replace('_', '-')}", str(value)) if value]
-        assert main(["compare", *given, *flags]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("minipeft: error: ") and err.count("\n") == 1, err
-        assert not (tmp_path / "out").exists()
-        return err
-
-    return refused
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--methods", "lora,ia3"], "run 'ia3': unknown method 'ia3': known methods are lora, qlora"),
-        (["--methods", "lora,lora"], "'lora' more than once"),
-        (["--methods", ","], "name at least one method"),
-        (["--seeds", "none"], "seeds must be a count or a list"),
-        (["--seeds", "0,0"], "seeds must differ"),
-        (["--seeds", "0"], "1 to 1000"),
-        (["--steps", "0"], "argument --steps"),
-        (["--max-length", "257"], "max_length (257) exceeds the model's max_position_embeddings (256)"),
-        (["--max-length", "240"], "less 20 virtual tokens: set max_length to 236 or less"),
-        (["--device", "gpu"], "device must be auto"),
-    ],
-)
-def test_bad_flags_are_one_sentence(flags, expected, refuses):
-    assert expected in refuses(*flags)
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a: {method: lora, rate: 1}", "run 'a': unknown setting 'rate'"),
-        ("a: {method: lora, learning_rte: 1}", "run 'a': unknown setting 'learning_rte'"),
-        ("a: {method: lora, batch_size: 1}", "run 'a': unknown setting 'batch_size'"),
-        ("a: {method: lora, lr: fast}", "run 'a': setting 'lr' must be a number"),
-        ("a: {method: lora, method_args: {rank: 3}}", "run 'a': method_args"),
-        ("a: {method: lora, optimizer_args: {x: 1}}", "run 'a': optimizer adamw takes no optimizer_args"),
-        ("a: {method: prompt, loraplus_lr_ratio: 4}", "run 'a': loraplus_lr_ratio is for LoRA"),
-        ("a: lora", "run 'a' must be a mapping"),
-        ("base: {method: lora}", "'base' more than once"),
-        ("b: {}", "run 'b': unknown method 'b'"),
-    ],
-)
-def test_bad_runs_are_named(text, expected, refuses, tmp_path):
-    (tmp_path / "runs.yaml").write_text(text)
-    assert expected in refuses(runs=tmp_path / "runs.yaml")
-
-
-PAIR = {"prompt": "c ->", "completion": " a"}
-
-
-@pytest.mark.parametrize(
-    ("name", "records", "expected"),
-    [
-        ("data", [PAIR], "too few to hold a fifth out"),
-        ("data", [], "data set is empty"),
-        ("eval_data", [], "data set is empty"),
-        ("eval_data", [PAIR], "at least two held-out records"),
-        ("eval_data", [PAIR, {"text": "free"}], "eval_data.jsonl:2: expected a record of the training data's kind"),
-        (
-            "eval_data",
-            [PAIR, PAIR | {"completion": " c"}],
-            "completion ' c' is none of the training data's: ' a', ' b'",
-        ),
-        ("eval_data", [{"prompt": f"a{i}x ->", "completion": " a"} for i in range(2)], "nothing is held out"),
-    ],
-)
-def test_data_that_does_not_do(name, records, expected, refuses, tmp_path):
-    path = write_jsonl(tmp_path / f"{name}.jsonl", records)
-    assert expected in refuses(**{name: path})
-
-
-def test_other_texts_and_places_that_do_not_do(refuses, tmp_path):
-    (tmp_path / "empty").write_text(" \n")
-    (tmp_path / "short").write_text("abc")
-    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
-    assert "the other text is empty" in refuses(other_text=tmp_path / "empty")
-    assert "has 3 tokens, at least 4 are needed" in refuses(other_text=tmp_path / "short")
-    assert "is not UTF-8" in refuses(other_text=tmp_path / "bytes")
-    assert "No such file" in refuses(other_text=tmp_path / "none")
-    assert "--eval-data goes with --data" in refuses("--eval-data", str(tmp_path / "short"), data=None)
-    assert "No such file" in refuses(eval_data=tmp_path / "none")
-    assert "no model" in refuses(model=tmp_path / "none")
-    assert "parent directory" in refuses(output=tmp_path / "no" / "such")
-
-
 def test_the_default_runs_are_all_methods_with_settings_of_their_own():
     runs = plan_runs(None, None)
     assert [run.name for run in runs] == ["lora", "qlora", "bottleneck", "prefix", "prompt"]
@@ -598,16 +470,3 @@ def test_failures_of_ours_keep_their_traceback(tmp_path, capsys, monkeypatch):
     assert not attempt(order_in(tmp_path))
     assert "Traceback" in capsys.readouterr().err
     assert json.loads((tmp_path / "failed.json").read_text())["reason"] == "ZeroDivisionError: division by zero"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: {method: lora}\na: {method: prompt}\n", r"'a' is given twice"),
-        ('"": {method: lora}\n', "run '': a run needs a name"),
-    ],
-)
-def test_no_run_of_a_file_is_lost_or_nameless(tmp_path, text, message):
-    (tmp_path / "runs.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        plan_runs(None, tmp_path / "runs.yaml")

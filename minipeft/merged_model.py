@@ -56,13 +56,14 @@ class MergedModel(_Base):
         self.unmerge_adapter()
         if safe_merge:
             self._check_finite(names)
-        for _, module in adapter_modules(self):
+        for _, module in adapter_modules(self) if names else ():
             module.merge(names)
 
     def unmerge_adapter(self) -> None:
         """Put the original base weights back. Nothing happens if nothing is merged."""
         for _, module in adapter_modules(self):
-            module.unmerge()
+            if module.merged_adapters:
+                module.unmerge()
 
     def merge_and_unload(
         self,

@@ -20,7 +20,7 @@ from minipeft.configs import PeftConfig
 from minipeft.lora_model import LoraModel
 from minipeft.merged_model import MergedModel
 from minipeft.methods.base import Switch, mix_in
-from minipeft.patching import adapter_modules, attach_adapter, freeze, switch_of, tell_quantizer
+from minipeft.patching import adapter_modules, attach_adapter, switch_of, tell_quantizer
 from minipeft.state_dict import adapter_state, base_name
 from minipeft.status import StatusModel
 
@@ -277,7 +277,8 @@ def get_peft_model(
 def _becoming_peft_model(model: Any) -> Iterator[None]:
     """Freeze `model` and mix `PeftModel` in; if the block that attaches the first adapter fails, undo both."""
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    freeze(model)
+    for parameter, _ in gradients:
+        parameter.requires_grad = False
     # The name stays: transformers looks models up by their class's name.
     mix_in(model, _kind_of(model), type(model).__name__)
     model.peft_config = {}

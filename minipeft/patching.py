@@ -33,11 +33,9 @@ METHODS: dict[Any, Method] = {
 }
 
 
-def adapter_modules(model: nn.Module) -> Iterator[tuple[str, AdapterModule]]:
+def adapter_modules(model: nn.Module) -> list[tuple[str, AdapterModule]]:
     """The adapted modules of `model` with their dotted names."""
-    for path, module in base_modules(model):
-        if isinstance(module, AdapterModule):
-            yield path, module
+    return [(path, module) for path, module in base_modules(model) if isinstance(module, AdapterModule)]
 
 
 def switch_of(model: nn.Module) -> Switch:
@@ -73,13 +71,14 @@ def attach_adapter(
     targets = method.find(model, config, saved)
     if init:
         check_unused_names(model, config, targets)
+    modules: dict[str, Any] = dict(base_modules(model))
     with _undone_on_error(model, adapter):
         for path in saved:
-            module: Any = model.get_submodule(path)
+            module = modules[path]
             become(module, TrainedModule, switch)
             module.add_copy(adapter, _adapter_dtype(module, autocast_adapter_dtype))
         for path in targets:
-            module = model.get_submodule(path)
+            module = modules[path]
             mixin = method.mixin_for(module)
             become(module, mixin, switch)
             # The mixin's own, which need not be the one in front.
@@ -167,8 +166,5 @@ def _train_all_biases(model: nn.Module, adapter: str, switch: Switch, autocast: 
 def _adapter_dtype(module: nn.Module, autocast: bool) -> torch.dtype:
     """float32 over a 16-bit or 4-bit module, unless `autocast` is off: then the module's own."""
     packed = next((m for _, m in base_modules(module) if isinstance(m, NF4Linear)), None)
-    if packed is not None:
-        own = packed.nf4_weight().dtype
-    else:
-        own = next(p.dtype for p in module.parameters())
+    own = packed.weight_dtype if packed is not None else next(p.dtype for p in module.parameters())
     return torch.float32 if autocast and own in (torch.float16, torch.bfloat16) else own

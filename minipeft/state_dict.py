@@ -109,12 +109,14 @@ def fill_adapter(
     Raises ValueError as `load_tensors`; and when `stored` is not what comes of `training`.
     """
     prefix = key_prefix(model, adapter)
-    live, products = adapter_state(model, adapter, prefix), stored_state(model, adapter, prefix)
+    live = adapter_state(model, adapter, prefix)
+    # A file of the live tensors holds nothing that is made of them.
+    products = stored_state(model, adapter, prefix) if training or stored.keys() != live.keys() else live
     made = [name for name in products if name not in live]
     read = {**stored, **training} if made else stored
     given = {name: tensor for name, tensor in read.items() if name not in made}
     load_tensors(live, given, source, embedding_keys(model, prefix))
-    again = stored_state(model, adapter, prefix)
+    again = stored_state(model, adapter, prefix) if made else {}
     for name in made:
         if name in stored and not torch.allclose(again[name], stored[name].to(again[name]), rtol=1e-3, atol=1e-3):
             raise ValueError(f"{source}: its projection is that of another adapter; remove its file to go on without")
@@ -163,8 +165,9 @@ def embedding_keys(model: nn.Module, prefix: str = KEY_PREFIX) -> dict[str, Tens
     PEFT writes them beside an adapter of an embedding, or of a model whose vocabulary was resized.
     """
     found: dict[str, Tensor] = {}
+    paths = {module: path for path, module in base_modules(model)}
     for embedding in _embeddings(model):
-        path = next((p for p, m in base_modules(model) if m is embedding), None)
+        path = paths.get(embedding)
         # While an update is merged, the base weight is the one that stands aside.
         weight = getattr(embedding, "_originals", {}).get("weight", embedding._parameters.get("weight"))
         if path is None or weight is None:

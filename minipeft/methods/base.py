@@ -11,7 +11,8 @@ assignment, however large the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -59,9 +60,15 @@ def _put_together(plain: Any, mixins: list[tuple[type, str]]) -> Any:
     return obj
 
 
-def own_attributes(module: Any) -> list[str]:
+def own_attributes(module: Any) -> tuple[str, ...]:
     """What adapting has added to `module`, by all the mixins in front of it."""
-    return [name for cls in type(module).__mro__ for name in vars(cls).get("_own_attributes", ())]
+    adapted: Any = type(module)
+    return _own_attributes_of(adapted)
+
+
+@functools.cache
+def _own_attributes_of(adapted: type) -> tuple[str, ...]:
+    return tuple(name for cls in adapted.__mro__ for name in vars(cls).get("_own_attributes", ()))
 
 
 @dataclasses.dataclass
@@ -121,6 +128,15 @@ class AdapterModule(Mixin):
         while "_plain_class" in vars(type(self)) and issubclass(type(self).__mro__[1], AdapterModule):
             mix_out(self)
 
+    def _container(self, name: str, kind: type[nn.Module]) -> Any:
+        """The attribute `name`, a `kind` keyed by adapter; `attach` left it an empty dict, for most are never filled.
+
+        Making a module for each of them would take most of the time in which an adapter is attached.
+        """
+        if not isinstance(getattr(self, name), nn.Module):
+            setattr(self, name, kind())
+        return getattr(self, name)
+
     def adapter_names(self) -> set[str]:
         """The adapters that have tensors here."""
         return set()
@@ -176,23 +192,25 @@ class AdapterModule(Mixin):
         return super()._apply(fn, recurse)
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The dotted names and modules of the base model: `named_modules` without what adapters added.
 
     So it costs the same however many adapters there are.
     """
-    yield from _base_modules(model, "", set())
+    found: dict[nn.Module, str] = {}
+    _find_modules(model, "", found)
+    return [(path, module) for module, path in found.items()]
 
 
-def _base_modules(module: Any, path: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    if id(module) in seen:
+def _find_modules(module: nn.Module, path: str, found: dict[nn.Module, str]) -> None:
+    if module in found:
         return
-    seen.add(id(module))
-    yield path, module
+    found[module] = path
     added = own_attributes(module) if isinstance(module, AdapterModule) else ()
+    start = f"{path}." if path else ""
     for name, child in module._modules.items():
         if child is not None and name not in added:
-            yield from _base_modules(child, f"{path}.{name}" if path else name, seen)
+            _find_modules(child, start + name, found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,7 +27,7 @@ class LoraLayer(TrainedBias):
 
     Attributes (all keyed by adapter name, as in PEFT):
         lora_A, lora_B: the factors, (r, in_features) and (out_features, r).
-        lora_dropout: applied to the update's input.
+        lora_dropout: applied to the update's input; only for adapters that have dropout.
         lora_magnitude_vector: (out_features,), DoRA's m; only for adapters that use it.
         lora_start: what is subtracted from the base; only for adapters that start as PiSSA (see `lora_init.py`).
         lora_base: what acts in the place of the base weight; only for adapters that start as LoftQ (see `loftq.py`).
@@ -42,33 +42,31 @@ class LoraLayer(TrainedBias):
 
     lora_A: Any
     lora_B: Any
-    lora_dropout: nn.ModuleDict
-    lora_magnitude_vector: nn.ParameterDict
+    lora_dropout: Any
+    lora_magnitude_vector: Any
     lora_start: Any
     lora_base: Any
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
-        if hasattr(self, "scaling"):
-            return
-        self.lora_A, self.lora_B = nn.ModuleDict(), nn.ModuleDict()
-        self.lora_dropout = nn.ModuleDict()
-        self.lora_magnitude_vector = nn.ParameterDict()
-        self.lora_start, self.lora_base = nn.ModuleDict(), nn.ModuleDict()
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        if "scaling" not in vars(self):
+            vars(self).update({name: {} for name in LoraLayer._own_attributes})
 
     def add_adapter(self, adapter: str, config: LoraConfig, path: str, dtype: torch.dtype, init: bool) -> None:
         """Create the tensors of `adapter`, in `dtype`; left uninitialized when `init` is false (for loading)."""
         r, alpha, scaling = config.settings_for(path)
         self.r[adapter], self.lora_alpha[adapter], self.scaling[adapter] = r, alpha, scaling
-        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.lora_dropout[adapter] = dropout.train(self.training)
+        if config.lora_dropout:
+            dropout = nn.Dropout(config.lora_dropout).train(self.training)
+            self._container("lora_dropout", nn.ModuleDict)[adapter] = dropout
         self._create_factors(adapter, r, dtype)
         if is_pissa(config.init_lora_weights):
             kind = str(config.init_lora_weights)
-            self.lora_start[adapter] = pissa_start(self.dense_weight(), r, scaling, kind, dtype)
+            start = pissa_start(self.dense_weight(), r, scaling, kind, dtype)
+            self._container("lora_start", nn.ModuleDict)[adapter] = start
         if config.init_lora_weights == "loftq":
             self._quantize_base(adapter, config, init)
         elif init:
@@ -76,7 +74,8 @@ class LoraLayer(TrainedBias):
         if config.use_dora:
             # m starts as the weight's own length, so that the start is the identity (section 4.1 of the paper).
             length = self.adapted_length(adapter) if init else torch.empty(self._lora_shape()[0])
-            self.lora_magnitude_vector[adapter] = nn.Parameter(length.to(self._weight_device(), dtype))
+            magnitude = nn.Parameter(length.to(self._weight_device(), dtype))
+            self._container("lora_magnitude_vector", nn.ParameterDict)[adapter] = magnitude
         if config.bias != "none" and self._parameters.get("bias") is not None:
             self.train_bias(adapter, dtype)
 
@@ -108,13 +107,10 @@ class LoraLayer(TrainedBias):
         if len(own) != 1:
             return None
         adapter = own[0]
-        # Not as attributes: nn.Module looks for those in three places, at every token of every layer.
-        held: Any = self._modules
-        for name in ("lora_magnitude_vector", "lora_start", "lora_base"):
-            if len(held[name]) and adapter in held[name]:
-                return None
-        dropout = held["lora_dropout"][adapter]
-        return None if dropout.training and isinstance(dropout, nn.Dropout) else adapter
+        if adapter in self.lora_magnitude_vector or adapter in self.lora_start or adapter in self.lora_base:
+            return None
+        dropped = adapter in self.lora_dropout and self.lora_dropout[adapter].training
+        return None if dropped else adapter
 
     def _check_not_by_row(self) -> None:
         if self.switch.rows is not None:
@@ -133,7 +129,8 @@ class LoraLayer(TrainedBias):
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """s B A dropout(x), minus s B0 A0 x for PiSSA: (..., in_features) -> (..., out_features)."""
         scaling = self.scaling[adapter]
-        update = lora_update(self.lora_dropout[adapter](x), *self.factors(adapter), scaling)
+        x_dropped = self.lora_dropout[adapter](x) if adapter in self.lora_dropout else x
+        update = lora_update(x_dropped, *self.factors(adapter), scaling)
         return update - self.lora_start[adapter].update(x, scaling) if adapter in self.lora_start else update
 
     @torch.no_grad()
@@ -222,8 +219,9 @@ class LoraLayer(TrainedBias):
     def _create_factors(self, adapter: str, r: int, dtype: torch.dtype) -> None:
         out_features, in_features = self._lora_shape()
         device = self._weight_device()
-        self.lora_A[adapter] = _empty_linear(torch.empty(r, in_features, device=device, dtype=dtype))
-        self.lora_B[adapter] = _empty_linear(torch.empty(out_features, r, device=device, dtype=dtype))
+        for name, shape in (("lora_A", (r, in_features)), ("lora_B", (out_features, r))):
+            factor = _empty_linear(torch.empty(shape, device=device, dtype=dtype))
+            self._container(name, nn.ModuleDict)[adapter] = factor
 
     def _init_factors(self, adapter: str, kind: bool | str) -> None:
         lora_A, lora_B = self.factors(adapter)
@@ -237,13 +235,14 @@ class LoraLayer(TrainedBias):
         """Give `adapter` the quantized weight of LoftQ, and with `init` the factors that go with it."""
         rounds = LoftQConfig(**config.loftq_config).loftq_iter
         packed, *new = loftq(self.dense_weight().float(), self.r[adapter], self.scaling[adapter], rounds)
-        self.lora_base[adapter] = LoftqBase.of(packed, self._weight_device())
+        self._container("lora_base", nn.ModuleDict)[adapter] = LoftqBase.of(packed, self._weight_device())
         for factor, value in zip(self.factors(adapter), new, strict=True) if init else ():
             factor.data.copy_(value)
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """The live A (r, in_features) and B (out_features, r) of `adapter`."""
-        held: Any = self._modules  # as in `fused_adapter`
+        # Not as attributes: nn.Module looks for those in three places, at every token of every layer.
+        held: Any = self._modules
         return held["lora_A"][adapter].weight, held["lora_B"][adapter].weight
 
     def _factor_state(self, adapter: str) -> dict[str, Tensor]:
@@ -255,13 +254,14 @@ def _empty_linear(weight: Tensor) -> nn.Linear:
     """A linear layer without bias that has `weight`, as it is.
 
     `nn.Linear(...)` would draw random numbers that are drawn again, or loaded, right after; `nn.utils.skip_init` takes
-    0.1 ms to avoid it, half of what loading an adapter takes.
+    0.1 ms to avoid it, as long as all else of loading a layer's adapter. Assigning the attributes, which nn.Module
+    looks at one by one, would be half of the time spent here.
     """
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)
-    linear.out_features, linear.in_features = weight.shape
-    linear.weight = nn.Parameter(weight)
-    linear.register_parameter("bias", None)
+    out_features, in_features = weight.shape
+    vars(linear).update(in_features=in_features, out_features=out_features)
+    linear._parameters.update(weight=nn.Parameter(weight), bias=None)
     return linear
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -142,6 +142,6 @@ def plain_config(config: Any) -> LoraConfig:
 
 def pissa_starts(model: nn.Module, adapter: str, prefix: str) -> dict[str, PissaStart]:
     """What the PiSSA layers of `adapter` in `model` started from, by `prefix` + the layer's dotted name."""
-    modules: Iterator[tuple[str, Any]] = base_modules(model)
+    modules: list[tuple[str, Any]] = base_modules(model)
     layers = {path: module for path, module in modules if adapter in getattr(module, "lora_start", ())}
     return {f"{prefix}{path}": layer.lora_start[adapter] for path, layer in layers.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -40,17 +40,19 @@ def match_targets(
     Raises ValueError when a name in target_modules matches nothing, a module that it matches cannot be adapted, or
     nothing is left after the exclusions.
     """
-    names = plain_module_names(model)
+    modules = dict(base_modules(model))
+    names = [name for name in modules if name]
     targets = _targets_or_default(model, config)
     if targets == "all-linear":
-        found = [name for name in names if _is_inner_linear(model, name, adaptable)]
+        found = _inner_linear(model, modules, adaptable)
     elif isinstance(targets, str):
         found = [name for name in names if re.fullmatch(targets, name)]
     else:
         for target in targets:
             if not any(ends_with(name, target) for name in names):
                 raise ValueError(_no_match("target_modules", target, names, model, adaptable))
-        found = [name for name in names if any(ends_with(name, target) for target in targets)]
+        ends = tuple(f".{target}" for target in targets)
+        found = [name for name in names if f".{name}".endswith(ends)]
     if not found:
         raise ValueError(_no_match("target_modules", str(targets), names, model, adaptable))
     left = [name for name in found if not _excluded(name, config, skip) and _in_layers(name, config)]
@@ -60,7 +62,7 @@ def match_targets(
             "layers_to_transform leave none of them"
         )
     for name in left:
-        if may_not_be_called(model, name):
+        if may_not_be_called(modules, name):
             raise ValueError(
                 f"target_modules: {name!r} is a layer whose weight its state-space mixer may read without calling it, "
                 "so an adapter could be left out in silence; take in_proj"
@@ -101,23 +103,24 @@ def _targets_or_default(model: nn.Module, config: Any) -> list[str] | str:
     return config.target_modules
 
 
-def _is_inner_linear(model: Any, name: str, adaptable: Callable[[nn.Module], bool]) -> bool:
-    """Whether "all-linear" takes this module: linear, and not (in) the output head, whatever the task."""
-    module = model.get_submodule(name)
-    if not (isinstance(module, nn.Linear | NF4Linear) or is_conv1d(module)) or not adaptable(module):
-        return False
-    heads = {head for heads in TASK_HEADS.values() for head in heads}
+def _inner_linear(model: Any, modules: Mapping[str, nn.Module], adaptable: Callable[[nn.Module], bool]) -> list[str]:
+    """What "all-linear" takes: linear modules that are not (in) the output head, whatever the task."""
+    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear | NF4Linear) or is_conv1d(m)]
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if may_not_be_called(model, name):
-        return False
     # RoBERTa's classifier is a module of two layers.
-    return module is not output and heads.isdisjoint(name.split("."))
+    heads = {head for heads in TASK_HEADS.values() for head in heads}
+    inner = [n for n in linear if modules[n] is not output and heads.isdisjoint(n.split("."))]
+    return [n for n in inner if n and adaptable(modules[n]) and not may_not_be_called(modules, n)]
 
 
-def may_not_be_called(model: nn.Module, name: str) -> bool:
-    """Whether the module is one of a state-space mixer's, whose fused CUDA kernels are given weights, not layers."""
+def may_not_be_called(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether the module is one of a state-space mixer's, whose fused CUDA kernels are given weights, not layers.
+
+    Args:
+        modules: All of the model's, by name.
+    """
     path, _, leaf = name.rpartition(".")
-    mixer = model.get_submodule(path)
+    mixer = modules[path]
     return leaf != "in_proj" and hasattr(mixer, "conv1d") and type(mixer).__name__.endswith("Mixer")
 
 

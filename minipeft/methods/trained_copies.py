@@ -26,12 +26,12 @@ class TrainedBias(AdapterModule):
     name_prefix: ClassVar[str] = "BiasTrained"
     _own_attributes: ClassVar[tuple[str, ...]] = ("trained_bias",)
 
-    trained_bias: nn.ParameterDict
+    trained_bias: Any
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
         if not hasattr(self, "trained_bias"):
-            self.trained_bias = nn.ParameterDict()
+            self.trained_bias = {}
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -47,7 +47,8 @@ class TrainedBias(AdapterModule):
         """Give `adapter` a trainable copy of the base bias (in `dtype` if given)."""
         base = self._parameters["bias"]
         assert base is not None
-        self.trained_bias[adapter] = nn.Parameter(base.detach().clone().to(dtype or base.dtype))
+        own = nn.Parameter(base.detach().clone().to(dtype or base.dtype))
+        self._container("trained_bias", nn.ParameterDict)[adapter] = own
 
     def adapter_names(self) -> set[str]:
         return super().adapter_names() | set(self.trained_bias)

@@ -251,6 +251,7 @@ def _embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, pref
     if wanted not in ("auto", True, False):
         raise ValueError(f"save_embedding_layers must be 'auto', True or False, got {wanted!r}")
     embeddings = embedding_keys(model, prefix)
+    changed = wanted == "auto" and _vocabulary_changed(model)
     own = adapter_state(model, adapter, prefix)
     layers = ((path, m) for path, m in adapter_modules(model) if isinstance(m, LoraLayer))
     adapted = {f"{prefix}{path}." for path, layer in layers if layer.adapts(adapter)}
@@ -259,7 +260,7 @@ def _embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, pref
         is_target = any(key.startswith(path) for path in adapted)
         if key.endswith(".base_layer.weight") != is_target:
             continue  # one of the two names is right: PEFT's wrapper renames what it adapts
-        if wanted is True or (wanted == "auto" and (is_target or _vocabulary_changed(model))):
+        if wanted is True or changed or (wanted == "auto" and is_target):
             kept[key] = tensor
     return {key: tensor for key, tensor in kept.items() if key not in own}
 

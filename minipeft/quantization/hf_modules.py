@@ -1,8 +1,9 @@
 """Which modules of a model become `NF4Linear`, and the swap itself, there and back.
 
-Converted: `nn.Linear` proper (subclasses may do something else in forward) and GPT-2's `Conv1D`, whose weight
-(in_features, out_features) is transposed first, as transformers does for bitsandbytes. Left dense: what
-transformers leaves dense, and every weight that a second module uses too.
+Converted, as by transformers for bitsandbytes: `nn.Linear` proper and GPT-2's `Conv1D`, whose weight (in_features,
+out_features) is transposed first. Left dense: what transformers leaves dense, and every weight that a second module
+uses too. Subclasses of `nn.Linear` are left too: Llama 4's router returns two things, `nn.MultiheadAttention` reads
+its projection's weight without a call; Falcon's only multiplies, but no reader of a checkpoint expects it packed.
 """
 
 from __future__ import annotations
@@ -86,9 +87,13 @@ def require_convertible(model: nn.Module, skip: list[str]) -> list[list[str]]:
     """`convertible_modules`, or ValueError when there is none."""
     groups = convertible_modules(model, skip)
     if not groups:
+        special = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear}
+        layers = (
+            f"; its {', '.join(sorted(special))} stays dense, as with transformers' bitsandbytes" if special else ""
+        )
         raise ValueError(
             f"{type(model).__name__} has nothing to put into NF4: no nn.Linear or Conv1D (subclasses do not count) "
-            f"besides those left dense: {', '.join(skip) or 'none'}"
+            f"besides those left dense: {', '.join(skip) or 'none'}{layers}"
         )
     return groups
 

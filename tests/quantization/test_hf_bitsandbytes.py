@@ -10,7 +10,7 @@ import transformers
 from hf_helpers import IDS, edit_config, edit_tensors, logits, nf4_names, saved, tiny
 from transformers import AutoModelForCausalLM
 
-from minipeft.quantization.hf import BitsAndBytesConfig, NF4Config, read_bitsandbytes_with
+from minipeft.quantization.hf import BitsAndBytesConfig, NF4Config, quantize_model, read_bitsandbytes_with
 
 bnb = pytest.importorskip("bitsandbytes")
 load = AutoModelForCausalLM.from_pretrained
@@ -164,3 +164,17 @@ def test_their_damaged_checkpoint_is_refused_by_name(tmp_path):
     edit_tensors(folder, lambda tensors: tensors.pop(f"{name}.nested_quant_map"))
     with pytest.raises(ValueError, match=f"{name}: .*nested_quant_map"):
         load(folder)
+
+
+def test_layers_of_a_class_of_their_own_stay_dense_with_both(tmp_path):
+    # Theirs passes for a model in 4 bits, ours says what it is.
+    folder = saved(tiny("falcon", vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4), tmp_path)
+    read_bitsandbytes_with("transformers")
+    try:
+        theirs = load(folder, quantization_config=bnb_config())
+    finally:
+        read_bitsandbytes_with("minipeft")
+    assert not any(isinstance(module, bnb.nn.Linear4bit) for module in theirs.modules())
+    for make in (lambda: load(folder, quantization_config=NF4Config()), lambda: quantize_model(load(folder))):
+        with pytest.raises(ValueError, match="nothing to put into NF4: .*; its FalconLinear stays dense"):
+            make()

@@ -88,12 +88,10 @@ def require_convertible(model: nn.Module, skip: list[str]) -> list[list[str]]:
     groups = convertible_modules(model, skip)
     if not groups:
         special = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear}
-        layers = (
-            f"; its {', '.join(sorted(special))} stays dense, as with transformers' bitsandbytes" if special else ""
-        )
+        stays = f"; its {', '.join(sorted(special))} stays dense, as with bitsandbytes" if special else ""
         raise ValueError(
             f"{type(model).__name__} has nothing to put into NF4: no nn.Linear or Conv1D (subclasses do not count) "
-            f"besides those left dense: {', '.join(skip) or 'none'}{layers}"
+            f"besides those left dense: {', '.join(skip) or 'none'}{stays}"
         )
     return groups
 

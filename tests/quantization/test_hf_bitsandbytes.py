@@ -176,5 +176,5 @@ def test_layers_of_a_class_of_their_own_stay_dense_with_both(tmp_path):
         read_bitsandbytes_with("minipeft")
     assert not any(isinstance(module, bnb.nn.Linear4bit) for module in theirs.modules())
     for make in (lambda: load(folder, quantization_config=NF4Config()), lambda: quantize_model(load(folder))):
-        with pytest.raises(ValueError, match="nothing to put into NF4: .*; its FalconLinear stays dense"):
+        with pytest.raises(ValueError, match=r"nothing to put into NF4: .*; its FalconLinear stays dense"):
             make()

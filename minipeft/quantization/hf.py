@@ -29,6 +29,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
+from minipeft.quantization.dense_linear import keep_dense
 from minipeft.quantization.hf_config import METHOD, BitsAndBytesConfig, NF4Config
 from minipeft.quantization.hf_modules import (
     dense_weight,
@@ -92,6 +93,7 @@ def quantize_model(model: Model, config: NF4Config | None = None) -> Model:
         linear = _pack(model.get_submodule(group[0]), config)
         for name in group:
             model.set_submodule(name, linear)
+    keep_dense(model)
     if isinstance(model, PreTrainedModel):
         _mark_as_loaded(model, file_config)
     return model

@@ -20,6 +20,7 @@ from transformers.core_model_loading import PrefixChange, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from minipeft.quantization.dense_linear import keep_dense, make_plain
 from minipeft.quantization.hf_config import NF4Config
 from minipeft.quantization.hf_load import PACKED_NAMES, LoadRecord, NF4Deserialize, NF4Quantize
 from minipeft.quantization.hf_modules import (
@@ -106,6 +107,7 @@ class NF4HfQuantizer(HfQuantizer):
             self.hooks.append(linear.register_state_dict_post_hook(_hide_scales))
             for name in group:
                 model.set_submodule(name, linear)
+        keep_dense(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.record.raise_problems(model)
@@ -122,6 +124,7 @@ class NF4HfQuantizer(HfQuantizer):
             dense = to_dense(model.get_submodule(group[0]), target)
             for name in group:
                 model.set_submodule(name, dense)
+        make_plain(model)
         for cast in ("half", "float"):
             model.__dict__.pop(cast, None)
         return model

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minipeft.kernels import frozen_linear
+from minipeft.quantization.dense_linear import DenseLinear
 
 # Logits made at a time: 17 MB in float32.
 CHUNK = 1 << 22
@@ -145,7 +146,7 @@ def _parts(head: Any, rows: int) -> list[tuple[int, int]]:
 
 def _logits_of(head: nn.Module) -> Callable[[Tensor], Tensor]:
     weight = head._parameters.get("weight")
-    if type(head) is nn.Linear and weight is not None and not weight.requires_grad:
+    if type(head) in (nn.Linear, DenseLinear) and weight is not None and not weight.requires_grad:
         # Faster in float32, and in 16 bits where the CPU would emulate them (see `arithmetic_dtype`).
         return lambda rows: frozen_linear(rows, weight, head.bias)
     return head

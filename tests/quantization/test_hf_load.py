@@ -73,12 +73,12 @@ def test_dtype_goes_to_the_dense_parts_and_into_the_packed_weights(folder, dtype
 def test_head_and_tied_embeddings_stay_dense(tmp_path, tied):
     folder = saved(tiny(tie_word_embeddings=tied), tmp_path)
     model = load(folder)
-    assert type(model.lm_head) is nn.Linear
+    assert isinstance(model.lm_head, nn.Linear)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     # with a list the head is packed, as bitsandbytes does, but never one that is the embedding
     model = load(folder, NF4Config(skip_modules=["o_proj"]))
     assert isinstance(model.lm_head, NF4Linear) != tied
-    assert type(model.model.layers[0].self_attn.o_proj) is nn.Linear
+    assert isinstance(model.model.layers[0].self_attn.o_proj, nn.Linear)
     assert (model.config.quantization_config.skip_modules == ["o_proj"]) != tied
 
 
@@ -86,14 +86,14 @@ def test_modules_the_model_keeps_in_float32_stay_dense(tmp_path):
     folder = saved(tiny("t5", AutoModelForSeq2SeqLM, **T5, decoder_start_token_id=0), tmp_path)
     model = load(folder, auto=AutoModelForSeq2SeqLM, dtype=torch.float16)
     dense = model.encoder.block[0].layer[1].DenseReluDense
-    assert type(dense.wo) is nn.Linear and dense.wo.weight.dtype == torch.float32
+    assert isinstance(dense.wo, nn.Linear) and dense.wo.weight.dtype == torch.float32
     assert isinstance(dense.wi, NF4Linear)
 
 
 def test_classifier_with_a_bias_stays_dense(tmp_path):
     folder = saved(tiny("bert", AutoModelForSequenceClassification, **BERT), tmp_path)
     model = load(folder, auto=AutoModelForSequenceClassification)
-    assert type(model.classifier) is nn.Linear and isinstance(model.bert.pooler.dense, NF4Linear)
+    assert isinstance(model.classifier, nn.Linear) and isinstance(model.bert.pooler.dense, NF4Linear)
 
 
 def test_sharded_checkpoint(tmp_path):

@@ -41,7 +41,7 @@ def test_saved_and_reloaded_logits_are_bit_equal(tmp_path, kind):
 
 def test_tied_head_stays_dense():
     model = quantize_model(tiny(tie_word_embeddings=True), NF4Config(skip_modules=[]))
-    assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.model.embed_tokens.weight
+    assert isinstance(model.lm_head, nn.Linear) and model.lm_head.weight is model.model.embed_tokens.weight
     assert len(nf4_names(model)) == 14
 
 
@@ -71,13 +71,13 @@ def test_plain_module():
     assert model.inner[0] is model.second and not model.second.training
     assert torch.equal(model.second.weight, weight.codes)
     # shared weights and subclasses stay
-    assert type(model.first) is nn.Linear and model.tied.weight is model.first.weight
+    assert isinstance(model.first, nn.Linear) and model.tied.weight is model.first.weight
     torch.testing.assert_close(model(x)[1], x @ weight.dequantize().T)
 
 
 def test_skip_modules_of_a_plain_module():
     model = quantize_model(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), NF4Config(skip_modules=["1"]))
-    assert isinstance(model[0], NF4Linear) and type(model[1]) is nn.Linear
+    assert isinstance(model[0], NF4Linear) and isinstance(model[1], nn.Linear)
 
 
 def test_dense_weights_are_freed_one_by_one(monkeypatch):

@@ -44,7 +44,7 @@ def test_settings_come_back_from_the_file(tmp_path):
     assert vars(again.config.quantization_config) == vars(config)
     layer = again.model.layers[0].self_attn.q_proj
     assert (layer.blocksize, layer.compute_dtype) == (128, torch.bfloat16)
-    assert type(again.model.layers[0].self_attn.k_proj) is nn.Linear
+    assert isinstance(again.model.layers[0].self_attn.k_proj, nn.Linear)
     on_disk = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert on_disk["quant_method"] == "bitsandbytes" and on_disk["llm_int8_skip_modules"] == ["k_proj", "lm_head"]
 
@@ -177,7 +177,7 @@ def test_dense_weight_where_the_config_says_packed_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{NAME}: it is dense in the checkpoint"):
         load(folder)
     edit_config(folder, llm_int8_skip_modules=["lm_head", "layers.1.mlp.up_proj"])
-    assert type(load(folder).model.layers[1].mlp.up_proj) is nn.Linear
+    assert isinstance(load(folder).model.layers[1].mlp.up_proj, nn.Linear)
 
 
 def test_packed_weight_where_the_config_says_dense_is_refused(tmp_path):

@@ -28,7 +28,7 @@ from minipeft.training.compare_data import Encoded, Task, encode_task, read_task
 from minipeft.training.compare_measure import measure_losses
 from minipeft.training.compare_plan import Run, Shared, train_config
 from minipeft.training.directories import remove_directory
-from minipeft.training.errors import TrainingError
+from minipeft.training.errors import TrainingError, TrainingInterrupted
 from minipeft.training.evaluation import classify
 from minipeft.training.loop import Trainer
 from minipeft.training.methods import attach, method_config, start
@@ -94,15 +94,22 @@ def attempt(order: Order) -> bool:
     """Do the run and leave its result, or the reason why there is none."""
     try:
         result = {"identity": order.identity, **perform(order)}
+    except TrainingInterrupted:
+        # Ctrl-C reaches the comparison alone: this process had a signal of its own.
+        return _give_up(order, "its process was told to stop: the same command does it again")
     except Exception as error:
         reason = " ".join(str(error).split())
-        if not isinstance(error, TrainingError):
-            traceback.print_exc()
-            reason = f"{type(error).__name__}: {reason}"
-        write_text(Path(order.folder) / FAILED, json.dumps({"reason": reason}) + "\n")
-        return False
+        if isinstance(error, TrainingError):
+            return _give_up(order, reason)
+        traceback.print_exc()
+        return _give_up(order, f"{type(error).__name__}: {reason}")
     write_text(Path(order.folder) / RESULT, json.dumps(result, allow_nan=False) + "\n")
     return True
+
+
+def _give_up(order: Order, reason: str) -> bool:
+    write_text(Path(order.folder) / FAILED, json.dumps({"reason": reason}) + "\n")
+    return False
 
 
 def perform(order: Order) -> dict[str, Any]:

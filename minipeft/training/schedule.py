@@ -96,7 +96,8 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_s
     """
     warmup = config.warmup_steps
     if warmup is None:
-        warmup = math.ceil(config.warmup_ratio * total_steps)
+        # Never all steps: a warm-up starts from a rate of 0, by which a run of one step would learn nothing.
+        warmup = min(math.ceil(config.warmup_ratio * total_steps), total_steps - 1)
     try:
         return get_scheduler(
             config.scheduler,

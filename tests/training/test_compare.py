@@ -27,7 +27,7 @@ from minipeft.training import compare_run, loop
 from minipeft.training.compare import compare, in_own_process
 from minipeft.training.compare_plan import CompareConfig, Run, Shared, plan_runs
 from minipeft.training.compare_run import Order, attempt
-from minipeft.training.errors import CheckpointError, OutputDirError, TrainingError
+from minipeft.training.errors import CheckpointError, OutputDirError, TrainingError, TrainingInterrupted
 from minipeft.training.records import read_jsonl
 
 METHODS = {
@@ -463,6 +463,16 @@ def test_the_folder_is_held_by_one_comparison(base, files, tmp_path):
         assert attempt(order)
 
     compare(config, quiet, meanwhile)
+
+
+def test_a_run_that_was_told_to_stop_advises_what_a_comparison_can_do(tmp_path, monkeypatch):
+    def stopped(order):
+        raise TrainingInterrupted("stopped by SIGTERM after step 3 of 6; go on with --resume", tmp_path, 3)
+
+    monkeypatch.setattr(compare_run, "perform", stopped)
+    assert not attempt(order_in(tmp_path))
+    reason = json.loads((tmp_path / "failed.json").read_text())["reason"]
+    assert reason == "its process was told to stop: the same command does it again"
 
 
 def test_failures_of_ours_keep_their_traceback(tmp_path, capsys, monkeypatch):

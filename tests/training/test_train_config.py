@@ -1,11 +1,13 @@
 import argparse
 
 import pytest
+import torch
 from transformers import SchedulerType
 
 from minipeft.training.config import SCHEDULER_CHOICES, TrainConfig
 from minipeft.training.config_flags import add_config_arguments, config_values
 from minipeft.training.errors import ConfigError
+from minipeft.training.schedule import make_optimizer, make_schedule
 
 NEEDED = {"model": "m", "data": "d", "output_dir": "o"}
 
@@ -120,3 +122,17 @@ def test_missing_config_file_is_named(tmp_path):
 def test_schedules_are_those_of_transformers():
     stepless = {"reduce_lr_on_plateau", "greedy"}
     assert set(SCHEDULER_CHOICES) == {s.value for s in SchedulerType} - stepless
+
+
+@pytest.mark.parametrize(("total", "rates"), [(1, [1.0]), (2, [0.0, 1.0]), (4, [0.0, 1.0, 0.75, 0.25])])
+def test_a_share_of_warm_up_leaves_a_step_to_learn_in(total, rates):
+    # Cosine, from 1 to 0 over the steps after the warm-up of one.
+    config = TrainConfig(**NEEDED, lr=1.0, scheduler="cosine", warmup_ratio=0.06)
+    optimizer = make_optimizer(torch.nn.Linear(1, 1), config)
+    schedule = make_schedule(optimizer, config, total)
+    seen = []
+    for _ in range(total):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert seen == pytest.approx(rates)

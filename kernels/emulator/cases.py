@@ -111,8 +111,8 @@ def _quantize(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
 
 
 def _adamw(shape: tuple[int, ...], dtype: torch.dtype, eight_bits: bool) -> Case:
-    from minipeft.kernels.adamw import AdamWNumbers
     from minipeft.kernels.adamw_8bit import initial_state
+    from minipeft.kernels.adamw_reference import AdamWNumbers
     from minipeft.kernels.adamw_triton import launch_adamw, launch_adamw_8bit
 
     p, g = torch.randn(shape[0]).to(dtype), torch.randn(shape[0]).to(dtype)

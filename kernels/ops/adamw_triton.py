@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adamw import AdamWNumbers
 from .adamw_8bit import STATE_BLOCKSIZE, state_map
+from .adamw_reference import AdamWNumbers
 from .dispatch import on_device
 from .nf4_quantize_triton import _magnitude, _nearest_entry
 from .rounding_triton import _round_to

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from minipeft.kernels import adamw_, adamw_8bit_
-from minipeft.kernels.adamw import fused_update
+from minipeft.kernels.adamw_reference import fused_update
 
 
 class Hyper(NamedTuple):

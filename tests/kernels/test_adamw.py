@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minipeft.kernels import adamw_, adamw_8bit_
-from minipeft.kernels.adamw import AdamWNumbers, adamw_update
 from minipeft.kernels.adamw_8bit import dequantize_state, initial_state, quantize_state
+from minipeft.kernels.adamw_reference import AdamWNumbers, adamw_update
 from minipeft.kernels.codebooks import dynamic_map
 
-module = importlib.import_module("minipeft.kernels.adamw")
+module = importlib.import_module("minipeft.kernels.adamw_reference")
 
 # The interpreter computes in numpy, which warns where a GPU says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -66,10 +66,6 @@ def check_entry(where: str, name: str, given: Any) -> None:
         got = "nothing" if given is None else repr(given)
         example = f"{{method: {name if name in METHODS else 'lora'}}}"
         raise ConfigError(f"{where} must be a mapping of settings, such as {example}, got {got}")
-    try:
-        json.dumps(given)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}: write text, numbers, lists and mappings alone") from None
     method = given.get("method", name)
     for key, value in given.items():
         if key not in OWN_SETTINGS:
@@ -90,7 +86,7 @@ def _not_a_runs(key: Any, value: Any, method: Any) -> str:
     if name not in OWN_SETTINGS and name in setting_names():
         return f"a comparison has no {key!r}: leave it out; a run may set {', '.join(OWN_SETTINGS)}"
     if isinstance(method, str) and method in METHODS and key in method_arguments(method):
-        return f"{key!r} is an argument of the method: write method_args: {{{key}: {json.dumps(value)}}}"
+        return f"{key!r} is an argument of the method: write method_args: {{{key}: {json.dumps(value, default=str)}}}"
     if isinstance(value, Mapping):
         return f"unknown setting {key!r}: runs stand side by side at the top of the file, such as `{EXAMPLE}`"
     return f"unknown setting {key!r}; {near_settings(str(key), OWN_SETTINGS)}"

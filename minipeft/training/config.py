@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -185,7 +186,9 @@ def _check_names(values: Mapping[str, Any], where: str) -> None:
     known = setting_names()
     for name in values:
         if name not in known:
-            raise ConfigError(f"{where}: unknown setting {name!r}; {near_settings(name, known)}")
+            typo = difflib.get_close_matches(usual_name(name), known, cutoff=0.8)
+            hint = "" if typo else " (what a method takes stands in method_args)"
+            raise ConfigError(f"{where}: unknown setting {name!r}; {near_settings(name, known)}{hint}")
 
 
 def setting_names() -> list[str]:
@@ -228,7 +231,17 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         kind = {int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
         expected = kind.get(target, "a string") + optional
         raise ConfigError(f"setting {name!r} must be {expected}, got {value!r}")
+    if target is dict:
+        _check_plain(name, value)
     return value
+
+
+def _check_plain(name: str, value: dict[Any, Any]) -> None:
+    """Raise ConfigError for a mapping that no run's description could hold, such as one with a YAML set in it."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"setting {name!r} must hold text, numbers, lists and mappings alone: {error}") from None
 
 
 def _from_string(text: str, target: type) -> Any:

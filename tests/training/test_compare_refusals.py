@@ -85,7 +85,10 @@ def test_bad_flags_are_one_sentence(flags, expected, refuses):
         ("method: lora, method_args: {lr: 3}", ": method_args: 'lr' is a setting of the run: write it beside"),
         ("method: lora, method_args: {r: true}", ": method_args: r must be a positive integer, got True"),
         ("method: lora, method_args: {inference_mode: true}", ": method_args: an adapter in inference_mode is not"),
-        ("method: lora, method_args: {target_modules: !!set {q_proj}}", ": Object of type set is not JSON"),
+        (
+            "method: lora, method_args: {target_modules: !!set {q_proj}}",
+            ": setting 'method_args' must hold text, numbers, lists and mappings alone: Object of type set",
+        ),
         ("method: lora, optimizer_args: {x: 1}", ": optimizer adamw takes no optimizer_args"),
         ("method: prompt, loraplus_lr_ratio: 4", ": loraplus_lr_ratio is for LoRA"),
         ("method: [lora]", ": unknown method ['lora']: known methods are lora, "),

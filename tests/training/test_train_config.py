@@ -72,6 +72,7 @@ def test_missing_settings_are_listed():
         ("model", 3, "'model' must be a string, got 3"),
         ("max_steps", "many", "'max_steps' must be a whole number or null, got 'many'"),
         ("too_long", "cut", "'too_long' must be one of error, drop, truncate, got 'cut'"),
+        ("method_args", {"target_modules": {"q_proj"}}, "must hold text, numbers, lists and mappings alone: .* set "),
         ("scheduler", "cosin", "'scheduler' must be one of linear, cosine"),
         ("beta2", 1.0, r"'beta2' must be in \[0, 1\), got 1.0"),
     ],
@@ -103,6 +104,7 @@ def test_contradictions_are_errors(settings, message):
         (b"1: 2\n", "must hold a mapping"),
         (b"seed: " + b"9" * 5000, "a value that cannot be read"),
         (b"method_args: " + b"[" * 10_000, "nested too deep"),
+        (b"r: 4", r"unknown setting 'r'; did you mean lr\? \(what a method takes stands in method_args\)"),
         (b"learning_rate: 1", "unknown setting 'learning_rate'; did you mean lr?"),
     ],
 )

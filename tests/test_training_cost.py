@@ -103,12 +103,16 @@ def test_a_step_keeps_of_each_layer_what_the_base_does_and_four_more_things(kind
 
 
 def python_calls(run: Callable[[], Any]) -> int:
-    """Calls of Python functions, without those of the garbage collector, which has callbacks and its own time."""
+    """Calls of Python functions.
+
+    Without those of the garbage collector, which has callbacks and its own time, and of dynamo, which follows the
+    modules' lives once something was compiled.
+    """
     count = 0
 
     def note(frame: Any, event: str, arg: Any) -> None:
         nonlocal count
-        count += event == "call"
+        count += event == "call" and "_dynamo" not in frame.f_code.co_filename
 
     gc.disable()
     sys.setprofile(note)

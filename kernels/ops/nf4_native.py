@@ -103,10 +103,13 @@ def adapted_product(
     if not 0 < rows <= THIN_ROWS or not _fits(x.dtype, sizes, dtype, backward=False):
         return None
     rank = lora_A.shape[0]
-    for factor, shape in ((lora_A, (rank, sizes[1])), (lora_B, (sizes[0], rank))):
-        if factor.dtype != torch.float32 or factor.shape != shape or not factor.is_cpu or not factor.is_contiguous():
-            return None
+    if not _is_matrix(lora_A, (rank, sizes[1])) or not _is_matrix(lora_B, (sizes[0], rank)):
+        return None
     return _thin_product(x, packed, sizes, dtype, rows, (lora_A.data_ptr(), lora_B.data_ptr(), rank), scaling)
+
+
+def _is_matrix(t: Tensor, shape: tuple[int, int]) -> bool:
+    return t.dtype == torch.float32 and t.shape == shape and t.is_cpu and t.is_contiguous()
 
 
 def _thin_product(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.kernels.arithmetic import as_autocast
-from minipeft.kernels.lora_linear import lora_linear
+from minipeft.kernels.lora_linear import frozen_linear, lora_linear
 from minipeft.kernels.lora_matmul import lora_matmul
 from minipeft.kernels.nf4_matmul import Packed, Sizes
 from minipeft.methods.base import AdapterModule, Method, base_modules
@@ -36,6 +36,11 @@ class LoraLinear(LoraLayer):
         if adapter is None or not _is_frozen(self.weight, x):
             return super().forward(x, *args, **kwargs)
         return lora_linear(x, self.weight, self.bias, *self.factors(adapter), self.scaling[adapter])
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.lora_base or args or kwargs or not _is_frozen(self.weight, x):
+            return super()._base_output(x, *args, **kwargs)
+        return frozen_linear(x, self.weight, self.bias)
 
     def dense_weight(self) -> Tensor:
         return wide(self.weight.detach())
@@ -122,6 +127,11 @@ class LoraConv1D(LoraLayer):
         if adapter is None or not _is_frozen(self.weight, x):
             return super().forward(x, *args, **kwargs)
         return lora_linear(x, self.weight.T, self.bias, *self.factors(adapter), self.scaling[adapter])
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.lora_base or args or kwargs or not _is_frozen(self.weight, x):
+            return super()._base_output(x, *args, **kwargs)
+        return frozen_linear(x, self.weight.T, self.bias)
 
     def dense_weight(self) -> Tensor:
         return wide(self.weight.detach().T)

@@ -74,9 +74,7 @@ def fit_to_model(config: CompareConfig, task: Task, model: str) -> tuple[Task, S
         # As the demo: emulated bfloat16 would be many times slower than float32.
         dtype = str(arithmetic_dtype(torch.bfloat16, resolve_device(config.device))).removeprefix("torch.")
     shared = Shared(model, 1, 1, packing, rows, config.steps, config.epochs, dtype, config.device)
-    # One length for all methods, so that all see the same texts.
-    positions = [text_positions(model, _adapter_config(run, shared)) for run in config.runs]
-    max_length = resolve_max_length(config.max_length, positions[0][0], max(virtual for _, virtual in positions))
+    max_length = _common_length(config, shared)
     if config.too_long == "drop":
         task = without_long(task, tokenizer, max_length)
     shared = dataclasses.replace(shared, max_length=max_length, window=min(WINDOW, max_length))
@@ -84,6 +82,16 @@ def fit_to_model(config: CompareConfig, task: Task, model: str) -> tuple[Task, S
     # What there is and not what there may be: that changes with the methods, and with it nothing else.
     used = min(max_length, row_tokens(encoded.train, encoded.held_out)) if packing else encoded.longest
     return task, dataclasses.replace(shared, max_length=used)
+
+
+def _common_length(config: CompareConfig, shared: Shared) -> int:
+    """One length for all methods, so that all see the same texts: what the one of the most virtual tokens leaves."""
+    positions = [text_positions(shared.model, _adapter_config(run, shared)) for run in config.runs]
+    (limit, virtual), run = max(zip(positions, config.runs, strict=True), key=lambda pair: pair[0][1])
+    try:
+        return resolve_max_length(config.max_length, limit, virtual)
+    except ConfigError as error:
+        raise ConfigError(f"{run.where}: {error}" if virtual else str(error)) from None
 
 
 def choose_threads(folder: Path, say: Callable[[str], None]) -> int:

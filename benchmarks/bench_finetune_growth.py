@@ -1,7 +1,8 @@
-"""How costs grow: a training step over tokens, rank and width; attaching, loading and switching over what is there.
+"""How costs grow: a training step over tokens, rank and width; adapters over how many there are, and over layers.
 
-Each family of cases differs in one number; after all of them the slope of log(time) over log(number) is fitted by least
-squares. 1 is linear, 0 does not grow. Only minipeft is measured.
+Each family of cases differs in one number; after all of them its slope is fitted (`growth.py`). Only minipeft is
+measured, and beside a step over tokens the attention in it, which is torch's and grows with their square. A step is
+forward and backward. Results are only looked at for being finite: `bench_finetune.py` compares them.
 """
 
 from __future__ import annotations
@@ -9,82 +10,66 @@ from __future__ import annotations
 import functools
 import gc
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.finetune_loss import as_our_loop
 from benchmarks.finetune_models import Models, base_folder, load_base, lora_config, random_llama, token_ids
-from benchmarks.harness import OURS, Candidate, Case, Measured, Row, Run, Work
+from benchmarks.growth import PART, plot, summary
+from benchmarks.harness import OURS, Candidate, Case, Measured, Run, Work
 from benchmarks.peers import Peers
-from benchmarks.shapes import Sizes
+from benchmarks.shapes import FineTuning, Sizes
 from minipeft import PeftModel, get_peft_model, quantize_model
+
+__all__ = ["cases", "plot", "summary"]
 
 OP = "finetune_growth"
 DTYPE = torch.float32
 HIDDEN = 64
+RANK_OVER_LAYERS = 4
 
 
 def cases(device: torch.device, sizes: Sizes, peers: Peers) -> Iterator[Case]:
     """All families, one after the other."""
     what = sizes.finetuning
     models = Models(base_folder(sizes), device)
-    rounds = min(3, what.rounds)
-
-    def case(family: str, number: int, make: Callable[[], Run], error: Callable[[Any], float]) -> Case:
-        gc.collect()
-        return Case(OP, family, str(number), "float32", [Candidate(OURS, make, error, 0.0, Work(0))], rounds=rounds)
-
     base = load_base(models.quantized(DTYPE), DTYPE).to(device)
+    yield from _over_tokens_and_rank(base, what, device)
+    yield from _over_adapters(base, models.adapter, what, device)
+    del base
+    yield from _over_width(what, device)
+    with tempfile.TemporaryDirectory(prefix="minipeft-growth-") as folder:
+        yield from _over_layers(what, device, Path(folder))
+
+
+def _case(family: str, number: int, make: Callable[[], Run], rounds: int | None, *parts: Candidate) -> Case:
+    gc.collect()
+    return Case(OP, family, str(number), "float32", [_candidate(OURS, make), *parts], rounds=rounds)
+
+
+def _candidate(name: str, make: Callable[[], Run]) -> Candidate:
+    return Candidate(name, make, lambda number: 0.0 if math.isfinite(number) else math.inf, 0.0, Work(0))
+
+
+def _over_tokens_and_rank(base: Any, what: FineTuning, device: torch.device) -> Iterator[Case]:
+    rounds = min(3, what.rounds)
     model = get_peft_model(base, lora_config())
     for tokens in what.tokens:
         ids = token_ids((1, tokens), model.config.vocab_size, device)
-        yield case("step over tokens", tokens, functools.partial(_step, model, ids), _finite)
+        attention = _candidate(PART, functools.partial(_attention, model.config, tokens, device))
+        yield _case("step over tokens", tokens, functools.partial(_step, model, ids), rounds, attention)
     for rank in what.ranks:
         model = get_peft_model(model.unload(), lora_config(r=rank))
         ids = token_ids(what.batches[0], model.config.vocab_size, device)
-        yield case("step over rank", rank, functools.partial(_step, model, ids), _finite)
-    model = model.unload()
-    yield from _loading(model, models.adapter, what.adapters, case)
-    for width in what.widths:
-        narrow = get_peft_model(quantize_model(random_llama(width, layers=4)).to(device), lora_config())
-        ids = token_ids(what.batches[0], narrow.config.vocab_size, device)
-        yield case("step over width", width, functools.partial(_step, narrow, ids), _finite)
-    for layers in what.depths:
-        deep = random_llama(HIDDEN, layers).to(device)
-        yield case("attach over layers", layers, functools.partial(_attach, deep), _finite)
-    for layers in what.depths:
-        deep = get_peft_model(random_llama(HIDDEN, layers).to(device), lora_config())
-        yield case("switch over layers", layers, functools.partial(_switch, deep), _finite)
-
-
-def summary(rows: Sequence[Row]) -> dict[str, str]:
-    """The slope of each family."""
-    families: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row.median:
-            families.setdefault(row.variant, []).append((float(row.shape), row.median))
-    return {
-        f"slope of {name}": f"{slope(points):.2f} from {points[0][0]:g} to {points[-1][0]:g}, "
-        f"{slope(points[-2:]):.2f} at the end"
-        for name, points in families.items()
-        if len(points) > 1
-    }
-
-
-def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the least-squares line through (log x, log y)."""
-    xs, ys = ([math.log(p[i]) for p in points] for i in (0, 1))
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
-
-
-def _finite(number: float) -> float:
-    return 0.0 if math.isfinite(number) else math.inf
+        yield _case("step over rank", rank, functools.partial(_step, model, ids), rounds)
+    model.unload()
 
 
 def _step(model: Any, ids: Tensor) -> Run:
@@ -99,44 +84,98 @@ def _step(model: Any, ids: Tensor) -> Run:
     return run
 
 
-def _loading(
-    model: Any, adapter: Path, count: int, case: Callable[[str, int, Callable[[], Run], Callable[[Any], float]], Case]
-) -> Iterator[Case]:
-    """The n-th adapter beside the others, for n = 2, 4, 8, ..., up to `count`."""
-    model = PeftModel.from_pretrained(model, adapter)
+def _attention(config: Any, tokens: int, device: torch.device) -> Run:
+    """Forward and backward of torch's attention in all layers of a model with this config, on one row of tokens."""
+    heads, own = config.num_attention_heads, config.num_key_value_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    query, key, value = (torch.randn(1, n, tokens, size, device=device, requires_grad=True) for n in (heads, own, own))
+
+    def run() -> float:
+        for _ in range(config.num_hidden_layers):
+            out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=heads != own)
+            out.backward(torch.ones_like(out))
+            query.grad = key.grad = value.grad = None
+        return out[0, 0, 0, 0].item()
+
+    return run
+
+
+def _over_adapters(base: Any, adapter: Path, what: FineTuning, device: torch.device) -> Iterator[Case]:
+    """Loading the n-th adapter beside the others, and a step with one of n acting: n = 2, 4, 8, ..."""
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    ids = token_ids(what.batches[0], model.config.vocab_size, device)
     number = 2
-    while number <= count:
+    while number <= what.adapters:
         while len(model.peft_config) < number - 1:
             model.load_adapter(adapter, f"other{len(model.peft_config)}")
-        yield case("load over adapters", number, functools.partial(_load, model, adapter), _finite)
+        yield _case("load over adapters", number, functools.partial(_load, model, adapter), None)
+        yield _case("step over adapters", number - 1, functools.partial(_step, model, ids), min(3, what.rounds))
         number *= 2
+    model.unload()
 
 
-def _load(model: Any, adapter: Path) -> Run:
+def _over_width(what: FineTuning, device: torch.device) -> Iterator[Case]:
+    for width in what.widths:
+        narrow = get_peft_model(quantize_model(random_llama(width, layers=4)).to(device), lora_config())
+        ids = token_ids(what.batches[0], narrow.config.vocab_size, device)
+        yield _case("step over width", width, functools.partial(_step, narrow, ids), min(3, what.rounds))
+
+
+def _over_layers(what: FineTuning, device: torch.device, folder: Path) -> Iterator[Case]:
+    """What is done to adapters, in models of more and more layers: nothing may grow faster than they do."""
+    deep = {layers: random_llama(HIDDEN, layers).to(device) for layers in what.depths}
+    doing: dict[str, Callable[[Any], Run]] = {
+        "attach": _attach,
+        "save": lambda model: _save(model, folder),
+        "load": lambda model: _save_and_load(model, folder),
+        "switch": _switch,
+        "unload": _unload,
+    }
+    for name, make in doing.items():
+        for layers, model in deep.items():
+            yield _case(f"{name} over layers", layers, functools.partial(make, model), None)
+
+
+def _adapted(model: Any) -> Any:
+    return model if isinstance(model, PeftModel) else get_peft_model(model, lora_config(r=RANK_OVER_LAYERS))
+
+
+def _timed(call: Callable[[], Any], after: Callable[[], Any] = lambda: None) -> Run:
+    """A run that times `call` and not `after`, which undoes it or gets ready for the next."""
+
     def run() -> Measured:
         began = time.perf_counter()
-        model.load_adapter(adapter, "measured")
+        call()
         seconds = time.perf_counter() - began
-        model.delete_adapter("measured")
+        after()
         return Measured(seconds, seconds)
 
     return run
 
 
 def _attach(model: Any) -> Run:
-    def run() -> Measured:
-        began = time.perf_counter()
-        adapted = get_peft_model(model, lora_config(r=4))
-        seconds = time.perf_counter() - began
-        adapted.unload()
-        return Measured(seconds, seconds)
+    return _timed(lambda: _adapted(model), lambda: model.unload())
 
-    return run
+
+def _save(model: Any, folder: Path) -> Run:
+    adapted = _adapted(model)
+    return _timed(lambda: adapted.save_pretrained(folder))
+
+
+def _save_and_load(model: Any, folder: Path) -> Run:
+    _adapted(model).save_pretrained(folder)
+    return _load(model, folder)
+
+
+def _load(model: Any, adapter: Path) -> Run:
+    return _timed(lambda: model.load_adapter(adapter, "measured"), lambda: model.delete_adapter("measured"))
 
 
 def _switch(model: Any) -> Run:
-    def run() -> float:
-        model.set_adapter("default")
-        return 0.0
+    adapted = _adapted(model)
+    return _timed(lambda: adapted.set_adapter("default"))
 
-    return run
+
+def _unload(model: Any) -> Run:
+    _adapted(model)
+    return _timed(lambda: model.unload(), lambda: _adapted(model))

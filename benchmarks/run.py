@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,18 +142,26 @@ def run_op(op: str, session: Session) -> list[Row]:
     if session.folder is not None:
         busy = f"{before} before, {load()} after (processes wanting a CPU, mean of the last minute)"
         environment |= {**found, **describe_limits(session.roofline), "clock": session.device.clock, "load": busy}
-        write_files(session.folder, op, device_slug(device), rows, environment)
+        draw = getattr(module, "plot", plot)
+        write_files(session.folder, op, device_slug(device), rows, environment, draw)
     return rows
 
 
-def write_files(folder: Path, op: str, slug: str, rows: Sequence[Row], environment: dict[str, str]) -> None:
+def write_files(
+    folder: Path,
+    op: str,
+    slug: str,
+    rows: Sequence[Row],
+    environment: dict[str, str],
+    draw: Callable[[Path, Sequence[Row], str], None],
+) -> None:
     """`<op>-<device>.csv`, and `.png` where matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
     csv, png = folder / f"{op}-{slug}.csv", folder / f"{op}-{slug}.png"
     write_csv(csv, rows, environment)
     title = f"{op} on {environment['device']}, {environment['date'][:10]}, load {environment['load'].split(' (')[0]}"
     try:
-        plot(png, rows, title)
+        draw(png, rows, title)
     except ImportError:
         print(f"written: {csv} (no picture: pip install matplotlib)")
         return

@@ -43,7 +43,7 @@ class FineTuning:
     rounds: int = 5
     tokens: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     ranks: tuple[int, ...] = (4, 16, 64, 256)
-    widths: tuple[int, ...] = (256, 512, 1024)
+    widths: tuple[int, ...] = (256, 512, 1024, 2048)
     depths: tuple[int, ...] = (8, 16, 32, 64)
 
 

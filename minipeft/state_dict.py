@@ -251,7 +251,8 @@ def _embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, pref
     if wanted not in ("auto", True, False):
         raise ValueError(f"save_embedding_layers must be 'auto', True or False, got {wanted!r}")
     embeddings = embedding_keys(model, prefix)
-    changed = wanted == "auto" and _vocabulary_changed(model)
+    # A model without embeddings need not have a vocabulary either.
+    changed = bool(embeddings) and wanted == "auto" and _vocabulary_changed(model)
     own = adapter_state(model, adapter, prefix)
     layers = ((path, m) for path, m in adapter_modules(model) if isinstance(m, LoraLayer))
     adapted = {f"{prefix}{path}." for path, layer in layers if layer.adapts(adapter)}

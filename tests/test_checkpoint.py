@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny import randomize, some_ids, tiny_llama
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
 import minipeft
 from minipeft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
@@ -43,6 +43,14 @@ def edit_tensors(directory: Path, change: Any) -> None:
     tensors = load_file(directory / WEIGHTS)
     change(tensors)
     save_file(tensors, directory / WEIGHTS)
+
+
+def test_a_model_of_images_needs_no_vocabulary_to_be_saved(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "base")
+    model = ViTForImageClassification.from_pretrained(tmp_path / "base")
+    get_peft_model(model, LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    assert len(load_file(tmp_path / "adapter" / WEIGHTS)) == 12
 
 
 def load(directory: Path) -> Any:

@@ -171,6 +171,19 @@ def test_bf16_merge_is_made_in_float32_and_unmerged_exactly() -> None:
     assert torch.equal(layer.weight, original)
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_merging_no_adapter_merges_nothing(quantized: bool) -> None:
+    plain = quantize_model(tiny_llama(), NF4Config()) if quantized else tiny_llama()
+    before = logits(plain)
+    model = two_adapters(plain)
+    model.merge_adapter()
+    model.merge_adapter([])
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+    assert not torch.equal(logits(model), before)
+    assert torch.equal(logits(model.unload()), before)
+
+
 @pytest.mark.parametrize("requantize", [False, True])
 def test_merging_into_nf4_says_what_became_of_it(requantize: bool, caplog: Any, tmp_path: Any) -> None:
     model = get_peft_model(quantize_model(tiny_llama().bfloat16(), NF4Config()), lora())

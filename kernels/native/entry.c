@@ -15,6 +15,9 @@
 #define STREAM_BYTES (16 << 20)
 /* Weights that are worth a second thread: below, waking one takes longer. */
 #define WEIGHTS_PER_THREAD (1 << 15)
+/* The same for a few rows of x, where a weight takes a thirtieth of a nanosecond; and weights of A. */
+#define THIN_WEIGHTS_PER_THREAD (1 << 17)
+#define LOW_FOR_ONE_THREAD (1 << 17)
 
 EXPORT int minipeft_abi(void) { return ABI; }
 
@@ -101,7 +104,8 @@ EXPORT int minipeft_thin(const int64_t *call) {
     memcpy(&scaling, call + 19, sizeof scaling);
     t.scaling = (float)scaling;
     int64_t bytes = t.rows * t.padded * 4;
-    int threads = threads_for(w.rows * w.columns, t.rows, call[15]);
+    int64_t worth = w.rows * w.columns * (1 + t.rows / 2) / THIN_WEIGHTS_PER_THREAD;
+    int threads = (int)(worth < 1 ? 1 : worth < call[15] ? worth : call[15]);
     int64_t strips = (w.rows + THIN_STRIP - 1) / THIN_STRIP, scales = thin_scales(&w);
     int64_t floats = (threads * scales + t.rows * t.rank + 15) / 16 * 16;
     char *scratch = aligned_alloc(64, bytes + floats * 4);
@@ -110,13 +114,18 @@ EXPORT int minipeft_thin(const int64_t *call) {
     t.spread = scratch;
     float *made = (float *)(scratch + bytes);
     t.low = made + threads * scales;
+    /* What all of W's rows need: by one thread, unless that takes longer than waiting for each other. */
+    int64_t own = t.rank * w.columns < LOW_FOR_ONE_THREAD ? t.rank : 0;
+    thin_start(&t);
+    for (int64_t j = 0; j < own; j++)
+        thin_low(&t, j);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-#pragma omp single nowait
-        thin_start(&t);
+        if (own < t.rank) {
 #pragma omp for schedule(dynamic, 4)
-        for (int64_t j = 0; j < t.rank; j++)
-            thin_low(&t, j);
+            for (int64_t j = 0; j < t.rank; j++)
+                thin_low(&t, j);
+        }
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t strip = 0; strip < strips; strip++)
             thin_strip(&t, strip, made + omp_get_thread_num() * scales);

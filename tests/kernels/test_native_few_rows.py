@@ -83,6 +83,26 @@ def test_products_with_an_update_equal_float64(
     assert error(plain, x, w, lora_A[:0], lora_B[:, :0], 0.0) < tolerance
 
 
+@pytest.mark.parametrize("rank", [16, 70])
+def test_threads_change_no_bit(rank: int) -> None:
+    # The larger A is multiplied by all threads, the smaller by one.
+    w = weight(330, 2048)
+    lora_A, lora_B = factors(330, 2048, rank)
+    x = torch.randn(2, 2048)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            y = nf4_native.adapted_product(x, packed_of(w), sizes_of(w), torch.float32, lora_A, lora_B, 2.0)
+            assert y is not None
+            results.append(y)
+    finally:
+        torch.set_num_threads(before)
+    assert error(results[0], x, w, lora_A, lora_B, 2.0) < TOLERANCES[torch.float32]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_a_row_and_a_scale_that_are_no_numbers_stay_where_they_are(dtype: torch.dtype) -> None:
     # 96 columns fill three quarters of a register of codes: what the other lanes would meet is the next row's.

@@ -148,26 +148,24 @@ _RESULTS = (torch.float32, torch.bfloat16)
 
 def _addresses(packed: Packed, sizes: Sequence[int]) -> tuple[Packed, list[int]]:
     """Contiguous tensors and where they are, checked to hold all that will be read of them."""
-    codes, absmax, quant_map, nested_absmax, nested_map, offset = packed
     rows, columns, blocksize, nested_blocksize = sizes
     blocks = -(-rows * columns // blocksize)
-    kept = [
-        _checked("codes", codes, torch.uint8, (rows * columns + 1) // 2),
-        _checked("absmax", absmax, torch.float32 if nested_absmax is None else torch.uint8, blocks),
-        _checked("quant_map", quant_map, torch.float32, 16),
-    ]
-    if nested_absmax is None:
-        return kept, [*(t.data_ptr() for t in kept), 0, 0, 0]
-    kept += [
-        _checked("nested_absmax", nested_absmax, torch.float32, -(-blocks // nested_blocksize)),
-        _checked("nested_map", nested_map, torch.float32, 256),
-        _checked("offset", offset, torch.float32, 1),
-    ]
-    return kept, [t.data_ptr() for t in kept]
+    nested = packed[3] is not None
+    counts = ((rows * columns + 1) // 2, blocks, 16, -(-blocks // nested_blocksize), 256, 1)
+    dtypes = _NESTED_DTYPES if nested else _DTYPES
+    kept, addresses = [], [0, 0, 0, 0, 0, 0]
+    for i in range(6 if nested else 3):
+        tensor = packed[i]
+        if tensor is None or tensor.dtype != dtypes[i] or tensor.numel() < counts[i] or not tensor.is_cpu:
+            got = "None" if tensor is None else f"{tensor.numel()} of {tensor.dtype} on {tensor.device}"
+            raise ValueError(f"{_NAMES[i]} of the NF4 weight must be {counts[i]} of {dtypes[i]} on the CPU, got {got}")
+        if not tensor.is_contiguous():
+            tensor = tensor.contiguous()
+        kept.append(tensor)
+        addresses[i] = tensor.data_ptr()
+    return kept, addresses
 
 
-def _checked(name: str, tensor: Tensor | None, dtype: torch.dtype, count: int) -> Tensor:
-    if tensor is None or tensor.dtype != dtype or tensor.numel() < count or not tensor.is_cpu:
-        got = "None" if tensor is None else f"{tensor.numel()} of {tensor.dtype} on {tensor.device}"
-        raise ValueError(f"{name} of the NF4 weight must be {count} of {dtype} on the CPU, got {got}")
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
+_NAMES = ("codes", "absmax", "quant_map", "nested_absmax", "nested_map", "offset")
+_DTYPES = (torch.uint8, torch.float32, torch.float32)
+_NESTED_DTYPES = (torch.uint8, torch.uint8, torch.float32, torch.float32, torch.float32, torch.float32)

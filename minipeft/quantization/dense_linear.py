@@ -17,7 +17,8 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        weight = self._parameters["weight"]
+        # None where it is made at every call, as by `torch.nn.utils.parametrize`.
+        weight = self._parameters.get("weight")
         return frozen_linear(x, weight, self.bias) if _is_frozen(weight, x) else super().forward(x)
 
 

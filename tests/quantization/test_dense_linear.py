@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import tiny_llama
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from minipeft import LoraConfig, NF4Config, get_peft_model, quantize_model
 from minipeft.kernels import dense
@@ -76,6 +77,15 @@ def test_x_of_another_dtype_is_refused_as_ever() -> None:
     _, kept = pair()
     with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
         kept(torch.randn(1, 512).bfloat16())
+
+
+def test_a_weight_that_is_made_at_every_call_is_multiplied_as_ever() -> None:
+    for make in (nn.utils.parametrizations.weight_norm, lambda m: prune.random_unstructured(m, "weight", amount=0.5)):
+        _, kept = pair()
+        make(kept)
+        x = torch.randn(2, 512)
+        with torch.no_grad():
+            torch.testing.assert_close(kept(x), nn.functional.linear(x, kept.weight, kept.bias))
 
 
 def quantized() -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 from minipeft.methods.lora_layers import LoraNF4Linear
 from minipeft.patching import adapter_modules
 from minipeft.quantization import NF4Linear, NF4Weight
+from minipeft.quantization.dense_linear import make_plain
 
 
 def requantize_merged(model: nn.Module) -> None:
@@ -40,6 +41,7 @@ def dequantize_rest(model: Any) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, NF4Linear):
             model.set_submodule(path, to_dense(module, None).requires_grad_(False))
+    make_plain(model)
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
 

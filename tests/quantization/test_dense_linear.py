@@ -101,6 +101,12 @@ def test_a_quantized_model_keeps_its_head_so_and_gives_it_back() -> None:
     assert type(model.dequantize().lm_head) is nn.Linear
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "lm_head"]])
+def test_merging_leaves_no_layer_of_ours(targets: list[str]) -> None:
+    model = get_peft_model(quantized(), LoraConfig(r=4, target_modules=targets))
+    assert {type(m) for m in model.merge_and_unload().modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+
+
 def test_the_head_can_be_adapted_and_trained() -> None:
     model = get_peft_model(quantized(), LoraConfig(r=4, target_modules=["lm_head"]))
     ids = torch.tensor([[1, 2, 3]])

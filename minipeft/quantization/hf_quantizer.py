@@ -119,6 +119,7 @@ class NF4HfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        _refuse_adapters(model)
         target = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         for group in names_by_module(model, NF4Linear):
             dense = to_dense(model.get_submodule(group[0]), target)
@@ -140,6 +141,16 @@ class NF4HfQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """True once an adapter is attached: Trainer refuses a quantized model while nothing in it can be trained."""
         return self._minipeft_attached
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    for name, module in nf4_linears(model):
+        adapter_names: Any = getattr(module, "adapter_names", set)  # of an adapted layer
+        if adapters := adapter_names():
+            raise ValueError(
+                f"{name} has adapters {sorted(adapters)}, which dequantize() would lose: merge_and_unload() "
+                "dequantizes and keeps what they do, unload() removes them"
+            )
 
 
 def _hide_scales(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:

@@ -8,6 +8,7 @@ from hf_helpers import logits, nf4_names, saved, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from minipeft import LoraConfig, get_peft_model
 from minipeft.quantization import NF4Linear, NF4Weight
 from minipeft.quantization.hf import NF4Config, quantize_model
 
@@ -37,6 +38,15 @@ def test_saved_and_reloaded_logits_are_bit_equal(tmp_path, kind):
     again = load(saved(model, tmp_path / "packed"))
     assert torch.equal(logits(again), logits(model))
     assert nf4_names(model.dequantize()) == []
+
+
+def test_a_layer_with_adapters_is_not_dequantized_without_them():
+    model = get_peft_model(quantize_model(tiny("llama")), LoraConfig(r=4, target_modules=["q_proj"]))
+    before = len(nf4_names(model))
+    with pytest.raises(ValueError, match=r"q_proj has adapters \['default'\].*merge_and_unload"):
+        model.dequantize()
+    assert len(nf4_names(model)) == before
+    assert nf4_names(model.unload().dequantize()) == []
 
 
 def test_tied_head_stays_dense():

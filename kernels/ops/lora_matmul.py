@@ -31,7 +31,7 @@ from .nf4_matmul import (
     multiply,
     multiply_back,
 )
-from .registration import below_autograd, computes_only, define_op, without_autocast
+from .registration import below_autograd, computes_only, define_op, forward_mode, without_autocast
 
 
 def lora_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -82,12 +82,13 @@ def lora_matmul(
     """
     check_input(x, in_features)
     sizes = (out_features, in_features, blocksize, nested_blocksize)
-    if compute_dtype in (None, x.dtype) and computes_only(x, lora_A, lora_B, bias) and runs_native(x):
+    alone = computes_only(x, lora_A, lora_B, bias) and not forward_mode()
+    if alone and compute_dtype in (None, x.dtype) and runs_native(x):
         y = _few_rows(x, packed, lora_A, lora_B, scaling, sizes, bias)
         if y is not None:
             return y
     dtypes = (compute_dtype or x.dtype, arithmetic_dtype(adapter_dtype(x, lora_A), x.device))
-    call = _run_lora_matmul if computes_only(x, lora_A, lora_B, bias) else _lora_matmul_op
+    call = _run_lora_matmul if alone else _lora_matmul_op
     out: Tensor = call(x, lora_A, lora_B, bias, scaling, *packed, *sizes, *dtypes)[0]
     return out
 

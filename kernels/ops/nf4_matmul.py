@@ -18,7 +18,7 @@ from .arithmetic import arithmetic_dtype
 from .dispatch import runs_native, use_native, use_triton
 from .nf4_dequantize import decode_into, dequantize_absmax, level_pairs
 from .nf4_quantize import WEIGHT_DTYPES
-from .registration import below_autograd, computes_only, define_op, without_autocast
+from .registration import below_autograd, computes_only, define_op, forward_mode, without_autocast
 
 # codes, absmax, quant_map, nested_absmax, nested_map, offset: the tensors that an NF4 weight is.
 Packed = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -72,7 +72,7 @@ def nf4_matmul(
     check_input(x, in_features)
     packed = (codes, absmax, quant_map, nested_absmax, nested_map, offset)
     sizes = (out_features, in_features, blocksize, nested_blocksize)
-    alone = computes_only(x, bias)
+    alone = computes_only(x, bias) and not forward_mode()
     if alone and bias is None and compute_dtype in (None, x.dtype) and runs_native(x):
         y = nf4_native.product(x, packed, sizes, x.dtype)
         if y is not None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import randomize, some_ids, tiny_llama
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import minipeft.kernels
 from minipeft import LoraConfig, get_peft_model, inject_adapter_in_model
@@ -83,6 +84,32 @@ def losses_and_gradients(model: Any, call: Any) -> tuple[Tensor, dict[str, Tenso
     loss = call(input_ids=ids, labels=ids).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def packed_layer() -> Any:
+    """A 4-bit layer with an adapter that does something; nothing is trained."""
+    layer = NF4Linear.from_linear(torch.nn.Linear(128, 48, bias=False))
+    model = inject_adapter_in_model(LoraConfig(r=4, target_modules=["0"]), torch.nn.Sequential(layer))
+    torch.nn.init.normal_(model[0].lora_B["default"].weight)
+    return model.requires_grad_(False)
+
+
+# torch's own rules for derivatives are scripted when the first dual number is made.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_derivative_that_is_taken_forward_is_refused_and_not_lost(recorded: bool) -> None:
+    model = packed_layer()
+    for layer in (model[0], NF4Linear(128, 48, bias=False)):
+        with forward_ad.dual_level(), torch.set_grad_enabled(recorded):
+            assert layer(torch.randn(1, 128)).shape == (1, 48)
+            with pytest.raises(NotImplementedError, match="forward mode"):
+                layer(forward_ad.make_dual(torch.randn(1, 128), torch.ones(1, 128)))
+
+
+def test_a_view_of_the_other_sign_is_read_so() -> None:
+    model, x = packed_layer(), torch.randn(1, 128)
+    with torch.no_grad():
+        assert torch.equal(model(torch._neg_view(x)), model(-x))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

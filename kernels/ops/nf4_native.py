@@ -29,7 +29,7 @@ def decode_into(out: Tensor, packed: Packed, sizes: Sequence[int], first: int, l
         sizes: rows, columns, blocksize, nested_blocksize; of rows and columns the product alone matters.
 
     Raises:
-        ValueError: a tensor of `packed` is too small for the sizes, or of another dtype or device.
+        ValueError: a tensor of `packed` is too small for the sizes, or of another dtype or device; or a block is empty.
     """
     assert out.is_contiguous() and out.numel() == last - first
     level = native.SCALAR if sizes[2] % 32 else native.level()
@@ -135,7 +135,7 @@ def _thin_product(
 def _fits(a: torch.dtype, sizes: Sequence[int], dtype: torch.dtype, backward: bool) -> bool:
     n, k, blocksize, _ = sizes
     # Blocks are powers of two wherever they come from a checked weight.
-    if n == 0 or k == 0 or k % blocksize or blocksize < 32 or blocksize & (blocksize - 1) or dtype not in _RESULTS:
+    if n == 0 or k == 0 or blocksize < 32 or k % blocksize or blocksize & (blocksize - 1) or dtype not in _RESULTS:
         return False
     if a == torch.bfloat16:
         # Its instruction adds two terms at a time, backward two rows of W.
@@ -149,6 +149,8 @@ _RESULTS = (torch.float32, torch.bfloat16)
 def _addresses(packed: Packed, sizes: Sequence[int]) -> tuple[Packed, list[int]]:
     """Contiguous tensors and where they are, checked to hold all that will be read of them."""
     rows, columns, blocksize, nested_blocksize = sizes
+    if blocksize < 1 or nested_blocksize < 1:
+        raise ValueError(f"blocksize ({blocksize}) and nested_blocksize ({nested_blocksize}) must be at least 1")
     blocks = -(-rows * columns // blocksize)
     nested = packed[3] is not None
     counts = ((rows * columns + 1) // 2, blocks, 16, -(-blocks // nested_blocksize), 256, 1)

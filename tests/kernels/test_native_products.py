@@ -149,3 +149,11 @@ def test_a_weight_that_is_not_whole_is_refused(index: int, tensor: Tensor | None
     packed[index] = tensor
     with pytest.raises(ValueError, match=message):
         module.multiply(torch.randn(2, 128), packed, sizes_of(w), torch.float32)
+
+
+@pytest.mark.parametrize(("blocksize", "nested"), [(-64, 256), (0, 256), (64, -1), (64, 0)])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_empty_blocks_are_refused(rows: int, blocksize: int, nested: int) -> None:
+    packed = packed_of(NF4Weight.quantize(torch.randn(64, 128)))
+    with pytest.raises(ValueError, match=rf"blocksize \({blocksize}\) .* \({nested}\) must be at least 1"):
+        module.multiply(torch.randn(rows, 128), packed, (64, 128, blocksize, nested), torch.float32)

@@ -27,7 +27,7 @@ class LoraLayer(TrainedBias):
 
     Attributes (all keyed by adapter name, as in PEFT):
         lora_A, lora_B: the factors, (r, in_features) and (out_features, r).
-        lora_dropout: applied to the update's input; only for adapters that have dropout.
+        lora_dropout: applied to the update's input; `nn.Identity` for adapters without dropout.
         lora_magnitude_vector: (out_features,), DoRA's m; only for adapters that use it.
         lora_start: what is subtracted from the base; only for adapters that start as PiSSA (see `lora_init.py`).
         lora_base: what acts in the place of the base weight; only for adapters that start as LoftQ (see `loftq.py`).
@@ -42,7 +42,6 @@ class LoraLayer(TrainedBias):
 
     lora_A: Any
     lora_B: Any
-    lora_dropout: Any
     lora_magnitude_vector: Any
     lora_start: Any
     lora_base: Any
@@ -53,15 +52,34 @@ class LoraLayer(TrainedBias):
     def attach(self, switch: Any) -> None:
         super().attach(switch)
         if "scaling" not in vars(self):
-            vars(self).update({name: {} for name in LoraLayer._own_attributes})
+            vars(self).update({name: {} for name in LoraLayer._own_attributes if name != "lora_dropout"})
+
+    @property
+    def lora_dropout(self) -> nn.ModuleDict:
+        # Made for whoever asks: of a module for each adapter and layer that does nothing, most are never looked at.
+        held: Any = self._modules.get("lora_dropout")
+        if held is None:
+            held = self._modules["lora_dropout"] = nn.ModuleDict().train(self.training)
+        for adapter in (name for name in self.scaling if name not in held):
+            held[adapter] = nn.Identity().train(self.training)
+        return held
+
+    @lora_dropout.deleter
+    def lora_dropout(self) -> None:
+        """There is none: what was made, nn.Module deletes."""
+
+    def _dropout(self, adapter: str) -> nn.Module | None:
+        """What drops numbers of the update's input, if anything."""
+        held: Any = self._modules.get("lora_dropout")
+        found = held[adapter] if held is not None and adapter in held else None
+        return None if isinstance(found, nn.Identity) else found
 
     def add_adapter(self, adapter: str, config: LoraConfig, path: str, dtype: torch.dtype, init: bool) -> None:
         """Create the tensors of `adapter`, in `dtype`; left uninitialized when `init` is false (for loading)."""
         r, alpha, scaling = config.settings_for(path)
-        self.r[adapter], self.lora_alpha[adapter], self.scaling[adapter] = r, alpha, scaling
         if config.lora_dropout:
-            dropout = nn.Dropout(config.lora_dropout).train(self.training)
-            self._container("lora_dropout", nn.ModuleDict)[adapter] = dropout
+            self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout).train(self.training)
+        self.r[adapter], self.lora_alpha[adapter], self.scaling[adapter] = r, alpha, scaling
         self._create_factors(adapter, r, dtype)
         if is_pissa(config.init_lora_weights):
             kind = str(config.init_lora_weights)
@@ -109,8 +127,8 @@ class LoraLayer(TrainedBias):
         adapter = own[0]
         if adapter in self.lora_magnitude_vector or adapter in self.lora_start or adapter in self.lora_base:
             return None
-        dropped = adapter in self.lora_dropout and self.lora_dropout[adapter].training
-        return None if dropped else adapter
+        dropout = self._dropout(adapter)
+        return None if dropout is not None and dropout.training else adapter
 
     def _check_not_by_row(self) -> None:
         if self.switch.rows is not None:
@@ -129,7 +147,8 @@ class LoraLayer(TrainedBias):
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """s B A dropout(x), minus s B0 A0 x for PiSSA: (..., in_features) -> (..., out_features)."""
         scaling = self.scaling[adapter]
-        x_dropped = self.lora_dropout[adapter](x) if adapter in self.lora_dropout else x
+        dropout = self._dropout(adapter)
+        x_dropped = x if dropout is None else dropout(x)
         update = lora_update(x_dropped, *self.factors(adapter), scaling)
         return update - self.lora_start[adapter].update(x, scaling) if adapter in self.lora_start else update
 
@@ -191,8 +210,8 @@ class LoraLayer(TrainedBias):
 
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)
-        own = (self.lora_A, self.lora_B, self.lora_dropout, self.lora_magnitude_vector, self.lora_start, self.lora_base)
-        for holder in own:
+        dropout: Any = self._modules.get("lora_dropout") or {}
+        for holder in (self.lora_A, self.lora_B, dropout, self.lora_magnitude_vector, self.lora_start, self.lora_base):
             if adapter in holder:
                 del holder[adapter]
         for numbers in (self.r, self.lora_alpha, self.scaling):

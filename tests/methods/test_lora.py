@@ -113,6 +113,23 @@ def test_dropout_falls_on_the_update_alone_and_only_in_training() -> None:
     torch.testing.assert_close((noisy - plain).mean(0), (clean - plain).mean(0), rtol=0.1, atol=0.05)
 
 
+def test_dropout_may_be_given_by_hand_to_an_adapter_without() -> None:
+    model = adapted(nn.Linear(10, 7))
+    x, names = torch.ones(200, 10), set(model.state_dict())
+    clean = model(x)
+    assert type(model.layer.lora_dropout["default"]) is nn.Identity
+    assert torch.equal(model.train()(x), clean) and set(model.state_dict()) == names
+    model.layer.lora_dropout["default"] = nn.Dropout(0.5)
+    assert not torch.equal(model(x), model(x))
+    assert torch.equal(model.eval()(x), clean) and torch.equal(copy.deepcopy(model)(x), clean)
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["layer"]))
+    assert set(model.layer.lora_dropout) == {"default", "other"}
+    model.delete_adapter("other")
+    assert set(model.layer.lora_dropout) == {"default"}
+    layer = model.unload().layer
+    assert type(layer) is nn.Linear and not hasattr(layer, "lora_dropout")
+
+
 def test_embedding_update_is_a_column_of_a() -> None:
     embedding = nn.Embedding(11, 6, dtype=torch.float64)
     plain = copy.deepcopy(embedding)

@@ -87,6 +87,16 @@ void thin_low(const Thin *t, int64_t j);
 int64_t thin_scales(const Weight *w); /* numbers in the scratch that each thread needs for `thin_strip` */
 void thin_strip(const Thin *t, int64_t strip, float *scales);
 
+/* A bfloat16 product forward multiplies by the levels times this, rounded, and its sums by the inverse. The roundings of
+ * NF4's levels as they are add up where x has one sign, to 1.8e-4 a weight (of weights from a normal distribution;
+ * 1.4e-4 to 1.7e-4 of a model's): seven times the error of W rounded weight by weight, in 4096 columns. Of these they
+ * cancel to 5e-6 (3e-5), and are smaller: 3.7e-4 against 5.4e-4, the roots of their mean squares. */
+#define STRETCH 1.24184f
+TARGET_BF16 INLINE __m512i stretched_levels(const float *levels) {
+    __m512 stretched = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(STRETCH));
+    return (__m512i)_mm512_cvtne2ps_pbh(stretched, stretched);
+}
+
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* 32 weights from each of 16 rows of W -> 4 words of 8 weights, lane i from row i. */

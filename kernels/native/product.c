@@ -60,8 +60,7 @@ TARGET_AVX512 static void pack_forward_float32(
 /* panel[k/2][row of W] of pairs, levels alone. */
 TARGET_BF16 static void pack_forward_bfloat16(
     const Weight *w, int64_t strip, int64_t first, int64_t length, uint32_t *panel) {
-    __m512 levels = _mm512_loadu_ps(w->levels);
-    __m512i table = (__m512i)_mm512_cvtne2ps_pbh(levels, levels);
+    __m512i table = stretched_levels(w->levels);
     __m512i pick[4];
     for (int byte = 0; byte < 4; byte++)
         pick[byte] = pair_bits(byte);
@@ -289,6 +288,8 @@ TARGET_BF16 void strip_bfloat16(const Product *p, int64_t strip, int64_t m0, int
                               p->backward ? 0 : scales[s / part], sums + (m - m0) * STRIP);
         }
     }
+    for (int64_t i = 0; i < (m1 - m0) * STRIP && !p->backward; i++)
+        sums[i] *= 1 / STRETCH;
     write_strip(p, strip, m0, m1, sums);
 }
 #endif

@@ -113,8 +113,7 @@ TARGET_AVX512 INLINE void groups_float32(Run *run, const int M) {
 }
 
 TARGET_BF16 INLINE void groups_bfloat16(Run *run, const int M) {
-    __m512 levels = _mm512_loadu_ps(run->levels);
-    __m512i table = (__m512i)_mm512_cvtne2ps_pbh(levels, levels);
+    __m512i table = stretched_levels(run->levels);
     /* With four rows of x half of W's at a time, whose sums leave registers for the rest: a fifth faster. */
     const int R = M > 3 ? ROWS / 2 : ROWS;
     for (int64_t g = 0; g < run->groups; g++) {
@@ -211,7 +210,11 @@ TARGET_AVX512 INLINE __m128 add_lanes(float sums[][16]) {
 /* The sums of rows first.. of W, with LoRA's update. */
 TARGET_AVX512 INLINE void write_rows(const Thin *t, Run *run, int64_t first) {
     int64_t rows = t->w->rows, there = least(rows - first, ROWS);
+    __m512 back = _mm512_set1_ps(1 / STRETCH);
     for (int64_t m = 0; m < t->rows; m++) {
+        if (t->dtype == BFLOAT16)
+            for (int64_t r = 0; r < ROWS; r++)
+                _mm512_storeu_ps(run->sums[m][r], _mm512_mul_ps(_mm512_loadu_ps(run->sums[m][r]), back));
         for (int64_t r = 0; r < there && t->rank; r++)
             add_update(t, first + r, m, run->sums[m][r]);
         __m128 y = add_lanes(run->sums[m]);

@@ -157,3 +157,20 @@ def test_empty_blocks_are_refused(rows: int, blocksize: int, nested: int) -> Non
     packed = packed_of(NF4Weight.quantize(torch.randn(64, 128)))
     with pytest.raises(ValueError, match=rf"blocksize \({blocksize}\) .* \({nested}\) must be at least 1"):
         module.multiply(torch.randn(rows, 128), packed, (64, 128, blocksize, nested), torch.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 6])
+def test_the_roundings_of_bfloat16_levels_cancel(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Of an x of one sign they would add up to some times those of W, which is rounded weight by weight."""
+    if native.level() < native.AVX512_BF16:
+        pytest.skip("no bfloat16 instructions")
+    linear = torch.nn.Linear(4096, 256, bias=False)
+    torch.nn.init.normal_(linear.weight, std=0.02)
+    layer = NF4Linear.from_linear(linear)
+    x = (torch.rand(rows, 4096) + 0.5).bfloat16()
+    right, errors = x.double() @ layer.dequantize(torch.float32).double().T, []
+    for backend in ("native", "reference"):
+        monkeypatch.setenv("MINIPEFT_BACKEND", backend)
+        with torch.no_grad():
+            errors.append(float((layer(x).double() - right).square().mean()))
+    assert errors[0] < errors[1]

@@ -56,7 +56,7 @@ def product(
     Raises:
         ValueError: as `decode_into`.
     """
-    if not _fits(a.dtype, sizes, dtype, backward):
+    if not _fits(a.dtype, sizes, dtype, backward) or not _is_there(a):
         return None
     to, of = (sizes[1], sizes[0]) if backward else (sizes[0], sizes[1])
     if not backward and 0 < a.numel() <= THIN_ROWS * of:
@@ -100,7 +100,7 @@ def adapted_product(
         ValueError: as `decode_into`.
     """
     rows = x.numel() // sizes[1] if sizes[1] else 0
-    if not 0 < rows <= THIN_ROWS or not _fits(x.dtype, sizes, dtype, backward=False):
+    if not 0 < rows <= THIN_ROWS or not _fits(x.dtype, sizes, dtype, backward=False) or not _is_there(x):
         return None
     rank = lora_A.shape[0]
     if not _is_matrix(lora_A, (rank, sizes[1])) or not _is_matrix(lora_B, (sizes[0], rank)):
@@ -109,7 +109,12 @@ def adapted_product(
 
 
 def _is_matrix(t: Tensor, shape: tuple[int, int]) -> bool:
-    return t.dtype == torch.float32 and t.shape == shape and t.is_cpu and t.is_contiguous()
+    return t.dtype == torch.float32 and t.shape == shape and t.is_cpu and t.is_contiguous() and _is_there(t)
+
+
+def _is_there(t: Tensor) -> bool:
+    """Whether a tensor has memory: a sharded model's storages are freed while they are not needed."""
+    return t.data_ptr() != 0 or t.numel() == 0
 
 
 def _thin_product(
@@ -165,6 +170,8 @@ def _addresses(packed: Packed, sizes: Sequence[int]) -> tuple[Packed, list[int]]
             tensor = tensor.contiguous()
         kept.append(tensor)
         addresses[i] = tensor.data_ptr()
+        if not addresses[i] and counts[i]:
+            raise ValueError(f"{_NAMES[i]} of the NF4 weight has no memory: its storage was freed")
     return kept, addresses
 
 

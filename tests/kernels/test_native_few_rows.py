@@ -187,3 +187,15 @@ def test_what_does_not_fit_is_multiplied_otherwise() -> None:
     torch.testing.assert_close(layer(x), right)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [2, 6])
+@pytest.mark.parametrize("freed", ["x", "codes", "lora_A"])
+def test_freed_memory_is_not_read(rows: int, freed: str) -> None:
+    layer = NF4Linear.from_linear(torch.nn.Linear(64, 32, bias=False))
+    model = get_peft_model(torch.nn.Sequential(layer), LoraConfig(r=4, target_modules=["0"]))
+    x = torch.randn(rows, 64)
+    tensor = {"x": x, "codes": layer.weight, "lora_A": model[0].lora_A["default"].weight}[freed]
+    tensor.untyped_storage().resize_(0)
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match=r"storage|not allocated"):
+        model(x)

@@ -106,13 +106,6 @@ TARGET_AVX2 static void decode_avx2(const Weight *w, int64_t block, void *out, i
     }
 }
 
-TARGET_AVX512 INLINE void store512(void *to, __m512i value, int stream) {
-    if (stream)
-        _mm512_stream_si512((__m512i *)to, value);
-    else
-        _mm512_storeu_si512(to, value);
-}
-
 /* To nearest even in integers: vcvtneps2bf16 would take subnormal numbers for zeros. */
 TARGET_AVX512 INLINE __m256i round_bfloat16(__m512 x) {
     __m512i bits = _mm512_castps_si512(x);
@@ -123,7 +116,7 @@ TARGET_AVX512 INLINE __m256i round_bfloat16(__m512 x) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
 }
 
-TARGET_AVX512 static void decode_avx512(const Weight *w, int64_t block, void *out, int dtype, int stream) {
+TARGET_AVX512 static void decode_avx512(const Weight *w, int64_t block, void *out, int dtype) {
     const uint8_t *codes = w->codes + block * w->blocksize / 2;
     __m512 table = _mm512_mul_ps(_mm512_loadu_ps(w->levels), _mm512_set1_ps(scale_of(w, block)));
     if (dtype == FLOAT32) {
@@ -136,7 +129,7 @@ TARGET_AVX512 static void decode_avx512(const Weight *w, int64_t block, void *ou
             memcpy(&eight, codes + i / 2, 8);
             __m512i spread = _mm512_permutexvar_epi32(words, _mm512_set1_epi64(eight));
             __m512 found = _mm512_permutexvar_ps(_mm512_srlv_epi32(spread, shifts), table);
-            store512((float *)out + i, _mm512_castps_si512(found), stream);
+            _mm512_storeu_ps((float *)out + i, found);
         }
         return;
     }
@@ -146,15 +139,15 @@ TARGET_AVX512 static void decode_avx512(const Weight *w, int64_t block, void *ou
     for (int64_t i = 0; i < w->blocksize; i += 32) {
         __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i / 2)));
         __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
-        store512((uint16_t *)out + i, _mm512_permutexvar_epi16(index, twice), stream);
+        _mm512_storeu_si512((uint16_t *)out + i, _mm512_permutexvar_epi16(index, twice));
     }
 }
 #endif
 
-static void decode_block(const Weight *w, int64_t block, void *out, int dtype, int level, int stream) {
+static void decode_block(const Weight *w, int64_t block, void *out, int dtype, int level) {
 #ifdef MINIPEFT_X86
     if (level >= AVX512) {
-        decode_avx512(w, block, out, dtype, stream);
+        decode_avx512(w, block, out, dtype);
         return;
     }
     if (level == AVX2) {
@@ -163,11 +156,10 @@ static void decode_block(const Weight *w, int64_t block, void *out, int dtype, i
     }
 #endif
     (void)level;
-    (void)stream;
     decode_scalar(w, block, out, dtype);
 }
 
-void decode(const Weight *w, int64_t first, int64_t last, void *out, int dtype, int level, int stream) {
+void decode(const Weight *w, int64_t first, int64_t last, void *out, int dtype, int level) {
     int64_t size = w->blocksize, bytes = dtype == FLOAT32 ? 4 : 2;
     char *to = out;
     for (int64_t i = first; i < last;) {
@@ -175,14 +167,10 @@ void decode(const Weight *w, int64_t first, int64_t last, void *out, int dtype, 
         if (end > last)
             end = last;
         if (end - i == size)
-            decode_block(w, block, to, dtype, level, stream && ((uintptr_t)to & 63) == 0);
+            decode_block(w, block, to, dtype, level);
         else
             decode_part(w, block, i, end, to, dtype);
         to += (end - i) * bytes;
         i = end;
     }
-#ifdef MINIPEFT_X86
-    if (stream)
-        _mm_sfence();
-#endif
 }

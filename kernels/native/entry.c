@@ -11,8 +11,6 @@
 /* Raised with every change to the calls below; `native.py` has the same number, and refuses another. */
 #define ABI 2
 
-/* Results larger than this do not stay in a cache: written around it, they need not be read first. */
-#define STREAM_BYTES (16 << 20)
 /* Weights that are worth a second thread: below, waking one takes longer. */
 #define WEIGHTS_PER_THREAD (1 << 15)
 /* The same for a few rows of x, where a weight takes a thirtieth of a nanosecond; and weights of A. */
@@ -53,7 +51,6 @@ EXPORT void minipeft_decode(const int64_t *call) {
     char *out = (char *)call[12];
     int dtype = (int)call[13], level = (int)call[14];
     int64_t bytes = dtype == FLOAT32 ? 4 : 2;
-    int stream = (last - first) * bytes > STREAM_BYTES;
     int threads = threads_for(last - first, 0, call[15]);
     /* Whole blocks a thread, so that none is decoded twice. */
     int64_t blocks = (last - first + w.blocksize - 1) / w.blocksize;
@@ -62,7 +59,7 @@ EXPORT void minipeft_decode(const int64_t *call) {
     for (int i = 0; i < threads; i++) {
         int64_t from = first + i * each, to = from + each < last ? from + each : last;
         if (from < to)
-            decode(&w, from, to, out + (from - first) * bytes, dtype, level, stream);
+            decode(&w, from, to, out + (from - first) * bytes, dtype, level);
     }
 }
 

@@ -50,7 +50,7 @@ INLINE uint16_t to_bfloat16(float value) {
 }
 
 /* decode.c: elements first..last-1 of w's row-major order into `out`, which begins with element first. */
-void decode(const Weight *w, int64_t first, int64_t last, void *out, int dtype, int level, int stream);
+void decode(const Weight *w, int64_t first, int64_t last, void *out, int dtype, int level);
 
 #ifdef MINIPEFT_X86
 /* product.c: columns 64 strip .. of out = a W^T (backward 0) or a W (backward 1), for rows m0..m1-1 of a. */

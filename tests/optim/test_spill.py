@@ -77,13 +77,12 @@ def cut(spill):
     os.ftruncate(spill._handle, 0)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (corrupt, r"page \d+ of the optimizer state, at byte [\d,]+ of the spill file in .* is corrupt"),
-        (cut, r"cannot read page \d+ .*: it ends after 0 of 4096 bytes"),
-    ],
-)
+CORRUPT = r"page \d+ of the optimizer state, at byte [\d,]+ of the spill file in .* is corrupt"
+SHORT = r"cannot read page \d+ .*: it ends after 0 of 4096 bytes"
+
+
+# A page that is written behind the cut makes the file longer again: then there are zeros before it.
+@pytest.mark.parametrize(("damage", "message"), [(corrupt, CORRUPT), (cut, f"{SHORT}|{CORRUPT}")])
 def test_damage_is_an_error_that_names_the_page(tmp_path, damage, message):
     params = parameters()
     optimizer = paged(params, tmp_path)

@@ -44,3 +44,17 @@ def by_reference(w: NF4Weight, dtype: torch.dtype) -> Tensor:
     if w.nested_absmax is not None:
         scales = dequantize_absmax(w.absmax, w.nested_absmax, w.nested_quant_map, w.offset, w.nested_blocksize)
     return nf4_dequantize_reference(w.codes, scales, w.quant_map, w.shape.numel(), w.blocksize, dtype).view(w.shape)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the compiled functions, as they are called from here on."""
+    calls: list[str] = []
+
+    class Counted:
+        def __getattr__(self, name: str) -> object:
+            calls.append(name)
+            return getattr(real, name)
+
+    real = native.library()
+    monkeypatch.setattr(native, "library", Counted)
+    return calls

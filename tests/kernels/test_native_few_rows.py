@@ -8,7 +8,7 @@ import torch
 from guarded import Guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_weights import by_reference, packed_of, random_state, sizes_of
+from native_weights import by_reference, count_calls, packed_of, random_state, sizes_of
 from torch import Tensor
 
 from minipeft import LoraConfig, get_peft_model
@@ -141,15 +141,7 @@ def adapted_layer(bias: bool = False) -> Any:
 
 @torch.no_grad()
 def test_an_adapted_layer_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[str] = []
-
-    class Counted:
-        def __getattr__(self, name: str) -> object:
-            calls.append(name)
-            return getattr(real, name)
-
-    real = native.library()
-    monkeypatch.setattr(native, "library", Counted)
+    calls = count_calls(monkeypatch)
     adapted_layer()(torch.randn(2, 1, 192))
     assert calls == ["minipeft_thin"]
 

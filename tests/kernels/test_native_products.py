@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
-from native_weights import LEVELS, by_reference, needs_library, packed_of, sizes_of
+from native_weights import LEVELS, by_reference, count_calls, needs_library, packed_of, sizes_of
 from torch import Tensor
 
 from minipeft.kernels import native
@@ -64,15 +64,7 @@ def test_a_fitting_product_is_compiled_code_and_one_call(
 ) -> None:
     if dtype == torch.bfloat16 and native.level() < native.AVX512_BF16:
         pytest.skip("no bfloat16 instructions")
-    calls: list[str] = []
-
-    class Counted:
-        def __getattr__(self, name: str) -> object:
-            calls.append(name)
-            return getattr(real, name)
-
-    real = native.library()
-    monkeypatch.setattr(native, "library", Counted)
+    calls = count_calls(monkeypatch)
     w = NF4Weight.quantize(torch.randn(shape), 32)
     layer = NF4Linear(shape[1], shape[0], bias=False, device="meta")
     layer.set_weight(w)

@@ -39,8 +39,9 @@ static Weight weight_of(const int64_t *call) {
     return w;
 }
 
-static int threads_for(int64_t weights, int64_t rows, int64_t threads) {
-    int64_t worth = weights * (1 + rows / 8) / WEIGHTS_PER_THREAD;
+/* As many of `threads` as have `least_each` of the work to do. */
+static int threads_for(int64_t work, int64_t least_each, int64_t threads) {
+    int64_t worth = work / least_each;
     return (int)(worth < 1 ? 1 : worth < threads ? worth : threads);
 }
 
@@ -51,7 +52,7 @@ EXPORT void minipeft_decode(const int64_t *call) {
     char *out = (char *)call[12];
     int dtype = (int)call[13], level = (int)call[14];
     int64_t bytes = dtype == FLOAT32 ? 4 : 2;
-    int threads = threads_for(last - first, 0, call[15]);
+    int threads = threads_for(last - first, WEIGHTS_PER_THREAD, call[15]);
     /* Whole blocks a thread, so that none is decoded twice. */
     int64_t blocks = (last - first + w.blocksize - 1) / w.blocksize;
     int64_t each = (blocks + threads - 1) / threads * w.blocksize;
@@ -75,7 +76,7 @@ EXPORT int minipeft_product(const int64_t *call) {
     int64_t parts = (m + MAX_ROWS - 1) / MAX_ROWS, each = (m + parts - 1) / parts;
     each = (each + 5) / 6 * 6;
     void (*strip)(const Product *, int64_t, int64_t, int64_t) = call[14] == BFLOAT16 ? strip_bfloat16 : strip_float32;
-    int threads = threads_for(w.rows * w.columns, m, call[16]);
+    int threads = threads_for(w.rows * w.columns * (1 + m / 8), WEIGHTS_PER_THREAD, call[16]);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
     for (int64_t i = 0; i < strips * parts; i++) {
         int64_t m0 = i / strips * each, m1 = m0 + each < m ? m0 + each : m;
@@ -101,8 +102,7 @@ EXPORT int minipeft_thin(const int64_t *call) {
     memcpy(&scaling, call + 19, sizeof scaling);
     t.scaling = (float)scaling;
     int64_t bytes = t.rows * t.padded * 4;
-    int64_t worth = w.rows * w.columns * (1 + t.rows / 2) / THIN_WEIGHTS_PER_THREAD;
-    int threads = (int)(worth < 1 ? 1 : worth < call[15] ? worth : call[15]);
+    int threads = threads_for(w.rows * w.columns * (1 + t.rows / 2), THIN_WEIGHTS_PER_THREAD, call[15]);
     int64_t strips = (w.rows + THIN_STRIP - 1) / THIN_STRIP, scales = thin_scales(&w);
     int64_t floats = (threads * scales + t.rows * t.rank + 15) / 16 * 16;
     char *scratch = aligned_alloc(64, bytes + floats * 4);

@@ -24,26 +24,38 @@ from minipeft.methods.trained_copies import TrainedModule
 from minipeft.quantization import NF4Linear, NF4Weight
 
 
-class LoraLinear(LoraLayer):
-    """LoRA on `nn.Linear`, weight (out_features, in_features)."""
+class LoraDenseLayer(LoraLayer):
+    """LoRA on a linear layer with a dense weight, in whichever order that lies."""
 
     weight: nn.Parameter
-    in_features: int
-    out_features: int
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = self.fused_adapter()
         if adapter is None or not _is_frozen(self.weight, x):
             return super().forward(x, *args, **kwargs)
-        return lora_linear(x, self.weight, self.bias, *self.factors(adapter), self.scaling[adapter])
+        return lora_linear(x, self._matrix(), self.bias, *self.factors(adapter), self.scaling[adapter])
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.lora_base or args or kwargs or not _is_frozen(self.weight, x):
             return super()._base_output(x, *args, **kwargs)
-        return frozen_linear(x, self.weight, self.bias)
+        return frozen_linear(x, self._matrix(), self.bias)
 
     def dense_weight(self) -> Tensor:
-        return wide(self.weight.detach())
+        return wide(self._matrix().detach())
+
+    def _matrix(self) -> Tensor:
+        """The weight as (out_features, in_features), perhaps a transposed view."""
+        raise NotImplementedError
+
+
+class LoraLinear(LoraDenseLayer):
+    """LoRA on `nn.Linear`, weight (out_features, in_features)."""
+
+    in_features: int
+    out_features: int
+
+    def _matrix(self) -> Tensor:
+        return self.weight
 
     def _install_weight(self, weight: Tensor) -> None:
         self._install("weight", weight.to(self.weight.dtype))
@@ -117,24 +129,11 @@ class LoraNF4Linear(LoraLayer):
         return self.out_features, self.in_features
 
 
-class LoraConv1D(LoraLayer):
+class LoraConv1D(LoraDenseLayer):
     """LoRA on GPT-2's `Conv1D`: a linear layer whose weight lies as (in_features, out_features)."""
 
-    weight: nn.Parameter
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter = self.fused_adapter()
-        if adapter is None or not _is_frozen(self.weight, x):
-            return super().forward(x, *args, **kwargs)
-        return lora_linear(x, self.weight.T, self.bias, *self.factors(adapter), self.scaling[adapter])
-
-    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.lora_base or args or kwargs or not _is_frozen(self.weight, x):
-            return super()._base_output(x, *args, **kwargs)
-        return frozen_linear(x, self.weight.T, self.bias)
-
-    def dense_weight(self) -> Tensor:
-        return wide(self.weight.detach().T)
+    def _matrix(self) -> Tensor:
+        return self.weight.T
 
     def _install_weight(self, weight: Tensor) -> None:
         self._install("weight", weight.T.contiguous().to(self.weight.dtype))

@@ -1,4 +1,4 @@
-"""Packaging. `kernels/ops` is imported as `minipeft.kernels`: PyPI has a package named `kernels`."""
+"""Packaging. `kernels/` is the root of the package `minipeft_kernels`, as `src/` is elsewhere: PyPI has a `kernels`."""
 
 from setuptools import Extension, find_packages, setup
 
@@ -15,12 +15,11 @@ TEST = [
     "types-PyYAML",
     "types-tqdm",
 ]
-EMULATOR = ["minipeft.kernels.emulator", "minipeft.kernels.emulator.checks"]
 
 # The compiled CPU code has no Python in it: ctypes loads it. Without a C compiler that knows OpenMP it is left out, and
 # minipeft says so when it would have used it. No contraction of a*b+c, whose two roundings the definition keeps apart.
 NATIVE = Extension(
-    "minipeft.kernels._native",
+    "minipeft_kernels._native",
     sources=[f"kernels/native/{name}.c" for name in ("decode", "product", "thin", "entry")],
     depends=["kernels/native/nf4.h", "kernels/native/scales.h"],
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"],
@@ -34,12 +33,9 @@ setup(
     description="Parameter-efficient fine-tuning written from scratch: NF4, LoRA, QLoRA",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["minipeft", "minipeft.*"]), "minipeft.kernels", *EMULATOR],
-    package_dir={
-        "minipeft.kernels": "kernels/ops",
-        **{name: name.replace("minipeft.kernels", "kernels").replace(".", "/") for name in EMULATOR},
-    },
-    package_data={"minipeft": ["py.typed", "training/constitution.txt"]},
+    packages=[*find_packages(include=["minipeft", "minipeft.*"]), *find_packages("kernels")],
+    package_dir={"minipeft_kernels": "kernels/minipeft_kernels"},
+    package_data={"minipeft": ["py.typed", "compare/constitution.txt"]},
     ext_modules=[NATIVE],
     install_requires=[
         # Each lower bound is the oldest release that the tests were run with.

@@ -2,7 +2,7 @@
 
 import sys
 
-from minipeft.bench_command import ask_for_huge_pages
+from minipeft.commands.bench import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()

@@ -18,8 +18,8 @@ from benchmarks.harness import OURS, Candidate, Case, Run, Work
 from benchmarks.peers import BITSANDBYTES, Peers, bitsandbytes_linear
 from benchmarks.reference import TOLERANCES, decoded, near, packed_weight
 from benchmarks.shapes import RANK, Layer, Sizes, dtype_name
-from minipeft.kernels import lora_matmul
-from minipeft.quantization import NF4Weight
+from minipeft.nf4 import NF4Weight
+from minipeft_kernels import lora_matmul
 
 OP = "lora_matmul"
 SCALING = 2.0

@@ -15,7 +15,7 @@ from benchmarks.harness import OURS, Candidate, Case, Run, Work
 from benchmarks.peers import BITSANDBYTES, UNSLOTH, Peers, bitsandbytes_state
 from benchmarks.reference import decoded, near, packed_weight
 from benchmarks.shapes import Sizes, dtype_name
-from minipeft.quantization import NF4Weight
+from minipeft.nf4 import NF4Weight
 
 OP = "nf4_dequantize"
 # Of the largest weights, some 4 root mean squares: float32's roundings of scale and product, then one to the dtype.

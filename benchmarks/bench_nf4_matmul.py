@@ -18,7 +18,7 @@ from benchmarks.harness import OURS, Candidate, Case, Missing, Run, Work
 from benchmarks.peers import BITSANDBYTES, UNSLOTH, Peers, bitsandbytes_linear, bitsandbytes_state
 from benchmarks.reference import TOLERANCES, decoded, near, packed_weight
 from benchmarks.shapes import Layer, Sizes, dtype_name
-from minipeft.quantization import NF4Linear, NF4Weight
+from minipeft.nf4 import NF4Linear, NF4Weight
 
 OP = "nf4_matmul"
 DENSE = "torch dense"

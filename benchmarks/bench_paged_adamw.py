@@ -39,8 +39,8 @@ from benchmarks.reference import adamw_steps, near
 from benchmarks.resident import resident_bytes
 from benchmarks.shapes import RANK, Sizes
 from minipeft import PagedAdamW
+from minipeft.compare.measure import quantile
 from minipeft.files import write_text
-from minipeft.training.compare_measure import quantile
 
 OP = "paged_adamw"
 SETTINGS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}

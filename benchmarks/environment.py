@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.roofline import Roofline
-from minipeft.bench_command import HUGE_PAGES
-from minipeft.kernels import native
-from minipeft.kernels.dispatch import interpreting, use_native, use_triton
+from minipeft.commands.bench import HUGE_PAGES
+from minipeft_kernels import native
+from minipeft_kernels.dispatch import interpreting, use_native, use_triton
 
 ROOT = Path(__file__).resolve().parent.parent
 # bitsandbytes fetches other CPU code from the hub where PyPI's `kernels` is installed.

@@ -16,7 +16,7 @@ from benchmarks.harness import Candidate, Missing, Run, Work
 from benchmarks.peers import BITSANDBYTES, Peers
 from benchmarks.peers import PEFT as PEFT_MODULE
 from benchmarks.shapes import FineTuning
-from minipeft.bench_command import HUGE_PAGES
+from minipeft.commands.bench import HUGE_PAGES
 
 OP = "finetune"
 OVER_BNB = f"{PEFT} + {BITSANDBYTES}"

@@ -16,8 +16,8 @@ def as_user(model: Any, ids: Tensor) -> Tensor:
 def as_our_loop(model: Any, ids: Tensor) -> Tensor:
     """The mean loss as `minipeft train` has it."""
     # Here, so that a peer's process does not hold what it does not use.
-    from minipeft.training.batches import Batch
-    from minipeft.training.loss import token_loss_sum
+    from minipeft.train.batches import Batch
+    from minipeft.train.loss import token_loss_sum
 
     learned = ids.shape[0] * (ids.shape[1] - 1)
     return token_loss_sum(model, Batch({"input_ids": ids}, ids, ids.numel(), learned)) / learned

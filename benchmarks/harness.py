@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.device import Device
 from benchmarks.roofline import Roofline
-from minipeft.training.compare_measure import quantile
+from minipeft.compare.measure import quantile
 
 Run = Callable[[], Any]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Candidate, Missing, Run, Work, describe
-from minipeft.quantization import NF4Weight
+from minipeft.nf4 import NF4Weight
 
 BITSANDBYTES, UNSLOTH, PEFT = "bitsandbytes", "unsloth", "peft"
 MODULES = {BITSANDBYTES: "bitsandbytes", UNSLOTH: "unsloth.kernels", PEFT: "peft"}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.harness import distance
 from benchmarks.shapes import BLOCKSIZE, Layer
-from minipeft.quantization import NF4Weight
+from minipeft.nf4 import NF4Weight
 
 # The largest right `distance` of a product of a few thousand terms, by the dtype of its factors and result. One block
 # of 64 weights gone wrong in a row of 4096 is 0.1 and more.

@@ -20,7 +20,7 @@ from benchmarks.peers import Peers
 from benchmarks.report import case_title, plot, table, write_csv
 from benchmarks.roofline import Roofline, roofline_of
 from benchmarks.shapes import Sizes, sizes_for
-from minipeft.bench_command import OPS, BenchError, add_bench_arguments
+from minipeft.commands.bench import OPS, BenchError, add_bench_arguments
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NOTE = "Each result is checked first; times are of interleaved rounds, caches emptied before each call."

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minipeft.kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft.kernels.emulator import emulate
-from minipeft.kernels.emulator.trace import Entry, Trace, results_of
-from minipeft.kernels.nf4_matmul_triton import nf4_matmul_forward
-from minipeft.kernels.nf4_quantize import nf4_quantize_reference, quantize_absmax_reference
+from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.emulator import emulate
+from minipeft_kernels.emulator.trace import Entry, Trace, results_of
+from minipeft_kernels.nf4_matmul_triton import nf4_matmul_forward
+from minipeft_kernels.nf4_quantize import nf4_quantize_reference, quantize_absmax_reference
 
 LESSON = Path(__file__).with_suffix(".md")
 TRITON = "3.9"

@@ -17,7 +17,7 @@ def main() -> int:
     previous = signal.getsignal(signal.SIGINT)
     if previous is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
-    from minipeft.cli import main as run
+    from minipeft.commands.cli import main as run
 
     signal.signal(signal.SIGINT, previous)
     return run()

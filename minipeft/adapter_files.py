@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minipeft import checkpoint
-from minipeft.configs import PeftConfig, PeftType
+from minipeft import saving
+from minipeft.adapter import Mixin
+from minipeft.attach import adapter_modules
+from minipeft.config import PeftConfig, PeftType
 from minipeft.files import atomic_path
-from minipeft.methods.base import Mixin
-from minipeft.methods.lora_init import as_plain_lora, changes_base, pissa_starts, plain_config
-from minipeft.patching import adapter_modules
-from minipeft.state_dict import (
+from minipeft.lora.init import as_plain_lora, changes_base, pissa_starts, plain_config
+from minipeft.state import (
     LoadResult,
     base_name,
     fill_adapter,
@@ -68,17 +68,17 @@ class AdapterFiles(Mixin):
         directory = Path(model_id) / (subfolder or "")
         if not directory.is_dir():
             raise FileNotFoundError(
-                f"no adapter at {str(directory)!r}: expected a directory with {checkpoint.CONFIG_NAME}; for an adapter "
+                f"no adapter at {str(directory)!r}: expected a directory with {saving.CONFIG_NAME}; for an adapter "
                 "on a hub, download it first (huggingface_hub.snapshot_download) and give its folder"
             )
         config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(directory)
-        stored = checkpoint.read_tensors(directory)
-        config.check_marks(checkpoint.read_marks(directory), str(directory))
+        stored = saving.read_tensors(directory)
+        config.check_marks(saving.read_marks(directory), str(directory))
         _warn_other_base(self, config, directory)
         exists = adapter_name in self.peft_config
         if exists:
             _check_same_settings(self.peft_config[adapter_name], config, adapter_name, directory)
-        training = checkpoint.read_training_tensors(directory)
+        training = saving.read_training_tensors(directory)
         if not exists:
             config.for_loading(is_trainable, bool(training))
             self._attach(adapter_name, config, autocast_adapter_dtype, init=False)
@@ -152,7 +152,7 @@ class AdapterFiles(Mixin):
                     adapter,
                     config.init_lora_weights,  # type: ignore[attr-defined]
                 )
-            checkpoint.save_adapter(folder, config, tensors, _model_card(config), training)
+            saving.save_adapter(folder, config, tensors, _model_card(config), training)
         if _TRAINER_FOLDER.fullmatch(directory.name):
             with atomic_path(directory / _TRAINER_WEIGHTS) as temporary:
                 save_file(self._adapter_state_in_memory(), temporary, metadata={"format": "pt"})

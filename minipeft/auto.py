@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from minipeft.configs import PeftConfig, TaskType
+from minipeft.config import PeftConfig, TaskType
 from minipeft.model import PeftModel
 
 # Whose `from_pretrained` of transformers makes the base model for a task.

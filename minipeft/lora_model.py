@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from minipeft.methods.lora import LoraLayer
-from minipeft.methods.lora_combine import Combination, combine_layer, combined_config
-from minipeft.methods.lora_config import LoraConfig
-from minipeft.methods.lora_init import is_pissa
-from minipeft.methods.lora_rows import BASE_ROW, RowAdapters
-from minipeft.methods.matching import shortest_names
-from minipeft.patching import adapter_modules
+from minipeft.attach import adapter_modules
+from minipeft.lora.combine import Combination, combine_layer, combined_config
+from minipeft.lora.config import LoraConfig
+from minipeft.lora.init import is_pissa
+from minipeft.lora.layer import LoraLayer
+from minipeft.lora.rows import BASE_ROW, RowAdapters
+from minipeft.targets import shortest_names
 
 if TYPE_CHECKING:
     _Base = nn.Module

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 # Importing it lets transformers read 4-bit checkpoints, so a script that uses adapters can load its base model.
-import minipeft.quantization.hf  # noqa: F401
+import minipeft.nf4.hf  # noqa: F401
+from minipeft.adapter import Switch, mix_in
 from minipeft.adapter_files import AdapterFiles
-from minipeft.configs import PeftConfig
+from minipeft.attach import adapter_modules, attach_adapter, switch_of, tell_quantizer
+from minipeft.config import PeftConfig
 from minipeft.lora_model import LoraModel
-from minipeft.merged_model import MergedModel
-from minipeft.methods.base import Switch, mix_in
-from minipeft.patching import adapter_modules, attach_adapter, switch_of, tell_quantizer
-from minipeft.state_dict import adapter_state, base_name
+from minipeft.merge import MergedModel
+from minipeft.state import adapter_state, base_name
 from minipeft.status import StatusModel
 
 

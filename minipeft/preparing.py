@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.patching import attach_adapter, freeze, switch_of
+from minipeft.attach import attach_adapter, freeze, switch_of
 
 
 def inject_adapter_in_model(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from minipeft.patching import adapter_modules, switch_of
-from minipeft.quantization import NF4Linear
+from minipeft.attach import adapter_modules, switch_of
+from minipeft.nf4 import NF4Linear
 
 if TYPE_CHECKING:
     _Base = nn.Module

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from minipeft.methods.lora_layers import LoraNF4Linear
-from minipeft.patching import adapter_modules
-from minipeft.quantization import NF4Linear, NF4Weight
-from minipeft.quantization.dense_linear import make_plain
+from minipeft.attach import adapter_modules
+from minipeft.lora.layers import LoraNF4Linear
+from minipeft.nf4 import NF4Linear, NF4Weight
+from minipeft.nf4.dense import make_plain
 
 
 def requantize_merged(model: nn.Module) -> None:
@@ -25,7 +25,7 @@ def requantize_merged(model: nn.Module) -> None:
 
 def detach_adapters(model: nn.Module) -> None:
     """Make every adapted module of `model` plain again; merged weights stay merged, a 4-bit layer's as a dense one."""
-    from minipeft.quantization.hf_modules import to_dense
+    from minipeft.nf4.hf.modules import to_dense
 
     for path, module in list(adapter_modules(model)):
         dense = module.dense_merged if isinstance(module, LoraNF4Linear) else None
@@ -36,7 +36,7 @@ def detach_adapters(model: nn.Module) -> None:
 
 def dequantize_rest(model: Any) -> None:
     """Make what is still NF4 dense, in the dtype it was quantized from, and `model` a plain one for transformers."""
-    from minipeft.quantization.hf_modules import to_dense
+    from minipeft.nf4.hf.modules import to_dense
 
     for path, module in list(model.named_modules()):
         if isinstance(module, NF4Linear):

@@ -5,12 +5,20 @@ import os
 # Before torch and transformers are imported: tests must not reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton reads this when a kernel is defined, which importing the kernels does: without a GPU its interpreter runs them.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # Processes that share the cores: two threads each would wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from chat_tokenizers import llama_tokenizer, spanning_tokenizer, tokenizer  # noqa: F401 - fixtures
+
+from minipeft_kernels import native
+
+# What a CPU takes by itself, in spite of the interpreter.
+os.environ.setdefault("MINIPEFT_BACKEND", "reference" if native.obstacle() else "native")
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from tiny import randomize
 from torch import Tensor, nn
 
 from minipeft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from minipeft.quantization import NF4Linear
+from minipeft.nf4 import NF4Linear
 
 NAMES = ["a", "b", "c"]
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(5), dtype=torch.float32)

@@ -24,7 +24,7 @@ def test_the_lesson_about_lora_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_lesson_about_lora_names_every_kind_of_combination() -> None:
-    from minipeft.methods.lora_combine import KINDS
+    from minipeft.lora.combine import KINDS
 
     text = (DOCS / "lora.md").read_text()
     assert all(f"`{kind}`" in text for kind in KINDS)

@@ -23,8 +23,8 @@ from minipeft import (
     get_peft_model,
     quantize_model,
 )
-from minipeft.methods.bottleneck import BottleneckLayer
-from minipeft.methods.lora import LoraLayer
+from minipeft.bottleneck.layer import BottleneckLayer
+from minipeft.lora.layer import LoraLayer
 
 METHODS: dict[str, Any] = {
     "lora": lambda task: LoraConfig(r=4, lora_alpha=16, task_type=task),

@@ -191,7 +191,7 @@ def test_merging_into_nf4_says_what_became_of_it(requantize: bool, caplog: Any, 
     adapted = logits(model)
     plain = model.merge_and_unload(requantize=requantize)
     assert ("quantized again" if requantize else "merged into torch.bfloat16") in caplog.text
-    quantized = [m for m in plain.modules() if isinstance(m, minipeft.quantization.NF4Linear)]
+    quantized = [m for m in plain.modules() if isinstance(m, minipeft.nf4.NF4Linear)]
     assert len(quantized) == (14 if requantize else 0)
     # Requantizing rounds; the 16-bit result only rounds to bfloat16.
     assert (logits(plain) - adapted).abs().max() < (0.5 if requantize else 0.05)
@@ -410,7 +410,7 @@ def test_an_adapter_that_fails_half_way_leaves_nothing(monkeypatch: pytest.Monke
         if len(calls) == 3:
             raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr("minipeft.methods.lora.LoraLayer._init_factors", out_of_memory)
+    monkeypatch.setattr("minipeft.lora.layer.LoraLayer._init_factors", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         model.add_adapter("second", lora(target_modules="all-linear"))
     assert model.state_dict().keys() == before and list(model.peft_config) == ["default"]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minipeft import LoraConfig, get_peft_model
-from minipeft.quantization import NF4Config, quantize_model
-from minipeft.training.batches import Batch
-from minipeft.training.loss import token_loss_sum
+from minipeft.nf4 import NF4Config, quantize_model
+from minipeft.train.batches import Batch
+from minipeft.train.loss import token_loss_sum
 
 RANK, TOKENS = 4, 32
 HIDDEN, INTERMEDIATE = 64, 96

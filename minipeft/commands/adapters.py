@@ -12,14 +12,14 @@ from typing import Any
 
 from minipeft.commands.paths import check_adapter_path, check_device, check_output_path
 from minipeft.commands.texts import loss_text
-from minipeft.training.errors import ConfigError, as_user_error
-from minipeft.training.methods import AdapterError, is_packed
-from minipeft.training.quiet import without_bars
+from minipeft.train.errors import ConfigError, as_user_error
+from minipeft.train.methods import AdapterError, is_packed
+from minipeft.train.quiet import without_bars
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """`minipeft eval`: loss and perplexity on a JSONL file."""
-    from minipeft.training import (
+    from minipeft.train import (
         Batches,
         encode_records,
         evaluate_loss,
@@ -28,7 +28,7 @@ def evaluate(args: argparse.Namespace) -> None:
         read_jsonl,
         resolve_max_length,
     )
-    from minipeft.training.positions import text_positions
+    from minipeft.train.positions import text_positions
 
     records = read_jsonl(args.data)
     tokenizer = load_tokenizer(args.model)
@@ -45,10 +45,10 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """`minipeft generate`: continue a prompt."""
-    from minipeft.training import load_tokenizer, seed_everything
-    from minipeft.training.generation import Sampling, check_fits, prompt_ids
-    from minipeft.training.generation import generate as generate_text
-    from minipeft.training.positions import text_positions
+    from minipeft.train import load_tokenizer, seed_everything
+    from minipeft.train.generation import Sampling, check_fits, prompt_ids
+    from minipeft.train.generation import generate as generate_text
+    from minipeft.train.positions import text_positions
 
     with as_user_error(ConfigError):
         sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
@@ -68,8 +68,8 @@ def merge(args: argparse.Namespace) -> None:
     output = Path(args.output)
     check_output_path(output, may_exist=False)
 
-    from minipeft.training import load_tokenizer
-    from minipeft.training.directories import atomic_directory
+    from minipeft.train import load_tokenizer
+    from minipeft.train.directories import atomic_directory
 
     tokenizer = load_tokenizer(args.model)
     model = load_model(args)
@@ -101,7 +101,7 @@ def load_model(args: argparse.Namespace) -> Any:
         ModelLoadError: no such model.
         AdapterError: see `read_adapter`; an adapter that is damaged or does not fit the model.
     """
-    from minipeft.training import load_base_model
+    from minipeft.train import load_base_model
 
     check_device(args.device)
     read_adapter(args)

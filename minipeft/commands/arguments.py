@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from minipeft.training.config import SEED_END
+from minipeft.train.config import SEED_END
 
 
 def positive(text: str) -> int:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from minipeft.commands.arguments import positive
 from minipeft.commands.paths import check_output_path
-from minipeft.training.compare_plan import CompareConfig, parse_names, parse_seeds, plan_runs
-from minipeft.training.config import DTYPE_CHOICES
-from minipeft.training.methods import METHODS
+from minipeft.compare.plan import CompareConfig, parse_names, parse_seeds, plan_runs
+from minipeft.train.config import DTYPE_CHOICES
+from minipeft.train.methods import METHODS
 
 SOME_FAILED = 1
 
@@ -79,6 +79,6 @@ def compare(args: argparse.Namespace) -> int:
     )
     check_output_path(output, may_exist=True)
 
-    from minipeft.training.compare import compare as run_comparison
+    from minipeft.compare.compare import compare as run_comparison
 
     return SOME_FAILED if run_comparison(config).failures else 0

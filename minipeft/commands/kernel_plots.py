@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from minipeft.files import atomic_path
 
 if TYPE_CHECKING:
-    from minipeft.kernels.emulator.counts import Counts
-    from minipeft.kernels.emulator.model import Bound
-    from minipeft.kernels.emulator.profile import Profile
+    from minipeft_kernels.emulator.counts import Counts
+    from minipeft_kernels.emulator.model import Bound
+    from minipeft_kernels.emulator.profile import Profile
 
 
 def plot_profile(found: Profile, path: Path) -> None:
@@ -52,8 +52,8 @@ def _plot_bounds(axis: Any, title: str, by_gpu: dict[str, list[Bound]]) -> None:
 
 
 def _plot_classes(axis: Any, counts: Counts, elements: int) -> None:
-    from minipeft.kernels.emulator.classes import CLASSES
-    from minipeft.kernels.emulator.traffic import LANES
+    from minipeft_kernels.emulator.classes import CLASSES
+    from minipeft_kernels.emulator.traffic import LANES
 
     names = [name for name in CLASSES if counts.instructions[name]][::-1]
     axis.barh(names, [LANES * counts.instructions[name] / elements for name in names], color="tab:gray")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from minipeft.commands.paths import check_output_path
-from minipeft.training.errors import TrainingError
+from minipeft.train.errors import TrainingError
 
 
 class KernelsError(TrainingError, ValueError):
@@ -15,7 +15,7 @@ class KernelsError(TrainingError, ValueError):
 
 def inspect(args: argparse.Namespace) -> None:
     """`minipeft inspect`: say what a directory holds."""
-    from minipeft.training.inspection import describe
+    from minipeft.commands.inspect import describe
 
     print(describe(args.path))
 
@@ -24,7 +24,7 @@ def demo(args: argparse.Namespace) -> None:
     """`minipeft demo`: the whole job on a small real model."""
     check_output_path(Path(args.output), may_exist=False)
 
-    from minipeft.training.demo import DemoConfig, run_demo
+    from minipeft.demo.demo import DemoConfig, run_demo
 
     run_demo(DemoConfig(output=Path(args.output), model=args.model, data=args.data, steps=args.steps, seed=args.seed))
 
@@ -40,7 +40,7 @@ def kernels(args: argparse.Namespace) -> None:
         options = ["--target", args.target, "--dtype", args.dtype]
         options += ["--against", args.against] if args.against else []
         options += ["--json", args.json] if args.json else []
-        from minipeft.kernels.offline import main
+        from minipeft_kernels.offline import main
 
         print(main(options), end="")
     except (ImportError, RuntimeError, ValueError, OSError) as error:
@@ -57,7 +57,7 @@ def _profile(args: argparse.Namespace) -> None:
         )
     if args.plot is not None and not Path(args.plot).absolute().parent.is_dir():
         raise KernelsError(f"cannot write {args.plot}: its folder does not exist")
-    from minipeft.kernels.emulator.profile import profile, report
+    from minipeft_kernels.emulator.profile import profile, report
 
     found = profile(args.profile, [int(part) for part in shape], args.target, args.dtype)
     print(report(found), end="")

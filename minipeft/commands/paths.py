@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from minipeft.training.errors import ConfigError, OutputDirError, as_user_error
-from minipeft.training.methods import AdapterError
+from minipeft.train.errors import ConfigError, OutputDirError, as_user_error
+from minipeft.train.methods import AdapterError
 
 
 def check_device(device: str) -> None:
     """Raise ConfigError for a device that there is not."""
-    from minipeft.training import resolve_device
+    from minipeft.train import resolve_device
 
     with as_user_error(ConfigError):
         resolve_device(device)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from minipeft.commands.paths import check_device, check_output_path
 from minipeft.commands.texts import loss_text
-from minipeft.training.config import TrainConfig
-from minipeft.training.config_flags import config_values
-from minipeft.training.errors import ConfigError
-from minipeft.training.methods import METHODS, attach, check_settings, start
-from minipeft.training.quiet import without_bars
+from minipeft.train.config import TrainConfig
+from minipeft.train.config_flags import config_values
+from minipeft.train.errors import ConfigError
+from minipeft.train.methods import METHODS, attach, check_settings, start
+from minipeft.train.quiet import without_bars
 
 
 def train(args: argparse.Namespace) -> None:
@@ -21,7 +21,7 @@ def train(args: argparse.Namespace) -> None:
     check_output_path(Path(config.output_dir), may_exist=True)
     check_device(config.device)
 
-    from minipeft.training import (
+    from minipeft.train import (
         Trainer,
         check_output_dir,
         load_base_model,
@@ -30,8 +30,8 @@ def train(args: argparse.Namespace) -> None:
         prepare_data,
         seed_everything,
     )
-    from minipeft.training.positions import text_positions
-    from minipeft.training.rundir import check_not_running
+    from minipeft.train.positions import text_positions
+    from minipeft.train.rundir import check_not_running
 
     check_not_running(Path(config.output_dir))
     check_output_dir(config.output_dir, resume)

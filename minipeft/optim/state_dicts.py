@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.kernels.adamw_8bit import dequantize_state, quantize_state
 from minipeft.optim.checks import check_group, parameter_name
 from minipeft.optim.paged_state import PagedState, Views
 from minipeft.optim.pages import LAYOUTS, Field, Segment
+from minipeft_kernels.adamw_8bit import dequantize_state, quantize_state
 
 KEYS = {bits: [field.name for field in layout.fields] for bits, layout in LAYOUTS.items()}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minipeft.bench_command import HUGE_PAGES, load_benchmarks
+from minipeft.commands.bench import HUGE_PAGES, load_benchmarks
 
 load_benchmarks()
 

@@ -10,8 +10,8 @@ from benchmarks import device, roofline
 from benchmarks.device import MIB, CpuDevice, CudaDevice, open_device
 from benchmarks.harness import interleave
 from benchmarks.roofline import DATASHEET, SAME, Roofline, roofline_of
-from minipeft.bench_command import BenchError
-from minipeft.kernels.roofline import GPUS
+from minipeft.commands.bench import BenchError
+from minipeft_kernels.roofline import GPUS
 
 
 @pytest.fixture

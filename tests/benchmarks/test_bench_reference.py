@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.reference import adamw_steps, block_scales, decoded, near, packed_weight, quantization_error
 from benchmarks.shapes import CPU, CUDA, Layer, sizes_for
-from minipeft.quantization import NF4Weight
+from minipeft.nf4 import NF4Weight
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

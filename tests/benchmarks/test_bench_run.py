@@ -11,9 +11,9 @@ from benchmarks import run
 from benchmarks.harness import OURS, Row
 from benchmarks.peers import BITSANDBYTES, UNSLOTH, Peers
 from benchmarks.report import read_csv
-from minipeft import bench_command
-from minipeft.bench_command import OPS, BenchError, add_bench_arguments, bench, load_benchmarks
-from minipeft.cli import Parser
+from minipeft.commands import bench as bench_command
+from minipeft.commands.bench import OPS, BenchError, add_bench_arguments, bench, load_benchmarks
+from minipeft.commands.cli import Parser
 
 
 def arguments(*words):
@@ -64,7 +64,7 @@ def test_a_peer_that_cannot_be_imported_is_missing(monkeypatch):
 
 
 def test_a_wrong_result_of_ours_is_an_error_and_has_no_speed(monkeypatch, capsys):
-    from minipeft.quantization import NF4Weight
+    from minipeft.nf4 import NF4Weight
 
     right = NF4Weight.dequantize
     monkeypatch.setattr(NF4Weight, "dequantize", lambda self: right(self) * 1.001)

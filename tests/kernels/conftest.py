@@ -1,22 +1,15 @@
 """The kernels' tests run in Triton's interpreter, which a machine without a GPU has too.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so it is set before any is. The tests beside this file stay with
-the PyTorch references: a test that means the kernels takes the fixture `kernels`, one that means the compiled CPU code
-`compiled`. The rest of the suite, in the same process, takes what a CPU takes.
+The tests beside this file stay with the PyTorch references: a test that means the kernels takes the fixture `kernels`,
+one that means the compiled CPU code `compiled`. The rest of the suite, in the same process, takes what a CPU takes.
 """
 
-import os
-
 import pytest
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from native_weights import LEVELS
 
-from minipeft.kernels import native
+from minipeft_kernels import native
 
 HAVE_COMPILED = not native.obstacle()
-os.environ.setdefault("MINIPEFT_BACKEND", "native" if HAVE_COMPILED else "reference")
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from minipeft.kernels import native
-from minipeft.kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft.kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize_reference
-from minipeft.quantization import NF4Weight
+from minipeft.nf4 import NF4Weight
+from minipeft_kernels import native
+from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize_reference
 
-module = importlib.import_module("minipeft.kernels.nf4_matmul")
+module = importlib.import_module("minipeft_kernels.nf4_matmul")
 needs_library = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle())
 # Of the compiled code, what this processor has the instructions for.
 LEVELS = [native.SCALAR] if native.obstacle() else list(range(native.level() + 1))

@@ -13,10 +13,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from minipeft.kernels import adamw_, adamw_8bit_, dispatch, lora_matmul, nf4_dequantize, nf4_matmul
-from minipeft.kernels.adamw_8bit import initial_state
-from minipeft.kernels.sass import read_cubin
-from minipeft.quantization import NF4Weight
+from minipeft.nf4 import NF4Weight
+from minipeft_kernels import adamw_, adamw_8bit_, dispatch, lora_matmul, nf4_dequantize, nf4_matmul
+from minipeft_kernels.adamw_8bit import initial_state
+from minipeft_kernels.sass import read_cubin
 
 SHARED_MEMORY = 232448  # bytes a program may have on an H100
 launches: list[dict[str, Any]] = []
@@ -74,7 +74,7 @@ def train_step(rows: int, dtype: torch.dtype, double: bool, features: tuple[int,
 
 
 def quantize(dtype: torch.dtype) -> None:
-    from minipeft.kernels.nf4_quantize_triton import quantize_absmax_into, quantize_into
+    from minipeft_kernels.nf4_quantize_triton import quantize_absmax_into, quantize_into
 
     codes, absmax, nested = torch.empty(2048, dtype=torch.uint8), torch.rand(64), torch.empty(1)
     quantize_into(torch.randn(4096).to(dtype), codes, absmax, 64)
@@ -89,7 +89,7 @@ def optimize(dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    import minipeft.kernels.nf4_matmul_triton as matmul
+    import minipeft_kernels.nf4_matmul_triton as matmul
 
     assert not dispatch.interpreting()
     driver.set_active(PretendDriver())

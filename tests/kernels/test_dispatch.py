@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from minipeft.kernels import dispatch, native, nf4_quantize
+from minipeft_kernels import dispatch, native, nf4_quantize
 
 CPU = torch.zeros(1)
 
@@ -116,8 +116,8 @@ import importlib.util
 find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
 import torch
-from minipeft.quantization import NF4Linear
-from minipeft.kernels import adamw_
+from minipeft.nf4 import NF4Linear
+from minipeft_kernels import adamw_
 layer = NF4Linear.from_linear(torch.nn.Linear(64, 32))
 layer(torch.randn(2, 64, requires_grad=True)).sum().backward()
 p = torch.ones(3)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minipeft.kernels import arithmetic, dense, frozen_linear, lora_linear
-from minipeft.kernels.lora_linear import _run_frozen_linear, _run_lora_linear, _run_lora_linear_backward
+from minipeft_kernels import arithmetic, dense, frozen_linear, lora_linear
+from minipeft_kernels.lora_linear import _run_frozen_linear, _run_lora_linear, _run_lora_linear_backward
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

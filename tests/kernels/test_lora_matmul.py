@@ -10,8 +10,8 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from minipeft import LoraConfig, inject_adapter_in_model
-from minipeft.kernels import lora_matmul, lora_update
-from minipeft.quantization import NF4Linear, NF4Weight
+from minipeft.nf4 import NF4Linear, NF4Weight
+from minipeft_kernels import lora_matmul, lora_update
 
 # The interpreter computes in numpy, which warns where a GPU says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -181,7 +181,7 @@ def test_a_second_derivative_is_refused() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_layer_fuses_its_adapter_unless_dropout_acts(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
     calls: list[int] = []
-    monkeypatch.setattr("minipeft.methods.lora_layers.lora_matmul", lambda *args: calls.append(1) or lora_matmul(*args))
+    monkeypatch.setattr("minipeft.lora.layers.lora_matmul", lambda *args: calls.append(1) or lora_matmul(*args))
     model = torch.nn.Sequential()
     model.add_module("q_proj", NF4Linear.from_linear(torch.nn.Linear(64, 32)))
     model = inject_adapter_in_model(

@@ -13,8 +13,8 @@ import pytest
 import torch
 from native_weights import by_reference, needs_library, random_state
 
-from minipeft.kernels import native
-from minipeft.quantization import NF4Linear
+from minipeft.nf4 import NF4Linear
+from minipeft_kernels import native
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -48,7 +48,7 @@ def test_python_threads_share_a_weight() -> None:
 def test_a_forked_process_computes_the_same() -> None:
     program = """
 import os, torch
-from minipeft.quantization import NF4Linear
+from minipeft.nf4 import NF4Linear
 torch.set_num_threads(2)
 torch.manual_seed(0)
 layer, x = NF4Linear.from_linear(torch.nn.Linear(1024, 1024)), torch.randn(32, 1024)
@@ -73,7 +73,7 @@ def test_openmp_is_torchs_own() -> None:
 
 @pytest.fixture
 def _unloaded() -> Iterator[None]:
-    caches = (native._load, native.obstacle, importlib.import_module("minipeft.kernels.dispatch").native_obstacle)
+    caches = (native._load, native.obstacle, importlib.import_module("minipeft_kernels.dispatch").native_obstacle)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -92,10 +92,10 @@ def test_a_library_of_older_sources_is_not_called(monkeypatch: pytest.MonkeyPatc
 def test_without_the_library_the_reference_runs_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native, "MODULE", "minipeft.kernels._nothing")
+    monkeypatch.setattr(native, "MODULE", "minipeft_kernels._nothing")
     monkeypatch.setenv("MINIPEFT_BACKEND", "")
-    monkeypatch.setattr("minipeft.kernels.dispatch.interpreting", lambda: False)
-    importlib.import_module("minipeft.kernels.dispatch").triton_obstacle.cache_clear()
+    monkeypatch.setattr("minipeft_kernels.dispatch.interpreting", lambda: False)
+    importlib.import_module("minipeft_kernels.dispatch").triton_obstacle.cache_clear()
     w = random_state(256, 64, True)
     with caplog.at_level("WARNING", logger="minipeft"):
         assert torch.equal(w.dequantize(), by_reference(w, torch.float32))
@@ -104,4 +104,4 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
     monkeypatch.setenv("MINIPEFT_BACKEND", "native")
     with pytest.raises(RuntimeError, match="MINIPEFT_BACKEND=native, but minipeft's compiled part is not there"):
         w.dequantize()
-    importlib.import_module("minipeft.kernels.dispatch").triton_obstacle.cache_clear()
+    importlib.import_module("minipeft_kernels.dispatch").triton_obstacle.cache_clear()

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from native_weights import LEVELS, by_reference, needs_library, packed_of, random_state, sizes_of
 from nf4_golden import golden
 
-from minipeft.kernels import native, nf4_native
-from minipeft.kernels.codebooks import NF4_LEVELS
-from minipeft.quantization import NF4Weight
+from minipeft.nf4 import NF4Weight
+from minipeft_kernels import native, nf4_native
+from minipeft_kernels.codebooks import NF4_LEVELS
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = [needs_library, pytest.mark.usefixtures("compiled")]

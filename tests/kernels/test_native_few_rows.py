@@ -12,10 +12,10 @@ from native_weights import by_reference, count_calls, packed_of, random_state, s
 from torch import Tensor
 
 from minipeft import LoraConfig, get_peft_model
-from minipeft.kernels import native, nf4_native
-from minipeft.quantization import NF4Linear, NF4Weight
+from minipeft.nf4 import NF4Linear, NF4Weight
+from minipeft_kernels import native, nf4_native
 
-lora = importlib.import_module("minipeft.kernels.lora_matmul")
+lora = importlib.import_module("minipeft_kernels.lora_matmul")
 pytestmark = pytest.mark.skipif(
     bool(native.obstacle()) or native.level() < native.AVX512, reason="the compiled products want AVX-512"
 )

@@ -10,10 +10,10 @@ from largest_tensor import LargestTensor
 from native_weights import LEVELS, by_reference, count_calls, needs_library, packed_of, sizes_of
 from torch import Tensor
 
-from minipeft.kernels import native
-from minipeft.quantization import NF4Linear, NF4Weight
+from minipeft.nf4 import NF4Linear, NF4Weight
+from minipeft_kernels import native
 
-module = importlib.import_module("minipeft.kernels.nf4_matmul")
+module = importlib.import_module("minipeft_kernels.nf4_matmul")
 # Of the terms' magnitudes: float32's rounding of some sums, and terms and results rounded to bfloat16.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
 pytestmark = [needs_library, pytest.mark.usefixtures("compiled")]

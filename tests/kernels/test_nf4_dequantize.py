@@ -7,10 +7,10 @@ import pytest
 import torch
 from nf4_golden import golden
 
-from minipeft.kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft.kernels.nf4_dequantize import dequantize_absmax, level_pairs, nf4_dequantize
+from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4_dequantize import dequantize_absmax, level_pairs, nf4_dequantize
 
-module = importlib.import_module("minipeft.kernels.nf4_dequantize")
+module = importlib.import_module("minipeft_kernels.nf4_dequantize")
 
 
 def slow(codes: torch.Tensor, absmax: torch.Tensor, n: int, blocksize: int) -> torch.Tensor:

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from nf4_golden import golden
 from torch import Tensor
 
-from minipeft.kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft.kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize, nf4_dequantize_reference
-from minipeft.kernels.nf4_dequantize_triton import dequantize_into
-from minipeft.kernels.nf4_quantize import BLOCKSIZES
-from minipeft.quantization import NF4Weight
+from minipeft.nf4 import NF4Weight
+from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize, nf4_dequantize_reference
+from minipeft_kernels.nf4_dequantize_triton import dequantize_into
+from minipeft_kernels.nf4_quantize import BLOCKSIZES
 
 # The interpreter computes in numpy, which warns where a GPU says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -8,14 +8,14 @@ import torch
 from largest_tensor import LargestTensor
 from tolerances import TOLERANCES
 
-from minipeft.kernels.arithmetic import arithmetic_dtype
-from minipeft.kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft.kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize
-from minipeft.kernels.nf4_matmul import nf4_matmul
-from minipeft.kernels.nf4_quantize import nf4_quantize, quantize_absmax
+from minipeft_kernels.arithmetic import arithmetic_dtype
+from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize
+from minipeft_kernels.nf4_matmul import nf4_matmul
+from minipeft_kernels.nf4_quantize import nf4_quantize, quantize_absmax
 
-arithmetic = importlib.import_module("minipeft.kernels.arithmetic")
-module = importlib.import_module("minipeft.kernels.nf4_matmul")
+arithmetic = importlib.import_module("minipeft_kernels.arithmetic")
+module = importlib.import_module("minipeft_kernels.nf4_matmul")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

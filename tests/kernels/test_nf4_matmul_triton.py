@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from tolerances import TOLERANCES
 from triton.runtime.interpreter import InterpreterBuilder
 
-from minipeft.kernels import nf4_matmul_configs as configs
-from minipeft.kernels import nf4_matmul_triton as module
-from minipeft.kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft.kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize
-from minipeft.kernels.nf4_quantize import nf4_quantize, quantize_absmax
+from minipeft_kernels import nf4_matmul_configs as configs
+from minipeft_kernels import nf4_matmul_triton as module
+from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize
+from minipeft_kernels.nf4_quantize import nf4_quantize, quantize_absmax
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GUARD = 64

@@ -12,11 +12,11 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from minipeft import LoraConfig, get_peft_model
-from minipeft.kernels import adamw_, adamw_8bit_, lora_matmul, nf4_quantize
-from minipeft.kernels.adamw_8bit import initial_state
-from minipeft.kernels.dispatch import interpreting
-from minipeft.kernels.nf4_quantize import BLOCKSIZES, nf4_quantize_reference, quantize_absmax_reference
-from minipeft.quantization import NF4Config, NF4Weight, quantize_model
+from minipeft.nf4 import NF4Config, NF4Weight, quantize_model
+from minipeft_kernels import adamw_, adamw_8bit_, lora_matmul, nf4_quantize
+from minipeft_kernels.adamw_8bit import initial_state
+from minipeft_kernels.dispatch import interpreting
+from minipeft_kernels.nf4_quantize import BLOCKSIZES, nf4_quantize_reference, quantize_absmax_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a GPU, uninterpreted")
 

@@ -10,8 +10,8 @@ from torch.autograd import forward_ad
 
 import minipeft.kernels
 from minipeft import LoraConfig, get_peft_model, inject_adapter_in_model
-from minipeft.kernels.adamw_8bit import initial_state
-from minipeft.quantization import NF4Config, NF4Linear, NF4Weight, quantize_model
+from minipeft.nf4 import NF4Config, NF4Linear, NF4Weight, quantize_model
+from minipeft_kernels.adamw_8bit import initial_state
 
 # The interpreter computes in numpy, which warns where a GPU says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ptx_harness import assembles, kernel, launch
 
-from minipeft.kernels.emulator import (
+from minipeft_kernels.emulator import (
     AsyncCopies,
     AsyncCopyError,
     Observer,
@@ -158,7 +158,7 @@ def test_reading_a_tensor_that_nothing_wrote_is_found_by_byte() -> None:
 
 
 def test_what_one_launch_wrote_the_next_may_read() -> None:
-    from minipeft.kernels.emulator import Memory, parse, run
+    from minipeft_kernels.emulator import Memory, parse, run
 
     memory, x = Memory(), np.zeros(64, "u4")
     buffer = memory.bind("x", x.view(np.uint8), 4096, initialized=False)

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ptx_harness import evaluate
 
-from minipeft.kernels.emulator.float8 import values
+from minipeft_kernels.emulator.float8 import values
 
 FORMATS = {"f16": F16, "bf16": BF16, "f32": F32, "f64": F64}
 MANTISSAS = [0, 1, 0x1000, 0xFFF, 0x1FFF, 0x8000, 0x7FFF, 0xFFFF, 0x18000, 0x7FFFFF]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ptx_harness import assembles, kernel, launch
 
-from minipeft.kernels.emulator import BarrierError, DeadlockError, Memory, Observer, all_checks, parse, run
+from minipeft_kernels.emulator import BarrierError, DeadlockError, Memory, Observer, all_checks, parse, run
 
 ADDRESS = "mad.wide.u32 out, lane, 4, out;"
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ptx_harness import assembles, kernel, launch
 
-from minipeft.kernels.emulator import AccessError, Memory
+from minipeft_kernels.emulator import AccessError, Memory
 
 
 def go(body: str, tensors: dict[str, np.ndarray], **options: int) -> None:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from minipeft.kernels.emulator import PtxSyntaxError, parse
-from minipeft.kernels.emulator.program import Address, Immediate, Pair, Register, Vector
+from minipeft_kernels.emulator import PtxSyntaxError, parse
+from minipeft_kernels.emulator.program import Address, Immediate, Pair, Register, Vector
 
 TEXT = """
 // a comment with { and ;

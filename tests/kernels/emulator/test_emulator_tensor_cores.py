@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from ptx_harness import assembles, kernel, launch
 
-from minipeft.kernels.emulator import BarrierError
-from minipeft.kernels.emulator.float8 import encode
+from minipeft_kernels.emulator import BarrierError
+from minipeft_kernels.emulator.float8 import encode
 
 RNG = np.random.default_rng(0)
 

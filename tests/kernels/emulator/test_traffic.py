@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minipeft.kernels.emulator.traffic import sectors, wavefronts
+from minipeft_kernels.emulator.traffic import sectors, wavefronts
 
 LANES = np.arange(32)
 ALL = np.ones((1, 32), np.bool_)

@@ -5,6 +5,6 @@ import os
 # Triton 3.9 warns, once, of a kernel that leaves it open whether products and sums are fused.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-from minipeft.kernels.dispatch import interpreting
+from minipeft_kernels.dispatch import interpreting
 
 collect_ignore_glob = ["test_*.py"] if interpreting() else []

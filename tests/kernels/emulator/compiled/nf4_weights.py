@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from minipeft.kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft.kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize_reference
-from minipeft.kernels.nf4_quantize import nf4_quantize_reference, quantize_absmax_reference
+from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize_reference
+from minipeft_kernels.nf4_quantize import nf4_quantize_reference, quantize_absmax_reference
 
 
 class Weight:

@@ -6,9 +6,9 @@ import torch
 from nf4_weights import Weight
 from tolerances import TOLERANCES
 
-from minipeft.kernels.catalogue import Kernel
-from minipeft.kernels.emulator import EmulatedLaunch, emulate
-from minipeft.kernels.nf4_matmul_triton import nf4_matmul_forward, nf4_matmul_input_grad
+from minipeft_kernels.catalogue import Kernel
+from minipeft_kernels.emulator import EmulatedLaunch, emulate
+from minipeft_kernels.nf4_matmul_triton import nf4_matmul_forward, nf4_matmul_input_grad
 
 TARGETS = ("sm_80", "sm_90")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

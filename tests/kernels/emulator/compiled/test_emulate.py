@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from minipeft.kernels.emulator import AccessError, RaceError, UninitializedError, emulate
-from minipeft.kernels.emulator.arguments import pack
+from minipeft_kernels.emulator import AccessError, RaceError, UninitializedError, emulate
+from minipeft_kernels.emulator.arguments import pack
 
 
 @triton.jit
@@ -195,8 +195,8 @@ def test_a_scalar_that_does_not_fit_is_refused() -> None:
 def test_the_operations_run_by_an_environment_variable() -> None:
     """A process of its own, as a user would: MINIPEFT_BACKEND=ptx."""
     program = (
-        "import torch; from minipeft.kernels import nf4_quantize, nf4_dequantize, dispatch\n"
-        "from minipeft.kernels.codebooks import NF4_LEVELS\n"
+        "import torch; from minipeft_kernels import nf4_quantize, nf4_dequantize, dispatch\n"
+        "from minipeft_kernels.codebooks import NF4_LEVELS\n"
         "w = torch.randn(8, 64); codes, absmax = nf4_quantize(w, 64)\n"
         "out = nf4_dequantize(codes, absmax, NF4_LEVELS, w.shape, 64, torch.float32)\n"
         "import os; os.environ['MINIPEFT_BACKEND'] = 'reference'\n"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import triton
 
-from minipeft.kernels.emulator import emulate
-from minipeft.kernels.emulator.trace import Trace
+from minipeft_kernels.emulator import emulate
+from minipeft_kernels.emulator.trace import Trace
 
 DOCS = Path(__file__).parents[4] / "docs"
 

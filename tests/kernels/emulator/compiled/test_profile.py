@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minipeft.cli import main
-from minipeft.kernels.emulator.cases import OPERATIONS, case
-from minipeft.kernels.emulator.profile import counts_of, profile, report, some_tiles
+from minipeft.commands.cli import main
+from minipeft_kernels.emulator.cases import OPERATIONS, case
+from minipeft_kernels.emulator.profile import counts_of, profile, report, some_tiles
 
 SHAPES = {
     "nf4_matmul": "16,512,1024",

@@ -8,14 +8,14 @@ from guarded import Guarded
 from nf4_weights import Weight
 from torch import Tensor
 
-from minipeft.kernels.adamw_8bit import initial_state
-from minipeft.kernels.adamw_reference import AdamWNumbers, adamw_8bit_reference, adamw_reference
-from minipeft.kernels.adamw_triton import launch_adamw, launch_adamw_8bit
-from minipeft.kernels.emulator import emulate
-from minipeft.kernels.nf4_dequantize import nf4_dequantize_reference
-from minipeft.kernels.nf4_dequantize_triton import dequantize_into
-from minipeft.kernels.nf4_quantize import nf4_quantize_reference, quantize_absmax_reference
-from minipeft.kernels.nf4_quantize_triton import quantize_absmax_into, quantize_into
+from minipeft_kernels.adamw_8bit import initial_state
+from minipeft_kernels.adamw_reference import AdamWNumbers, adamw_8bit_reference, adamw_reference
+from minipeft_kernels.adamw_triton import launch_adamw, launch_adamw_8bit
+from minipeft_kernels.emulator import emulate
+from minipeft_kernels.nf4_dequantize import nf4_dequantize_reference
+from minipeft_kernels.nf4_dequantize_triton import dequantize_into
+from minipeft_kernels.nf4_quantize import nf4_quantize_reference, quantize_absmax_reference
+from minipeft_kernels.nf4_quantize_triton import quantize_absmax_into, quantize_into
 
 TARGETS = ("sm_80", "sm_90")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -90,7 +90,7 @@ def test_adamw(target: str, dtype: torch.dtype) -> None:
         launch_adamw(ours[0], grads, *ours[1:], NUMBERS)
     assert {launch.constants["ALIGNED"] for launch in run.launches} == {True, False}
     exact = [[t.double() for t in ts] for ts in (params, grads, *moments)]
-    from minipeft.kernels.adamw_reference import adamw_update
+    from minipeft_kernels.adamw_reference import adamw_update
 
     for tensors in zip(*exact, strict=True):
         adamw_update(*tensors, NUMBERS)

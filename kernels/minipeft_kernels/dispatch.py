@@ -1,0 +1,174 @@
+"""Which of an operation's forms runs: Triton kernel, compiled CPU code or PyTorch reference. Nothing else decides it.
+
+Tensors on a GPU that Triton compiles for go to the kernel. Tensors on a CPU go to the compiled code where it was built
+and has the operation (decoding and products of NF4 weights), else to the reference. With TRITON_INTERPRET=1, which
+Triton reads when its kernels are defined, they go to the kernel on a CPU too, run by Triton's interpreter: that is how
+kernels are tested without a GPU. MINIPEFT_BACKEND=reference, =native or =triton forces one, and is read at every call;
+a forced one that cannot run is an error. MINIPEFT_BACKEND=ptx compiles the kernels for a GPU that need not
+be there, MINIPEFT_PTX_TARGET (sm_80), and runs that code on tensors on a CPU, in the emulator; so does an active
+`minipeft_kernels.emulator.emulate`.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+
+logger = logging.getLogger("minipeft")
+
+VARIABLE = "MINIPEFT_BACKEND"
+BACKENDS = ("reference", "native", "triton", "ptx")
+TARGET_VARIABLE = "MINIPEFT_PTX_TARGET"
+DEFAULT_TARGET = "sm_80"
+# Triton compiles for NVIDIA and AMD, which PyTorch both calls "cuda", and for Intel.
+GPUS = ("cuda", "xpu")
+# The oldest NVIDIA GPUs that Triton supports, and the first with bfloat16.
+MIN_CAPABILITY = 80
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether an operation on `tensor` runs as a Triton kernel.
+
+    Raises:
+        ValueError: MINIPEFT_BACKEND has another value than those it may have.
+        RuntimeError: it asks for a form that cannot run on the tensor's device; says why.
+    """
+    forced = os.environ.get(VARIABLE, "")
+    if forced in ("reference", "native"):
+        if forced == "native":
+            _check_native(tensor.device)
+        return False
+    if forced not in ("", *BACKENDS):
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(BACKENDS)}, or unset, got {forced!r}")
+    if forced == "ptx" or emulating(tensor.device):
+        return _use_emulator(tensor.device)
+    obstacle = triton_obstacle(tensor.device)
+    if not obstacle:
+        return True
+    if forced:
+        raise RuntimeError(f"{VARIABLE}=triton, but {obstacle}")
+    return False
+
+
+def use_native(tensor: Tensor) -> bool:
+    """Whether an operation that compiled CPU code has runs there, given that `use_triton` has said no."""
+    return tensor.is_cpu and os.environ.get(VARIABLE) != "reference" and not native_obstacle()
+
+
+def runs_native(tensor: Tensor) -> bool:
+    """Whether `use_triton` says no and `use_native` yes: in one question, which is asked at every token and layer."""
+    if tensor.is_cpu and VARIABLE not in os.environ and _emulation() is None and not interpreting():
+        return not native_obstacle()
+    return not use_triton(tensor) and use_native(tensor)
+
+
+@functools.cache
+def native_obstacle() -> str:
+    """Why the compiled CPU code cannot run, or "" if it can. The reason is also logged, once."""
+    obstacle = native.obstacle()
+    if obstacle:
+        logger.warning("%s; until then NF4 runs in plain PyTorch on the CPU, several times slower", obstacle)
+    return obstacle
+
+
+def _check_native(device: torch.device) -> None:
+    if native.obstacle():
+        raise RuntimeError(f"{VARIABLE}=native, but {native.obstacle()}")
+    if device.type != "cpu":
+        raise RuntimeError(f"{VARIABLE}=native, but compiled CPU code does not run on device type {device.type}")
+
+
+def _use_emulator(device: torch.device) -> bool:
+    if device.type != "cpu":
+        raise RuntimeError(f"{VARIABLE}=ptx, but the emulator takes tensors on the CPU, and this one is on {device}")
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError(f"{VARIABLE}=ptx, but triton is not installed (pip install triton)")
+    if interpreting():
+        raise RuntimeError(f"{VARIABLE}=ptx, but TRITON_INTERPRET is set: kernels are interpreted, not compiled")
+    return True
+
+
+def emulating(device: torch.device) -> bool:
+    """Whether kernels on `device` are run by the emulator."""
+    return device.type == "cpu" and (os.environ.get(VARIABLE, "") == "ptx" or _emulation() is not None)
+
+
+def emulated_target() -> str:
+    """The architecture that is emulated: of the `emulate` that is active, or as MINIPEFT_PTX_TARGET says."""
+    active = _emulation()
+    return str(active.target) if active else os.environ.get(TARGET_VARIABLE, DEFAULT_TARGET)
+
+
+def _emulation() -> Any:
+    # Who never imported it has not entered it.
+    module = sys.modules.get("minipeft_kernels.emulator.emulate")
+    return module.current_emulation() if module else None
+
+
+@functools.cache
+def triton_obstacle(device: torch.device) -> str:
+    """Why Triton cannot run on `device`, or "" if it can. On a GPU the reason is also logged, once."""
+    obstacle = _find_obstacle(device)
+    if obstacle and device.type in GPUS:
+        logger.warning("%s: minipeft's operations run in plain PyTorch there", obstacle)
+    return obstacle
+
+
+def _find_obstacle(device: torch.device) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if interpreting():
+        return "" if device.type in ("cpu", *GPUS) else f"the interpreter does not run on device type {device.type}"
+    if device.type == "cpu":
+        return "on a CPU a Triton kernel needs the interpreter: set TRITON_INTERPRET=1 before Python starts"
+    if device.type not in GPUS:
+        return f"Triton does not compile for device type {device.type}"
+    if capability(device) < MIN_CAPABILITY:
+        return f"Triton needs an NVIDIA GPU of compute capability 8.0, and {device} has {capability(device) / 10}"
+    return ""
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter. Fixed by the first call, as kernels are by their definition."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def capability(device: torch.device) -> int:
+    """The compute capability of an NVIDIA GPU, 90 for 9.0; 80 for what is none, and has no row in any table."""
+    return int(emulated_target().removeprefix("sm_")) if emulating(device) else _capability(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def on_device(
+    tensor: Tensor, reached: Callable[[], dict[str, Tensor]] | None = None
+) -> contextlib.AbstractContextManager[object]:
+    """A context in which kernels are launched where the tensor is: Triton launches on the current GPU.
+
+    Args:
+        reached: gives the tensors, by name, that the kernel finds by addresses in memory. A GPU does not ask; the
+            emulator does.
+    """
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    if emulating(tensor.device):
+        from minipeft_kernels.emulator import launching
+
+        return launching(emulated_target(), reached() if reached else {})
+    return contextlib.nullcontext()

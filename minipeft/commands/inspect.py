@@ -1,0 +1,242 @@
+"""What a directory of ours (or of PEFT or transformers) holds, read from file headers: no weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minipeft.train.errors import TrainingError
+
+BYTES_OF = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+
+_PACKED = ".quant_state.bitsandbytes__nf4"
+
+
+class InspectError(TrainingError, ValueError):
+    """A path that is nothing we know, or a damaged file in it."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: shape, dtype by its safetensors name, bytes."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+def describe(path: str | Path) -> str:
+    """Text about an adapter, a checkpoint, a run or a model directory.
+
+    Raises:
+        InspectError: no such path, none of these, or a file that cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InspectError(f"{path} does not exist")
+    if not path.is_dir():
+        raise InspectError(f"{path} is a file: expected the directory of an adapter, a checkpoint, a run or a model")
+    for marker, about in _KINDS:
+        if (path / marker).is_file():
+            return "\n".join(about(path))
+    markers = ", ".join(marker for marker, _ in _KINDS)
+    raise InspectError(f"{path} is no adapter, checkpoint, run or model: it holds none of {markers}")
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Names, shapes and dtypes of a safetensors file.
+
+    Raises:
+        InspectError: not such a file, or a truncated one.
+    """
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError("the header is cut off")
+            header = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        tensors = {name: _tensor(entry) for name, entry in header.items()}
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except OSError as error:
+        raise InspectError(f"cannot read {file}: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InspectError(f"{file} is not a whole safetensors file: {error}") from None
+    if 8 + length + end > size:
+        raise InspectError(f"{file} is cut off: its header promises {8 + length + end} bytes, it has {size}")
+    return tensors
+
+
+def _tensor(entry: dict[str, Any]) -> TensorInfo:
+    start, end = entry["data_offsets"]
+    return TensorInfo(tuple(entry["shape"]), str(entry["dtype"]), end - start)
+
+
+def _about_adapter(path: Path) -> Iterator[str]:
+    config = _read_json(path / "adapter_config.json")
+    tensors = read_header(path / "adapter_model.safetensors")
+    values = sum(tensor.numel for tensor in tensors.values())
+    yield f"{path}: {config.get('peft_type', '?')} adapter"
+    base = config.get("base_model_name_or_path")
+    yield f"  base model        {base or 'not recorded'}"
+    yield f"  parameters        {values:,} in {len(tensors)} tensors, {size(sum(t.nbytes for t in tensors.values()))}"
+    total = _base_parameters(base)
+    if total is not None:
+        yield f"  trainable share   {100 * values / (total + values):.3f} % of {total + values:,} parameters"
+    else:
+        yield "  trainable share   unknown: the base model is not a directory on this machine"
+    yield "  config"
+    for key, value in sorted(config.items()):
+        if value not in (None, False, [], {}) and key not in ("base_model_name_or_path", "peft_type"):
+            yield f"    {key:<28}{_short(value)}"
+    yield from _tensor_lines(tensors)
+
+
+def _about_checkpoint(path: Path) -> Iterator[str]:
+    state = _read_json(path / "training_state.json")
+    progress = state.get("progress")
+    done = progress if isinstance(progress, dict) else {}
+    yield f"{path}: checkpoint of a training run"
+    yield f"  steps done        {done.get('step', '?')}"
+    yield f"  tokens trained on {done.get('tokens', '?')}"
+    saved = read_header(path / "training_state.safetensors")
+    paged = path / "optimizer_state.safetensors"
+    if paged.exists():
+        saved |= read_header(paged)
+    yield f"  optimizer state   {size(sum(tensor.nbytes for tensor in saved.values()))}"
+    yield ""
+    yield from _about_adapter(path)
+
+
+def _about_model(path: Path) -> Iterator[str]:
+    config = _read_json(path / "config.json")
+    tensors = _model_tensors(path)
+    yield f"{path}: {' '.join(config.get('architectures') or ['?'])} model ({config.get('model_type', '?')})"
+    yield f"  parameters        {model_parameters(tensors, path):,}, {size(sum(t.nbytes for t in tensors.values()))}"
+    quantization = config.get("quantization_config")
+    if quantization:
+        kind = quantization.get("bnb_4bit_quant_type") or quantization.get("quant_method")
+        yield f"  quantized         {kind}"
+    yield f"  tokenizer         {'yes' if (path / 'tokenizer_config.json').is_file() else 'none'}"
+    yield "  config"
+    for key, value in sorted(config.items()):
+        if not isinstance(value, dict) and value is not None:
+            yield f"    {key:<28}{_short(value)}"
+    yield from _tensor_lines(tensors)
+
+
+def _about_run(path: Path) -> Iterator[str]:
+    config = _read_json(path / "run.json").get("config", {})
+    yield f"{path}: training run"
+    for key in ("model", "data", "method", "quantize", "lr", "batch_size", "gradient_accumulation", "seed"):
+        if config.get(key) is not None:
+            yield f"  {key:<28}{_short(config[key])}"
+    rows = _log_rows(path / "log.jsonl")
+    for name in ("loss", "eval_loss"):
+        steps = [row for row in rows if row.get(name) is not None]
+        if steps:
+            first, last = steps[0], steps[-1]
+            yield f"  {name:<28}{first[name]:.4f} (step {first['step']}) -> {last[name]:.4f} (step {last['step']})"
+    checkpoints = sorted(p.name for p in path.glob("checkpoint-*"))
+    yield f"  checkpoints             {', '.join(checkpoints) or 'none'}"
+    if (path / "adapter" / "adapter_config.json").is_file():
+        yield ""
+        yield from _about_adapter(path / "adapter")
+    else:
+        yield "  adapter                 none yet: the run is not finished"
+
+
+# The first of these files that a directory holds says what it is.
+_KINDS = (
+    ("training_state.json", _about_checkpoint),
+    ("adapter_config.json", _about_adapter),
+    ("run.json", _about_run),
+    ("config.json", _about_model),
+)
+
+
+def _tensor_lines(tensors: dict[str, TensorInfo]) -> Iterator[str]:
+    """One line for tensors that differ only in their layer number: `*` stands for it."""
+    groups: dict[tuple[str, tuple[int, ...], str], list[TensorInfo]] = {}
+    for name, info in tensors.items():
+        pattern = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+        groups.setdefault((pattern, info.shape, info.dtype), []).append(info)
+    yield "  tensors (* is the layer number)"
+    for (pattern, shape, dtype), members in sorted(groups.items()):
+        nbytes = size(sum(info.nbytes for info in members))
+        yield f"    {len(members):>4} x {pattern}  {list(shape)} {dtype}, {nbytes}"
+
+
+def model_parameters(tensors: dict[str, TensorInfo], path: Path) -> int:
+    """Parameters of a model; a packed 4-bit weight counts the values packed in it, its scales nothing."""
+    packed = {name.removesuffix(_PACKED) for name in tensors if name.endswith(_PACKED)}
+    total = 0
+    for name, info in tensors.items():
+        owner = next((w for w in (name, name.rsplit(".", 1)[0], name.removesuffix(_PACKED)) if w in packed), None)
+        if owner is None:
+            total += info.numel
+        elif name == owner:
+            # Two values a byte, whatever dtype the bytes are stored as.
+            total += 2 * info.nbytes
+    return total
+
+
+def _base_parameters(base: Any) -> int | None:
+    if not isinstance(base, str) or not (Path(base) / "config.json").is_file():
+        return None
+    try:
+        return model_parameters(_model_tensors(Path(base)), Path(base))
+    except InspectError:
+        return None
+
+
+def _model_tensors(path: Path) -> dict[str, TensorInfo]:
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InspectError(f"{path} holds a config.json and no *.safetensors file")
+    return {name: info for file in files for name, info in read_header(file).items()}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InspectError(f"cannot read {file}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise InspectError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InspectError(f"{file} must hold a JSON object")
+    return content
+
+
+def _log_rows(file: Path) -> list[dict[str, Any]]:
+    from minipeft.train.metrics import read_log
+
+    return read_log(file) if file.is_file() else []
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 1.5 MB (powers of 1000)."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000 or unit == "GB":
+            return f"{nbytes:.0f} bytes" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError

@@ -1,0 +1,222 @@
+"""What `minipeft compare` trains: the runs, each a method with its settings, and the settings that they share.
+
+Data, batches, steps and seeds are shared, so that every run takes the same batches in the same order; a run's own are
+its method and how that is optimized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minipeft.compare.entries import check_entry, read_entries
+from minipeft.train.config import SEED_END, TrainConfig
+from minipeft.train.errors import ConfigError
+from minipeft.train.methods import METHODS
+
+# Settings of a run, where it does not say otherwise.
+COMMON: dict[str, Any] = {"scheduler": "cosine", "warmup_ratio": 0.06}
+
+# The learning rates are the best of those tried on the demo's task, see docs/comparison.md.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora": {"lr": 1e-3, "method_args": {"r": 16, "lora_alpha": 32}},
+    "qlora": {"lr": 1e-3, "method_args": {"r": 16, "lora_alpha": 32}},
+    "bottleneck": {"lr": 1e-3, "method_args": {"reduction_factor": 16}},
+    "prefix": {"lr": 1e-2, "method_args": {"num_virtual_tokens": 20}},
+    "prompt": {"lr": 3e-2, "method_args": {"num_virtual_tokens": 20}},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One row of the comparison.
+
+    Attributes:
+        name: what the table calls it.
+        settings: settings of TrainConfig. Without `method` it is the base model without an adapter.
+        where: what errors call it.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "where", self.where or f"run {self.name!r}")
+
+    @property
+    def is_base(self) -> bool:
+        """Whether there is nothing to train."""
+        return "method" not in self.settings
+
+    @property
+    def form(self) -> tuple[str | None, str | None]:
+        """`quantize` and `dtype` of the base model, None where nothing is said."""
+        return self.settings.get("quantize"), self.settings.get("dtype")
+
+
+def plan_runs(methods: Sequence[str] | None, path: str | Path | None) -> list[Run]:
+    """The runs by methods' names, with our defaults, and those of a YAML file; without either one of every method.
+
+    Raises:
+        ConfigError: an unknown method or setting, a name that is there twice, or nothing to compare.
+    """
+    if methods is None:
+        methods = [] if path is not None else list(METHODS)
+    runs = []
+    for name in methods:
+        where, given = f"--methods: run {name!r}", {"method": name}
+        check_entry(where, name, given)
+        runs.append(_run(name, given, where))
+    for name, given in (read_entries(path) if path is not None else {}).items():
+        runs.append(_run(name, given, f"runs file {path}: run {name!r}"))
+    if not runs:
+        raise ConfigError("nothing to compare: name at least one method")
+    _check_different(runs)
+    return runs
+
+
+def _run(name: str, given: Mapping[str, Any], where: str) -> Run:
+    method = given.get("method", name)
+    common = COMMON
+    if any(key.startswith(("scheduler", "warmup")) for key in given):
+        # A schedule that was chosen may know no warm-up.
+        common = {}
+    settings = {**common, **DEFAULTS[method], **given, "method": method}
+    try:
+        checked = TrainConfig(model="model", data="data", output_dir="folder", **settings)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    # As they were understood: YAML's 2e-3 is a string.
+    settings = {key: getattr(checked, key) for key in settings}
+    for key, value in METHODS[method].settings.items():
+        if key in given and settings[key] != value:
+            raise ConfigError(
+                f"{where}: method {method} has {key} {value}, got {given[key]!r}: leave it out, or take another method"
+            )
+        settings[key] = value
+    return Run(name, settings, where)
+
+
+def _check_different(runs: Sequence[Run]) -> None:
+    rows = {run.name for run in bases_of(runs)}
+    for number, run in enumerate(runs):
+        if run.name in rows:
+            raise ConfigError(f"{run.where}: this is what the row without an adapter is called: choose another name")
+        if run.name in [other.name for other in runs[:number]]:
+            raise ConfigError(f"{run.where}: there is another run of this name: runs need different names")
+
+
+def bases_of(runs: Sequence[Run]) -> list[Run]:
+    """The base model without an adapter, once in every form that the runs have it in."""
+    bases = []
+    for quantize, dtype in dict.fromkeys(run.form for run in runs):
+        form = ", ".join(part for part in (quantize, dtype) if part)
+        bases.append(Run(f"base ({form})" if form else "base", {"quantize": quantize, "dtype": dtype}))
+    return bases
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds from "0,1,2", or from a count: "3" is 0, 1 and 2; "7," is the seed 7.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    parts = text.removesuffix(",").split(",")
+    if not all(part.strip().isdecimal() and len(part) < 20 and int(part) < SEED_END for part in parts):
+        raise ConfigError(f"seeds must be a count or a list such as 0,1,2, got {text!r}")
+    numbers = [int(part) for part in parts]
+    if "," not in text:
+        if not 1 <= numbers[0] <= 1000:
+            raise ConfigError(f"seeds must be 1 to 1000 as a count, got {text!r}; for the one seed write {text},")
+        return list(range(numbers[0]))
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError(f"seeds must differ, got {text!r}")
+    return numbers
+
+
+def parse_names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """What is compared, and on what.
+
+    Attributes:
+        output: folder for everything that it writes; one that holds a comparison is gone on with.
+        model, data, eval_data, other_text: see `compare_data.load_task`; without them the demo's.
+        packing: several texts in a row; None packs the demo's texts and no others.
+        batch_size: rows in a step; None is 2 packed or 8 single ones.
+        steps: optimizer steps; None is `epochs` passes over the data.
+        max_length: longest text in tokens; None is 1024 or the model's limit.
+        too_long: "error" refuses a longer text, "drop" leaves it out.
+        dtype: of the base model. "auto" is bfloat16 where the processor multiplies it, else float32.
+    """
+
+    output: Path
+    runs: Sequence[Run]
+    seeds: Sequence[int] = (0,)
+    model: str | None = None
+    data: str | None = None
+    eval_data: str | None = None
+    other_text: str | None = None
+    packing: bool | None = None
+    batch_size: int | None = None
+    steps: int | None = None
+    epochs: float = 1.0
+    max_length: int | None = None
+    too_long: str = "error"
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What all runs have in common.
+
+    Attributes:
+        model: directory, hub name or .gguf file.
+        max_length: of the texts, or with `packing` the tokens of a row.
+        window: tokens of the other text that are seen at once.
+        batch_size: texts (rows) in a step.
+        dtype: of the base, for runs that do not say.
+    """
+
+    model: str
+    max_length: int
+    window: int
+    packing: bool
+    batch_size: int
+    steps: int | None
+    epochs: float
+    dtype: str
+    device: str
+
+
+def train_config(run: Run, shared: Shared, seed: int, folder: Path, data: Path) -> TrainConfig:
+    """A run's settings as the Trainer takes them.
+
+    Raises:
+        ConfigError: a setting is of a wrong type or out of range.
+    """
+    settings = dict(run.settings)
+    settings["dtype"] = settings.get("dtype") or shared.dtype
+    return TrainConfig(
+        model=shared.model,
+        data=str(data),
+        output_dir=str(folder),
+        device=shared.device,
+        max_length=shared.max_length,
+        packing=shared.packing,
+        batch_size=shared.batch_size,
+        max_steps=shared.steps,
+        epochs=shared.epochs,
+        seed=seed,
+        # Every step is a row, for its time.
+        log_every=1,
+        **settings,
+    )

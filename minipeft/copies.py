@@ -1,0 +1,149 @@
+"""Base tensors that an adapter trains whole: `modules_to_save` and biases.
+
+PEFT trains a base bias in place, so its base model is changed for good and disabling the adapter cannot bring it
+back. Here an adapter owns a copy of what it trains, and the copy stands in for the base tensor while the adapter
+acts.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from minipeft.adapter import AdapterModule
+
+
+class TrainedBias(AdapterModule):
+    """A module whose `bias` an adapter may have replaced by one of its own.
+
+    The class attribute `bias` stands before the registered parameter whenever somebody reads `module.bias`, so the
+    plain forward of any module (Linear, LayerNorm, Conv1D, ...) uses the adapter's copy without knowing.
+    """
+
+    name_prefix: ClassVar[str] = "BiasTrained"
+    _own_attributes: ClassVar[tuple[str, ...]] = ("trained_bias",)
+
+    trained_bias: Any
+
+    def attach(self, switch: Any) -> None:
+        super().attach(switch)
+        if not hasattr(self, "trained_bias"):
+            self.trained_bias = {}
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(out_features,), in the base bias's dtype: the bias that acts now, an adapter's or the base's."""
+        base = self._parameters.get("bias")
+        if base is not None and not self.merged_adapters:
+            for adapter in self.switch.acting:
+                if adapter in self.trained_bias:
+                    return self.trained_bias[adapter].to(base.dtype)
+        return base
+
+    def train_bias(self, adapter: str, dtype: torch.dtype | None = None) -> None:
+        """Give `adapter` a trainable copy of the base bias (in `dtype` if given)."""
+        base = self._parameters["bias"]
+        assert base is not None
+        own = nn.Parameter(base.detach().clone().to(dtype or base.dtype))
+        self._container("trained_bias", nn.ParameterDict)[adapter] = own
+
+    def adapter_names(self) -> set[str]:
+        return super().adapter_names() | set(self.trained_bias)
+
+    def adapter_state(self, adapter: str) -> dict[str, torch.Tensor]:
+        own = {"bias": self.trained_bias[adapter]} if adapter in self.trained_bias else {}
+        return {**super().adapter_state(adapter), **own}
+
+    def replaced_tensors(self, adapter: str) -> list[str]:
+        return [*super().replaced_tensors(adapter), *(["bias"] if adapter in self.trained_bias else [])]
+
+    def delete_adapter(self, adapter: str) -> None:
+        super().delete_adapter(adapter)
+        if adapter in self.trained_bias:
+            del self.trained_bias[adapter]
+
+    def merge(self, adapters: tuple[str, ...]) -> None:
+        super().merge(adapters)
+        for adapter in adapters:
+            if adapter in self.trained_bias:
+                base = self._parameters["bias"]
+                assert base is not None
+                self._install("bias", self.trained_bias[adapter].to(base.dtype).clone())
+
+
+class TrainedModule(AdapterModule):
+    """A module that adapters replace by a trained copy of their own (`modules_to_save`).
+
+    In memory the copy is `modules_to_save.<adapter>`, on disk it has the module's own parameter names.
+    """
+
+    name_prefix: ClassVar[str] = "Trained"
+    _own_attributes: ClassVar[tuple[str, ...]] = ("modules_to_save",)
+
+    modules_to_save: nn.ModuleDict
+
+    def attach(self, switch: Any) -> None:
+        super().attach(switch)
+        if not hasattr(self, "modules_to_save"):
+            self.modules_to_save = nn.ModuleDict()
+
+    def add_copy(self, adapter: str, dtype: torch.dtype | None = None) -> None:
+        """Give `adapter` a trainable copy of this module (its parameters in `dtype` if given)."""
+        # The other adapters' copies are not part of the module that is copied.
+        twin = copy.deepcopy(self, {id(self.modules_to_save): nn.ModuleDict()})
+        twin.detach()
+        for parameter in twin.parameters():
+            parameter.requires_grad_(True)
+        self.modules_to_save[adapter] = twin.to(dtype) if dtype is not None else twin
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.merged_adapters:
+            for adapter in self.switch.acting:
+                if adapter in self.modules_to_save:
+                    return self._through_copy(self.modules_to_save[adapter], *args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _through_copy(self, twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # A float32 copy over a 16-bit model: inputs go up to it, its outputs come back down.
+        wide = next((p.dtype for p in twin.parameters()), None)
+        base = next((p.dtype for p in self._parameters.values() if p is not None), wide)
+        if wide == base or wide is None or torch.is_autocast_enabled(_device_type(twin)):
+            return twin(*args, **kwargs)
+        args = tuple(a.to(wide) if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
+        out = twin(*args, **kwargs)
+        return out.to(base) if torch.is_tensor(out) else out
+
+    def adapter_names(self) -> set[str]:
+        return super().adapter_names() | set(self.modules_to_save)
+
+    def adapter_state(self, adapter: str) -> dict[str, torch.Tensor]:
+        if adapter not in self.modules_to_save:
+            return super().adapter_state(adapter)
+        return {**super().adapter_state(adapter), **self.modules_to_save[adapter].state_dict(keep_vars=True)}
+
+    def replaced_tensors(self, adapter: str) -> list[str]:
+        own = self.modules_to_save[adapter].state_dict() if adapter in self.modules_to_save else ()
+        return [*super().replaced_tensors(adapter), *own]
+
+    def delete_adapter(self, adapter: str) -> None:
+        super().delete_adapter(adapter)
+        if adapter in self.modules_to_save:
+            del self.modules_to_save[adapter]
+
+    def merge(self, adapters: tuple[str, ...]) -> None:
+        super().merge(adapters)
+        for adapter in adapters:
+            if adapter not in self.modules_to_save:
+                continue
+            for name, parameter in self.modules_to_save[adapter].named_parameters():
+                owner, leaf = self._owner_of(name)
+                base = owner._parameters[leaf]
+                assert base is not None
+                self._install(name, parameter.to(base.dtype).clone())
+
+
+def _device_type(module: nn.Module) -> str:
+    return next(module.parameters()).device.type

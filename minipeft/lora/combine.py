@@ -1,0 +1,175 @@
+"""New LoRA adapters out of weighted old ones: PEFT's `add_weighted_adapter`, its kinds and their arithmetic.
+
+Each kind is one of four ways to thin and add tensors, applied to the factors A and B one by one or, with "_svd", to the
+updates s B A themselves, which a singular value decomposition then splits again:
+
+- linear: the weighted sum (task arithmetic, Ilharco et al. 2022).
+- ties: keep the largest values, elect a sign for each place, average what agrees (Yadav et al. 2023, section 3).
+- dare: drop values at random and scale up the rest (Yu et al. 2023, equation 4), then as linear or ties.
+- magnitude_prune: keep the largest values, then as linear.
+
+"cat" lays the factors one after the other, which is the sum of the updates exactly, at the sum of the ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from minipeft.lora.config import LoraConfig
+from minipeft.lora.layer import LoraLayer
+
+ELEMENTWISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+KINDS = ("cat", "svd", *ELEMENTWISE, "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+
+
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    """How adapters are combined (the arguments of PEFT's `add_weighted_adapter`).
+
+    Args:
+        kind: One of `KINDS`.
+        svd_rank: Rank after a decomposition; by default the largest of the adapters'.
+        svd_clamp: Clip the factors at this quantile of their values.
+        svd_driver: torch.linalg.svd's, on CUDA.
+        density: The share of the values that is kept, in (0, 1]; for every kind that thins.
+        majority_sign_method: Whether the sign of a place is that of the "total" of the values or the most frequent one.
+        generator: What dare draws from; torch's default generator without.
+
+    Raises ValueError for values that are unknown, out of range or missing.
+    """
+
+    kind: str = "svd"
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    svd_driver: str | None = None
+    density: float | None = None
+    majority_sign_method: str = "total"
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"combination_type must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.thinning in ("ties", "dare_linear", "dare_ties", "magnitude_prune") and self.density is None:
+            raise ValueError(f"combination_type {self.kind!r} needs density, the share of the values to keep")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"density must be in (0, 1], got {self.density}")
+        if self.majority_sign_method not in ("total", "frequency"):
+            raise ValueError(f"majority_sign_method must be 'total' or 'frequency', got {self.majority_sign_method!r}")
+        if self.svd_clamp is not None and not 0 <= self.svd_clamp <= 1:
+            raise ValueError(f"svd_clamp is a quantile, in [0, 1], got {self.svd_clamp}")
+        if self.svd_rank is not None and self.svd_rank < 1:
+            raise ValueError(f"svd_rank must be positive, got {self.svd_rank}")
+
+    @property
+    def thinning(self) -> str:
+        """The kind without what it is applied to; "svd" alone is a linear one."""
+        return "linear" if self.kind == "svd" else self.kind.removesuffix("_svd")
+
+    def sum(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The combination of tensors of one shape, in float32 at least."""
+        thinned = torch.stack([self._thin(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
+                               for tensor in tensors])  # fmt: skip
+        column = torch.tensor(weights, dtype=thinned.dtype, device=thinned.device)
+        weighted = thinned * column.view(-1, *[1] * (thinned.dim() - 1))
+        if not self.thinning.endswith("ties"):
+            return weighted.sum(dim=0)
+        votes = thinned if self.majority_sign_method == "total" else thinned.sign()
+        elected = torch.where(votes.sum(dim=0) >= 0, 1, -1)
+        agrees = thinned.sign() == elected
+        return (weighted * agrees).sum(dim=0) / agrees.sum(dim=0).clamp(min=1.0)
+
+    def _thin(self, x: Tensor) -> Tensor:
+        if self.thinning == "linear" or self.density is None or self.density == 1:
+            return x
+        if self.thinning.startswith("dare"):
+            device = x.device if self.generator is None else self.generator.device
+            kept = torch.bernoulli(torch.full(x.shape, self.density, device=device), generator=self.generator)
+            return x * kept.to(x) / self.density
+        kept = torch.zeros_like(x).flatten()
+        kept[x.abs().flatten().topk(int(self.density * x.numel())).indices] = 1
+        return x * kept.view_as(x)
+
+
+@torch.no_grad()
+def combine_layer(layer: LoraLayer, weights: Mapping[str, float], rank: int, how: Combination) -> tuple[Tensor, Tensor]:
+    """(A (rank, in_features), B (out_features, rank)), to be used with scaling 1, of the adapters that `layer` has."""
+    here = {adapter: weight for adapter, weight in weights.items() if layer.adapts(adapter)}
+    if how.kind == "cat":
+        return _pad(*_cat(layer, here), rank)
+    if how.kind in ELEMENTWISE:
+        return _pad(*_sum_of_factors(layer, here, how), rank)
+    delta = how.sum([layer.delta_weight(adapter) for adapter in here], list(here.values()))
+    left, values, right = torch.linalg.svd(delta, full_matrices=False, driver=how.svd_driver)
+    lora_B, lora_A = left[:, :rank] * values[:rank], right[:rank]
+    if how.svd_clamp is not None:
+        # Sorted by hand: torch.quantile refuses more than 16 million values.
+        ordered = torch.cat([lora_B.flatten(), lora_A.flatten()]).sort().values
+        place = how.svd_clamp * (len(ordered) - 1)
+        limit = torch.lerp(ordered[math.floor(place)], ordered[math.ceil(place)], place - math.floor(place))
+        lora_A, lora_B = lora_A.clamp(-limit, limit), lora_B.clamp(-limit, limit)
+    return _pad(lora_A, lora_B, rank)
+
+
+def _cat(layer: LoraLayer, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+    factors = {adapter: layer.factors(adapter) for adapter in weights}
+    scaled = [factors[a][0] * w * layer.scaling[a] for a, w in weights.items()]
+    return torch.cat(scaled, dim=0), torch.cat([lora_B for _, lora_B in factors.values()], dim=1)
+
+
+def _sum_of_factors(layer: LoraLayer, weights: Mapping[str, float], how: Combination) -> tuple[Tensor, Tensor]:
+    # The root of the weight goes to each factor, and its sign to one of them.
+    scaled = [weight * layer.scaling[adapter] for adapter, weight in weights.items()]
+    factors = [layer.factors(adapter) for adapter in weights]
+    lora_A = how.sum([lora_A for lora_A, _ in factors], [math.copysign(math.sqrt(abs(w)), w) for w in scaled])
+    return lora_A, how.sum([lora_B for _, lora_B in factors], [math.sqrt(abs(w)) for w in scaled])
+
+
+def _pad(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """With zeros up to `rank`."""
+    missing = rank - len(lora_A)
+    return torch.nn.functional.pad(lora_A, (0, 0, 0, missing)), torch.nn.functional.pad(lora_B, (0, missing))
+
+
+def combined_config(
+    layers: Mapping[str, LoraLayer], configs: Mapping[str, LoraConfig], how: Combination, target_modules: list[str]
+) -> LoraConfig:
+    """The config of the combination of the adapters in `configs`, whose layers (by dotted name) are `layers`.
+
+    Its scaling is 1 everywhere.
+
+    Raises ValueError for adapters of unlike ranks in a kind that adds their factors.
+    """
+    ranks = {a: max(layer.r[a] for layer in layers.values() if layer.adapts(a)) for a in configs}
+    rank_pattern: dict[str, int] = {}
+    if how.kind == "cat":
+        r = sum(ranks.values())
+    elif how.kind in ELEMENTWISE:
+        r = max(ranks.values())
+        for path, layer in layers.items():
+            own = {layer.r[adapter] for adapter in configs if layer.adapts(adapter)}
+            if len(own) > 1:
+                raise ValueError(
+                    f"combination_type {how.kind!r} adds up factors, so the adapters must have the same r; at {path} "
+                    f"they have {sorted(own)}: 'cat' and 'svd' take any"
+                )
+            if own != {r}:
+                rank_pattern[path] = own.pop()
+    else:
+        r = how.svd_rank or max(ranks.values())
+    first = next(iter(configs.values()))
+    return LoraConfig(
+        r=r,
+        lora_alpha=r,
+        rank_pattern=rank_pattern,
+        alpha_pattern={path: float(rank) for path, rank in rank_pattern.items()},
+        target_modules=target_modules,
+        fan_in_fan_out=first.fan_in_fan_out,
+        task_type=first.task_type,
+        base_model_name_or_path=first.base_model_name_or_path,
+        revision=first.revision,
+    )

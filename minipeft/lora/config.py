@@ -1,0 +1,251 @@
+"""`LoraConfig`: what PEFT's class of this name takes, and what minipeft makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from minipeft.config import PeftConfig, PeftType, register_method
+from minipeft.lora.loftq import LoftQConfig
+
+_UNSUPPORTED = (
+    *("megatron_config", "trainable_token_indices", "eva_config", "corda_config", "lora_ga_config"),
+    *("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias"),
+    *("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
+)
+
+# PEFT's starts that are not made here. Of the first, A and B mean the same in the file as any others; with the second
+# PEFT takes the start out of the base weight and leaves it to the reader to do so again.
+_LOADED_STARTS = ("orthogonal",)
+_CHANGE_THE_BASE = ("olora", "corda", "lora_ga")
+# In the files of adapters with "pissa_niter_N": that the numbers were drawn as in `lora_init.py`, from seed 0.
+_OWN_DRAW = {"pissa_draw": "minipeft"}
+
+
+@dataclasses.dataclass
+class LoraRuntimeConfig:
+    """PEFT's `LoraRuntimeConfig`: settings that no file holds.
+
+    Raises ValueError for `ephemeral_gpu_offload`, which minipeft does not have.
+    """
+
+    ephemeral_gpu_offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ephemeral_gpu_offload:
+            raise ValueError("LoraRuntimeConfig(ephemeral_gpu_offload=True) is not supported by minipeft")
+
+
+@register_method(PeftType.LORA)
+@dataclasses.dataclass
+class LoraConfig(PeftConfig):
+    """PEFT's `LoraConfig`: the same names, defaults and JSON.
+
+    Args:
+        r: Rank of the update.
+        target_modules: Names or name endings, a regular expression that matches whole names, or "all-linear".
+            None takes the model family's usual targets.
+        exclude_modules: Names, endings or a regular expression taken out of the targets again.
+        lora_alpha: Numerator of `scaling`.
+        lora_dropout: Probability of dropping an input feature of the update.
+        fan_in_fan_out: Accepted for compatibility; the layer's own class says how its weight lies.
+        bias: Which base biases the adapter trains copies of: "none", "all" of the model's, or "lora_only".
+        use_rslora: scaling = lora_alpha / sqrt(r).
+        modules_to_save: Modules that the adapter trains whole.
+        init_lora_weights: True (B = 0), "gaussian" (the same with normal A), "pissa" or "pissa_niter_N" (the weight's
+            principal components, see `lora_init.py`), "loftq" (what quantization loses, see `loftq.py`), or False
+            (both random: a start that is not the identity, for tests). "orthogonal" in PEFT's files is read.
+        target_parameters: Names or name endings of 3-D parameters of a mixture's experts, and of its routers' weights
+            (see `lora_parameters.py`).
+        loftq_config: A `LoftQConfig` or its fields, for init_lora_weights="loftq".
+        layers_to_transform, layers_pattern: Only targets in layers of these numbers, counted in the module list
+            called `layers_pattern`.
+        rank_pattern, alpha_pattern: r and lora_alpha of targets (modules or parameters) whose name ends with the key
+            (a regular expression).
+        use_dora: Train the length of each output feature's weight too.
+
+    Raises ValueError for values out of range, and for fields of PEFT's that minipeft lacks.
+    """
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    use_dora: bool = False
+    loftq_config: Any = dataclasses.field(default_factory=dict)
+    target_parameters: list[str] | None = None
+
+    # PEFT 0.21's further fields: here so that files round-trip, refused when they ask for something.
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list | dict | None = None
+    eva_config: dict | None = None
+    corda_config: dict | None = None
+    lora_ga_config: dict | None = None
+    velora_config: dict | None = None
+    alora_invocation_tokens: list | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: dict | None = None
+    layer_replication: list | None = None
+    lora_bias: bool = False
+    use_bdlora: dict | None = None
+    arrow_config: dict | None = None
+    kasa_config: dict | None = None
+    ensure_weight_tying: bool = False
+    runtime_config: LoraRuntimeConfig = dataclasses.field(default_factory=LoraRuntimeConfig)
+
+    mergeable: ClassVar[bool] = True
+    unsupported: ClassVar[Mapping[str, tuple]] = {
+        **dict.fromkeys(_UNSUPPORTED, ()),
+        # They only say something beside a field that is refused.
+        "megatron_core": ("megatron.core",),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, field)
+            if isinstance(value, set | tuple):
+                setattr(self, field, sorted(value))
+            _check_names(field, getattr(self, field), expression=field != "modules_to_save")
+        for field in ("fan_in_fan_out", "use_rslora", "use_dora"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be true or false, got {getattr(self, field)!r}")
+        _check_number("lora_alpha", self.lora_alpha)
+        _check_number("lora_dropout", self.lora_dropout)
+        for field in ("rank_pattern", "alpha_pattern"):
+            _check_pattern(field, getattr(self, field))
+        for name, alpha in self.alpha_pattern.items():
+            _check_number(f"alpha_pattern[{name!r}]", alpha)
+        _check_positive_int("r", self.r)
+        for name, rank in self.rank_pattern.items():
+            _check_positive_int(f"rank_pattern[{name!r}]", rank)
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
+        self._check_kind_of_start()
+        self._check_loftq()
+        if not isinstance(self.runtime_config, LoraRuntimeConfig):
+            raise ValueError(f"runtime_config must be a LoraRuntimeConfig, got {self.runtime_config!r}")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            _check_regex("target_modules", self.target_modules)
+        if isinstance(self.exclude_modules, str):
+            _check_regex("exclude_modules", self.exclude_modules)
+        layers = self.layers_to_transform
+        if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, list) else [layers])):
+            raise ValueError(f"layers_to_transform must be a layer number or a list of them, got {layers!r}")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where to count layers_to_transform, which is not given")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                "layers_to_transform needs target_modules as a list of names, got the string "
+                f"{self.target_modules!r}; put the layer numbers into the expression instead"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        del values["runtime_config"]
+        return values
+
+    def _check_kind_of_start(self) -> None:
+        kind = self.init_lora_weights
+        known = (True, False, "gaussian", "pissa", "loftq", *_LOADED_STARTS)
+        if kind in _CHANGE_THE_BASE:
+            raise ValueError(
+                f"init_lora_weights={kind!r} is not supported by minipeft: it changes the base weights; an adapter "
+                "that PEFT saves with path_initial_model_for_weight_conversion is plain LoRA, which loads"
+            )
+        if kind not in known and not re.fullmatch(r"pissa_niter_\d+", str(kind)):
+            raise ValueError(
+                f"init_lora_weights must be True, False, 'gaussian', 'pissa', 'pissa_niter_N' or 'loftq', got {kind!r}"
+            )
+
+    def check_start(self) -> None:
+        if self.init_lora_weights in _LOADED_STARTS:
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights!r} is for adapters that PEFT made, which load; minipeft "
+                "makes no such start: take True, 'gaussian' or 'pissa'"
+            )
+
+    def file_marks(self) -> dict[str, str]:
+        return _OWN_DRAW if self._starts_from_a_draw() else {}
+
+    def check_marks(self, marks: Mapping[str, str], source: str) -> None:
+        if self._starts_from_a_draw() and not _OWN_DRAW.items() <= marks.items():
+            raise ValueError(
+                f"{source}: init_lora_weights={self.init_lora_weights!r} starts from random numbers that PEFT does not "
+                "store, so nobody can know what the adapter was trained from; where it was trained, save it with "
+                "path_initial_model_for_weight_conversion, as plain LoRA"
+            )
+
+    def _starts_from_a_draw(self) -> bool:
+        return str(self.init_lora_weights).startswith("pissa_niter_")
+
+    def _check_loftq(self) -> None:
+        if isinstance(self.loftq_config, LoftQConfig):
+            self.loftq_config = dataclasses.asdict(self.loftq_config)
+        if (self.init_lora_weights == "loftq") != bool(self.loftq_config):
+            raise ValueError(
+                "init_lora_weights='loftq' and loftq_config go together, got "
+                f"{self.init_lora_weights!r} and {self.loftq_config!r}"
+            )
+        LoftQConfig(**self.loftq_config)
+        if self.loftq_config and self.use_dora:
+            raise ValueError("use_dora with init_lora_weights='loftq' is not supported by minipeft")
+
+    def settings_for(self, path: str) -> tuple[int, float, float]:
+        """(r, lora_alpha, scaling) of the target at `path`."""
+        r = _by_pattern(self.rank_pattern, path, self.r)
+        alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+        return r, alpha, alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _check_names(field: str, value: Any, expression: bool) -> None:
+    if value is None or (expression and isinstance(value, str)):
+        return
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        kinds = "a list of names" + (" or a regular expression" if expression else "")
+        raise ValueError(f"{field} must be {kinds}, got {value!r}")
+
+
+def _check_number(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{field} must be a finite number, got {value!r}")
+
+
+def _check_pattern(field: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{field} must map ends of names to numbers, got {value!r}")
+    for key in value:
+        _check_regex(f"{field} key", key)
+
+
+def _check_regex(name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{name} {expression!r} is not a regular expression: {error}") from None

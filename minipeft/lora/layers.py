@@ -1,0 +1,276 @@
+"""The layers that LoRA adapts: linear ones, plain and packed, GPT-2's Conv1D and embeddings; and how it finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipeft.adapter import AdapterModule, Method, base_modules
+from minipeft.copies import TrainedModule
+from minipeft.lora.config import LoraConfig
+from minipeft.lora.experts import LoraParameters, check_target_parameters, find_target_parameters
+from minipeft.lora.init import changes_base
+from minipeft.lora.layer import LoraLayer, wide
+from minipeft.lora.loftq import LoftQConfig
+from minipeft.nf4 import NF4Linear, NF4Weight
+from minipeft.targets import is_conv1d, match_targets, shortest_names
+from minipeft_kernels.arithmetic import as_autocast
+from minipeft_kernels.lora_linear import frozen_linear, lora_linear
+from minipeft_kernels.lora_matmul import lora_matmul
+from minipeft_kernels.nf4_matmul import Packed, Sizes
+
+
+class LoraDenseLayer(LoraLayer):
+    """LoRA on a linear layer with a dense weight, in whichever order that lies."""
+
+    weight: nn.Parameter
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = self.fused_adapter()
+        if adapter is None or not _is_frozen(self.weight, x):
+            return super().forward(x, *args, **kwargs)
+        return lora_linear(x, self._matrix(), self.bias, *self.factors(adapter), self.scaling[adapter])
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.lora_base or args or kwargs or not _is_frozen(self.weight, x):
+            return super()._base_output(x, *args, **kwargs)
+        return frozen_linear(x, self._matrix(), self.bias)
+
+    def dense_weight(self) -> Tensor:
+        return wide(self._matrix().detach())
+
+    def _matrix(self) -> Tensor:
+        """The weight as (out_features, in_features), perhaps a transposed view."""
+        raise NotImplementedError
+
+
+class LoraLinear(LoraDenseLayer):
+    """LoRA on `nn.Linear`, weight (out_features, in_features)."""
+
+    in_features: int
+    out_features: int
+
+    def _matrix(self) -> Tensor:
+        return self.weight
+
+    def _install_weight(self, weight: Tensor) -> None:
+        self._install("weight", weight.to(self.weight.dtype))
+
+    def _lora_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+
+def _is_frozen(weight: Tensor, x: Tensor) -> bool:
+    """Whether `weight` is a plain tensor that wants no gradient and fits x: then one operation can do it all."""
+    plain = type(weight) in (nn.Parameter, Tensor) and not weight.requires_grad
+    return plain and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+
+
+class LoraNF4Linear(LoraLayer):
+    """QLoRA (Dettmers et al. 2023): LoRA on a frozen 4-bit layer.
+
+    A merged weight is no longer one of NF4's values, so while merged the layer holds it dense, in the dtype that
+    the weight had before it was quantized, beside the packed codes that `unmerge` goes back to.
+    """
+
+    _own_attributes: ClassVar[tuple[str, ...]] = ("dense_merged",)
+
+    in_features: int
+    out_features: int
+    dense_merged: Tensor | None
+    compute_dtype: torch.dtype | None
+    packed: Callable[[], Packed]
+    sizes: Callable[[], Sizes]
+    dequantize: Callable[[torch.dtype], Tensor]
+    nf4_weight: Callable[[], NF4Weight]
+    set_weight: Callable[[NF4Weight], None]
+
+    def attach(self, switch: Any) -> None:
+        super().attach(switch)
+        if not hasattr(self, "dense_merged"):
+            self.register_buffer("dense_merged", None, persistent=False)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        merged = self._buffers["dense_merged"]
+        if merged is None:
+            adapter = self.fused_adapter()
+            return super().forward(x, *args, **kwargs) if adapter is None else self._fused_forward(adapter, x)
+        self._check_not_by_row()
+        bias = None if self.bias is None else self.bias.to(merged.dtype)
+        return F.linear(x.to(merged.dtype), merged, bias).to(x.dtype)
+
+    def _fused_forward(self, adapter: str, x: Tensor) -> Tensor:
+        factors = (*self.factors(adapter), self.scaling[adapter])
+        return lora_matmul(as_autocast(x), self.packed(), *factors, *self.sizes(), self.bias, self.compute_dtype)
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        self.dense_merged = None
+
+    def _quantize_base(self, adapter: str, config: LoraConfig, init: bool) -> None:
+        # An adapter of one round was trained on the plain quantization, which this layer has.
+        if init or LoftQConfig(**config.loftq_config).loftq_iter != 1:
+            raise ValueError(
+                "init_lora_weights='loftq' needs the weights before quantization, and this layer is NF4 already: "
+                "attach the adapter to the plain model, or attach an ordinary one and call replace_lora_weights_loftq"
+            )
+
+    def dense_weight(self) -> Tensor:
+        return self.dequantize(torch.float32)
+
+    def _install_weight(self, weight: Tensor) -> None:
+        self.dense_merged = weight.to(self.nf4_weight().dtype)
+
+    def _lora_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+
+class LoraConv1D(LoraDenseLayer):
+    """LoRA on GPT-2's `Conv1D`: a linear layer whose weight lies as (in_features, out_features)."""
+
+    def _matrix(self) -> Tensor:
+        return self.weight.T
+
+    def _install_weight(self, weight: Tensor) -> None:
+        self._install("weight", weight.T.contiguous().to(self.weight.dtype))
+
+    def _lora_shape(self) -> tuple[int, int]:
+        in_features, out_features = self.weight.shape
+        return out_features, in_features
+
+
+class LoraEmbedding(LoraLayer):
+    """LoRA on `nn.Embedding`: the table is W^T, one input feature a token, and A's columns are looked up.
+
+    The factors are parameters, `lora_embedding_A` (r, num_embeddings) and `lora_embedding_B` (embedding_dim, r).
+    A starts at zero and B random, so that the start is the identity.
+    """
+
+    _own_attributes: ClassVar[tuple[str, ...]] = ("lora_embedding_A", "lora_embedding_B")
+
+    weight: nn.Parameter
+    padding_idx: int | None
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+
+    def attach(self, switch: Any) -> None:
+        super().attach(switch)
+        if hasattr(self, "lora_embedding_A"):
+            return
+        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        lora_A, lora_B = self.factors(adapter)
+        # No gradient for padding, as for the table itself.
+        looked_up = F.embedding(x, lora_A.T, self.padding_idx)  # (..., r)
+        # Gemma's embeddings multiply what they look up.
+        return looked_up @ lora_B.T * (self.scaling[adapter] * getattr(self, "embed_scale", 1.0))
+
+    def delete_adapter(self, adapter: str) -> None:
+        for factors in (self.lora_embedding_A, self.lora_embedding_B):
+            if adapter in factors:
+                del factors[adapter]
+        super().delete_adapter(adapter)
+
+    def dense_weight(self) -> Tensor:
+        return wide(self.weight.detach().T)
+
+    def _install_weight(self, weight: Tensor) -> None:
+        self._install("weight", weight.T.contiguous().to(self.weight.dtype))
+
+    def _lora_shape(self) -> tuple[int, int]:
+        vocabulary, hidden = self.weight.shape
+        return hidden, vocabulary
+
+    def _create_factors(self, adapter: str, r: int, dtype: torch.dtype) -> None:
+        hidden, vocabulary = self._lora_shape()
+        like: dict[str, Any] = {"device": self._weight_device(), "dtype": dtype}
+        self.lora_embedding_A[adapter] = nn.Parameter(torch.empty(r, vocabulary, **like))
+        self.lora_embedding_B[adapter] = nn.Parameter(torch.empty(hidden, r, **like))
+
+    def _init_factors(self, adapter: str, kind: bool | str) -> None:
+        lora_A, lora_B = self.factors(adapter)
+        nn.init.normal_(lora_B)
+        if kind is False:
+            nn.init.normal_(lora_A)
+        else:
+            nn.init.zeros_(lora_A)
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
+
+    def _factor_state(self, adapter: str) -> dict[str, Tensor]:
+        lora_A, lora_B = self.factors(adapter)
+        return {"lora_embedding_A": lora_A, "lora_embedding_B": lora_B}
+
+
+def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
+    """The mixin that adapts `module`, or None if LoRA cannot."""
+    if isinstance(module, NF4Linear):
+        return LoraNF4Linear
+    if isinstance(module, nn.Embedding):
+        return LoraEmbedding
+    if is_conv1d(module):
+        return LoraConv1D
+    # nn.MultiheadAttention reads its out_proj's weight without calling it, and bitsandbytes' layers are nn.Linear
+    # with a packed weight: an update on either would be lost or wrong.
+    # Llama 4's router is an nn.Linear that returns two things.
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or "Router" in type(module).__name__:
+        return None
+    if isinstance(module, nn.Linear) and module.weight.shape == (module.out_features, module.in_features):
+        return LoraLinear
+    return None
+
+
+_ROUTER = ", the router of a mixture of experts, whose weight target_parameters takes"
+
+
+def _mixin_for(module: nn.Module) -> type[AdapterModule] | None:
+    """`lora_mixin_for`, and for a module that holds parameters for `target_parameters` `LoraParameters`."""
+    fused = any(p is not None and p.dim() >= 2 for p in module._parameters.values())
+    return lora_mixin_for(module) or (LoraParameters if fused else None)
+
+
+def _reads_its_own(module: nn.Module) -> bool:
+    """Whether a 2-D weight of `module` is read in the module's own forward, where an update of it can stand in."""
+    plain_layer = isinstance(module, nn.Linear) and "Router" not in type(module).__name__
+    return lora_mixin_for(module) is None and not plain_layer
+
+
+def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
+    if not config.target_parameters:
+        return _find_layers(model, config, skip)
+    check_target_parameters(config)
+    holders = find_target_parameters(dict(base_modules(model)), config, _reads_its_own)
+    # Without a word about modules, as in PEFT, the parameters are all.
+    return [*(_find_layers(model, config, skip) if config.target_modules else ()), *holders]
+
+
+def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
+    targets = match_targets(model, config, lambda module: lora_mixin_for(module) is not None, skip)
+    for path in targets:
+        module = model.get_submodule(path)
+        if isinstance(module, TrainedModule):
+            raise ValueError(f"target_modules: {path!r} is another adapter's modules_to_save")
+        if lora_mixin_for(module) is None:
+            kind = f"{type(module).__module__}.{type(module).__name__}"
+            if kind.startswith("bitsandbytes."):
+                raise ValueError(f"{path!r} is a {kind}: load the model with minipeft's BitsAndBytesConfig instead")
+            raise ValueError(
+                f"target_modules: {path!r} is a {kind}{_ROUTER if 'Router' in kind else ''}; LoRA adapts "
+                "torch.nn.Linear, torch.nn.Embedding, transformers' Conv1D and minipeft's NF4Linear"
+            )
+        if changes_base(config.init_lora_weights) and isinstance(module, nn.Embedding):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} is for linear layers, {path!r} is not one"
+            )
+    if config.target_modules == "all-linear":
+        config.target_modules = shortest_names(model, targets)
+    return targets
+
+
+LORA = Method(find=_find_targets, mixin_for=_mixin_for)

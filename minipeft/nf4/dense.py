@@ -1,0 +1,42 @@
+"""What stays dense in a quantized model, which is mostly the output head: the largest product of a generated token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from minipeft_kernels.lora_linear import frozen_linear
+
+
+class DenseLinear(nn.Linear):
+    """An `nn.Linear` that on a CPU is multiplied by `frozen_linear` while its weight is not being trained.
+
+    For a float32 head of 49,152 rows and one token that is 2.6 ms instead of 6.3 (AMD EPYC, AVX-512, 2 threads), and
+    in 16 bits on a CPU that would emulate them the arithmetic is float32. Otherwise it is what it was.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        # None where it is made at every call, as by `torch.nn.utils.parametrize`.
+        weight = self._parameters.get("weight")
+        return frozen_linear(x, weight, self.bias) if _is_frozen(weight, x) else super().forward(x)
+
+
+def _is_frozen(weight: Tensor | None, x: Tensor) -> bool:
+    if type(weight) is not nn.Parameter or not x.is_cpu or (weight.requires_grad and torch.is_grad_enabled()):
+        return False
+    return x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")
+
+
+def keep_dense(model: nn.Module) -> None:
+    """Make each plain `nn.Linear` of a quantized model a `DenseLinear`: the same module, of another class."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = DenseLinear
+
+
+def make_plain(model: nn.Module) -> None:
+    """Undo `keep_dense`."""
+    for module in model.modules():
+        if type(module) is DenseLinear:
+            module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -1,0 +1,209 @@
+"""What happens to one weight while transformers loads a checkpoint: quantize it, or take its packed form.
+
+transformers hands each weight (and the scale tensors of a packed one) to a `ConversionOps` as it comes from
+disk and drops it afterwards; so no more than one dense weight exists at a time. An exception here would come
+out as a generic RuntimeError, with the cause in a log line. So problems are collected by name, and the
+quantizer raises them when loading is over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from minipeft.nf4.hf.modules import dense_weight, nf4_linears
+from minipeft.nf4.linear import NF4Linear
+from minipeft.nf4.weight import NF4Weight
+
+# The names under which bitsandbytes stores one weight. Longest first: patterns are tried in this order.
+PACKED_NAMES = (
+    "weight.quant_state.bitsandbytes__nf4",
+    "weight.quant_state.bitsandbytes__fp4",
+    "weight.nested_quant_map",
+    "weight.nested_absmax",
+    "weight.quant_map",
+    "weight.absmax",
+    "weight",
+)
+
+
+@dataclass
+class LoadRecord:
+    """What became of the weights of one `from_pretrained` call."""
+
+    filled: set[str] = field(default_factory=set)
+    problems: dict[str, str] = field(default_factory=dict)
+    # transformers' own set, kept up to date by it; ours to read when loading is over
+    missing: set[str] = field(default_factory=set)
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """Note a ValueError or TypeError under the tensor's name instead of letting it out."""
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            self.problems[name] = str(error)
+        else:
+            self.filled.add(name)
+
+    def raise_problems(self, model: nn.Module) -> None:
+        """Raise unless every NF4Linear has its weight and its bias from the checkpoint.
+
+        Raises:
+            ValueError: names each tensor that is missing or was refused, and why.
+        """
+        absent = "it is not in the checkpoint (a new module can stay dense: name it in skip_modules)"
+        for name, linear in nf4_linears(model):
+            if f"{name}.weight" not in self.filled:
+                self.problems.setdefault(f"{name}.weight", absent)
+            if linear.bias is not None and f"{name}.bias" in self.missing:
+                self.problems[f"{name}.bias"] = absent
+        if self.problems:
+            lines = "".join(f"\n  {name}: {why}" for name, why in sorted(self.problems.items()))
+            raise ValueError(f"{type(model).__name__}: these tensors cannot be loaded in NF4:{lines}")
+
+
+def fill(linear: NF4Linear, weight: NF4Weight) -> None:
+    """Give a meta-device `NF4Linear` its weight; transformers must not initialize it again."""
+    linear.set_weight(weight)
+    linear._is_hf_initialized = True  # type: ignore[assignment]
+
+
+class NF4Quantize(ConversionOps):
+    """A dense weight from disk -> the packed weight and its scales, in the module."""
+
+    def __init__(self, record: LoadRecord, blocksize: int, double_quant: bool) -> None:
+        self.record, self.blocksize, self.double_quant = record, blocksize, double_quant
+
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str] | None = None, **_: Any
+    ) -> dict[str, torch.Tensor]:
+        """Full names and weights in, the same names out: packed where the module is an `NF4Linear`."""
+        self.record.missing = missing_keys if missing_keys is not None else set()
+        result: dict[str, torch.Tensor] = {}
+        for name in list(input_dict):
+            value = _only(input_dict.pop(name))
+            linear, leaf = get_module_from_name(model, name)
+            if not isinstance(linear, NF4Linear) or leaf != "weight":
+                result[name] = value
+                continue
+            with self.record.naming(name):
+                dense = dense_weight(linear, value)
+                fill(linear, NF4Weight.quantize(dense, self.blocksize, self.double_quant))
+                result[name] = linear.weight
+        return result
+
+
+class NF4Deserialize(ConversionOps):
+    """The stored tensors of one weight, packed or dense, by the names of `PACKED_NAMES` -> the module."""
+
+    def __init__(self, record: LoadRecord) -> None:
+        self.record = record
+        # set by the quantizer for each weight: the dtype a dense one is wanted in
+        self.dense_dtype: torch.dtype | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NF4Deserialize:
+        # transformers copies the operation for every tensor; the record must stay the one
+        return NF4Deserialize(self.record)
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str,
+        model: nn.Module,
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Stored names (relative to the module) and tensors in; {"weight": ...} out, or nothing if refused."""
+        self.record.missing = missing_keys if missing_keys is not None else set()
+        stored = {name: _only(value) for name, value in input_dict.items()}
+        linear, leaf = get_module_from_name(model, full_layer_name)
+        if not isinstance(linear, NF4Linear) or leaf != "weight":
+            return self._dense(stored, full_layer_name)
+        with self.record.naming(full_layer_name):
+            fill(linear, _packed(stored, linear))
+            return {"weight": linear.weight}
+        return {}
+
+    def _dense(self, stored: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+        if set(stored) != {"weight"}:
+            self.record.problems[name] = (
+                "it is packed in the checkpoint, but the checkpoint's config leaves this module dense "
+                "(llm_int8_skip_modules in config.json)"
+            )
+            return {}
+        weight = stored["weight"]
+        return {"weight": weight.to(self.dense_dtype) if weight.is_floating_point() else weight}
+
+
+def _packed(stored: dict[str, torch.Tensor], linear: NF4Linear) -> NF4Weight:
+    """The stored tensors of one packed weight as an `NF4Weight`; ValueError names what is wrong."""
+    if "weight.quant_state.bitsandbytes__fp4" in stored:
+        raise ValueError("it is packed as fp4, and minipeft reads nf4 only: quantize the original model again")
+    expected = (linear.out_features, linear.in_features)
+    if set(stored) == {"weight"} and tuple(stored["weight"].shape) == expected:
+        raise ValueError(
+            "it is dense in the checkpoint, but the checkpoint's config says packed "
+            "(add the module to llm_int8_skip_modules in config.json)"
+        )
+    needed = {"weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"}
+    absent = sorted(needed - set(stored))
+    if absent:
+        raise ValueError(f"the checkpoint lacks {', '.join(absent)} of it")
+    weight = NF4Weight.from_state(_with_float32_scales(stored))
+    if tuple(weight.shape) != expected:
+        raise ValueError(f"the packed weight is {tuple(weight.shape)}, the module expects {expected}")
+    _check_finite(weight)
+    return weight
+
+
+def _check_finite(weight: NF4Weight) -> None:
+    """Scales come from finite weights: NaN or infinity in them is damage, and would spread from here."""
+    scales = {
+        "weight.absmax": weight.absmax,
+        "weight.quant_map": weight.quant_map,
+        "weight.nested_absmax": weight.nested_absmax,
+        "weight.nested_quant_map": weight.nested_quant_map,
+        "nested_offset": weight.offset,
+    }
+    for name, scale in scales.items():
+        if scale is not None and not bool(torch.isfinite(scale).all()):
+            raise ValueError(f"{name} holds NaN or infinity")
+
+
+def _with_float32_scales(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weight with plain scales, if its doubly quantized ones are to be computed in 16 bits.
+
+    bitsandbytes writes such weights ("nested_dtype": "bfloat16") when it saves a bfloat16 model that has run on a
+    CPU with AVX512-BF16, where it repacks the weight, and rounds the scale after each of the two steps when it
+    reads them. The rounded results are taken as single quantization. (bitsandbytes 0.50.2, functional.py,
+    `_convert_weight_packed_for_cpu_inverse`, and tried.)
+    """
+    quant_state = stored[PACKED_NAMES[0]]
+    try:
+        entries = json.loads(bytes(quant_state.tolist()))
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(entries.get("nested_dtype"))
+    except (ValueError, AttributeError):
+        return stored  # the reader has the better words for it
+    nested = {"weight.absmax", "weight.nested_absmax", "weight.nested_quant_map"}
+    if dtype is None or not nested <= set(stored):
+        return stored
+    codes, nested_map = stored["weight.absmax"], stored["weight.nested_quant_map"]
+    nested_absmax = stored["weight.nested_absmax"].repeat_interleave(entries["nested_blocksize"])[: codes.numel()]
+    absmax = (nested_map[codes.int()] * nested_absmax).to(dtype) + entries["nested_offset"]
+    plain = {k: v for k, v in entries.items() if not k.startswith("nested_")}
+    packed = torch.tensor(list(json.dumps(plain).encode()), dtype=torch.uint8)
+    kept = {name: t for name, t in stored.items() if name not in nested}
+    return {**kept, "weight.absmax": absmax.float(), PACKED_NAMES[0]: packed.to(codes.device)}
+
+
+def _only(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    return value[0] if isinstance(value, list) else value

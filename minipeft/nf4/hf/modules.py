@@ -1,0 +1,162 @@
+"""Which modules of a model become `NF4Linear`, and the swap itself, there and back.
+
+Converted, as by transformers for bitsandbytes: `nn.Linear` proper and GPT-2's `Conv1D`, whose weight (in_features,
+out_features) is transposed first. Left dense: what transformers leaves dense, and every weight that a second module
+uses too. Subclasses of `nn.Linear` are left too: Llama 4's router returns two things, `nn.MultiheadAttention` reads
+its projection's weight without a call; Falcon's only multiplies, but no reader of a checkpoint expects it packed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from minipeft.nf4.hf.config import NF4Config
+from minipeft.nf4.linear import NF4Linear
+
+
+def modules_to_skip(model: nn.Module, skip_modules: list[str] | None, packed_already: bool = False) -> list[str]:
+    """Name patterns of the modules that stay dense, sorted.
+
+    For a transformers model: the given list, or by default its output head, tied weights and last module; and in
+    any case the modules it keeps in float32 and its tied ones. A plain module has only the list.
+
+    Args:
+        model: the dense model, also on the meta device.
+        skip_modules: `NF4Config.skip_modules`.
+        packed_already: the checkpoint is packed. Then exactly what bitsandbytes would have left dense is dense.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return sorted(skip_modules or [])
+    keep = list(model._keep_in_fp32_modules or [])
+    tied = [key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair]
+    if not packed_already:
+        keep += getattr(model, "_keep_in_fp32_modules_strict", None) or []
+        if skip_modules is None:
+            # transformers means to leave the last module dense, and misses one that ends in a bias: a classifier
+            keep += [list(model.named_parameters())[-1][0].rpartition(".")[0]]
+    return sorted({*HfQuantizer.get_modules_to_not_convert(model, skip_modules, keep), *tied} - {""})
+
+
+def skip_modules_for_file(model: nn.Module, skip_modules: list[str] | None) -> list[str] | None:
+    """The skip list that a reader of the packed checkpoint needs; to be asked before the swap.
+
+    A reader (bitsandbytes too) takes a list as it is and adds nothing. None, "the default", is kept where it
+    comes to the same: a model with another head on top has its own default, which a list would not know.
+    """
+    ours = convertible_modules(model, modules_to_skip(model, skip_modules))
+    theirs = convertible_modules(model, modules_to_skip(model, skip_modules, packed_already=True))
+    if skip_modules is None and ours == theirs:
+        return None
+    return modules_to_skip(model, skip_modules)
+
+
+def convertible_modules(model: nn.Module, skip: list[str]) -> list[list[str]]:
+    """Names of the modules to convert, in the model's order: one list a module, all of its names in it.
+
+    Names and not modules, so that a caller who replaces them one by one also frees them one by one.
+    """
+    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+
+    def wanted(names: list[str]) -> bool:
+        module = model.get_submodule(names[0])
+        if type(module) is not nn.Linear and not isinstance(module, Conv1D):
+            return False
+        return uses[id(module.weight)] == 1 and all(should_convert_module(name, skip) for name in names)
+
+    return [names for names in names_by_module(model, (nn.Linear, Conv1D)) if wanted(names)]
+
+
+def names_by_module(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Module], ...]) -> list[list[str]]:
+    """The names of each module of a kind, a module that stands in several places having several."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, kind):
+            names.setdefault(id(module), []).append(name)
+    return list(names.values())
+
+
+def require_convertible(model: nn.Module, skip: list[str]) -> list[list[str]]:
+    """`convertible_modules`, or ValueError when there is none."""
+    groups = convertible_modules(model, skip)
+    if not groups:
+        special = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear}
+        stays = f"; its {', '.join(sorted(special))} stays dense, as with bitsandbytes" if special else ""
+        raise ValueError(
+            f"{type(model).__name__} has nothing to put into NF4: no nn.Linear or Conv1D (subclasses do not count) "
+            f"besides those left dense: {', '.join(skip) or 'none'}{stays}"
+        )
+    return groups
+
+
+def nf4_linear_like(module: nn.Module, config: NF4Config) -> NF4Linear:
+    """An `NF4Linear` on the meta device with the shape, bias and dtype of a `Linear` or `Conv1D`."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    transposed = isinstance(module, Conv1D)
+    out_features, in_features = reversed(weight.shape) if transposed else weight.shape
+    # from_pretrained makes every tensor on the meta device, and NF4's constant tables, made once, must be real
+    with torch.device("cpu"):
+        linear = NF4Linear(
+            in_features,
+            out_features,
+            bias=module.bias is not None,
+            compute_dtype=config.compute_dtype,
+            blocksize=config.blocksize,
+            double_quant=config.double_quant,
+            dtype=weight.dtype,
+            device="meta",
+        )
+    linear.from_conv1d = transposed  # type: ignore[assignment]
+    linear.train(module.training)
+    return linear
+
+
+def dense_weight(linear: NF4Linear, weight: torch.Tensor) -> torch.Tensor:
+    """The weight as (out_features, in_features), from how the replaced module stored it.
+
+    Raises:
+        ValueError: the shape or dtype is not that of the module.
+    """
+    expected = (linear.out_features, linear.in_features)
+    stored = expected[::-1] if linear.from_conv1d else expected
+    if tuple(weight.shape) != stored:
+        raise ValueError(f"the weight is {tuple(weight.shape)}, the module expects {stored}")
+    if not weight.is_floating_point():
+        raise ValueError(f"the weight is {weight.dtype}: it is packed already, and the config does not say how")
+    # (in_features, out_features) -> (out_features, in_features)
+    return weight.t().contiguous() if linear.from_conv1d else weight.detach()
+
+
+def nf4_linears(model: nn.Module) -> Iterator[tuple[str, NF4Linear]]:
+    """The `NF4Linear` modules of a model by name, a shared one under its first name."""
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Linear):
+            yield name, module
+
+
+def to_dense(linear: NF4Linear, dtype: torch.dtype | None, weight: torch.Tensor | None = None) -> nn.Module:
+    """The `Linear` or `Conv1D` that `linear` replaced, holding the dequantized weight (dtype None: its own).
+
+    Args:
+        weight: (out_features, in_features), to hold instead of the dequantized weight.
+    """
+    weight = linear.dequantize(dtype) if weight is None else weight
+    bias = linear.bias
+    dense: nn.Module
+    with torch.device("meta"):
+        if getattr(linear, "from_conv1d", False):
+            dense, weight = Conv1D(linear.out_features, linear.in_features), weight.t().contiguous()
+        else:
+            dense = nn.Linear(linear.in_features, linear.out_features, bias=bias is not None)
+    dense.weight = nn.Parameter(weight)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=bias.requires_grad)
+    return dense.train(linear.training)

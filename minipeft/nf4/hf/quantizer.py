@@ -1,0 +1,195 @@
+"""The transformers quantizer for NF4: what `from_pretrained` calls around loading the weights.
+
+Order of calls (transformers 5.23, modeling_utils.from_pretrained): the model is built on the meta device;
+`_process_model_before_weight_loading` swaps linear layers for empty `NF4Linear`s; each weight goes through an
+operation of `hf_load.py`; `_process_model_after_weight_loading` checks that nothing is missing.
+"""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from minipeft.nf4.dense import keep_dense, make_plain
+from minipeft.nf4.hf.config import NF4Config
+from minipeft.nf4.hf.load import PACKED_NAMES, LoadRecord, NF4Deserialize, NF4Quantize
+from minipeft.nf4.hf.modules import (
+    modules_to_skip,
+    names_by_module,
+    nf4_linear_like,
+    nf4_linears,
+    require_convertible,
+    skip_modules_for_file,
+    to_dense,
+)
+from minipeft.nf4.linear import NF4Linear
+
+
+class NF4HfQuantizer(HfQuantizer):
+    """Loads, saves and dequantizes NF4 models; the model keeps it as `model.hf_quantizer`."""
+
+    requires_calibration = False
+    quantization_config: NF4Config
+    # set on the instance once a minipeft adapter is on the model: before that there is nothing to train
+    _minipeft_attached = False
+
+    def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
+        # the skip list may be completed for the model at hand, and the caller's object serves other models too
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.record = LoadRecord()
+        self.hooks: list[RemovableHandle] = []
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in {str(place) for place in device_map.values()}:
+            raise ValueError("NF4 models cannot be offloaded to disk: remove 'disk' from device_map")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        # as bitsandbytes: without a device_map the model goes to the current accelerator, if there is one
+        if device_map is None and torch.cuda.is_available():
+            return {"": torch.cuda.current_device()}
+        return device_map
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        # for device maps; a packed checkpoint's weights have their own size already
+        return None if self.pre_quantized else 0.5
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
+        # room for the one dense weight that exists while it is quantized
+        return {device: size if isinstance(size, str) else int(size * 0.9) for device, size in max_memory.items()}
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, NF4Linear) and name == "weight"
+
+    def get_quantize_ops(self) -> NF4Quantize:
+        config = self.quantization_config
+        return NF4Quantize(self.record, config.blocksize, config.double_quant)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """For a packed checkpoint: gather the stored tensors of each weight and hand them to `NF4Deserialize`."""
+        if not self.pre_quantized:
+            return []
+        return [WeightConverter(list(PACKED_NAMES), "weight", [NF4Deserialize(self.record)])]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """None (leave as stored) for what goes through our operation: scales must stay float32.
+
+        A dense weight goes through it too; the dtype it is wanted in is noted for `NF4Deserialize`.
+        """
+        for operation in getattr(converter, "operations", ()):
+            if isinstance(operation, NF4Deserialize):
+                operation.dense_dtype = dtype
+                return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        groups = require_convertible(model, modules_to_skip(model, config.skip_modules, self.pre_quantized))
+        if not self.pre_quantized:
+            config.skip_modules = skip_modules_for_file(model, config.skip_modules)
+        for group in groups:
+            dense = model.get_submodule(group[0])
+            linear = nf4_linear_like(dense, config)
+            if not self.pre_quantized:
+                # transformers before 5.23 casts what it reads to the dtype it finds here, and uint8 would ruin it
+                linear.weight = dense.weight
+            self.hooks.append(linear.register_state_dict_post_hook(_hide_scales))
+            for name in group:
+                model.set_submodule(name, linear)
+        keep_dense(model)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self.record.raise_problems(model)
+        self.record = LoadRecord()
+        while self.hooks:
+            self.hooks.pop().remove()
+        _drop_conversions_of_packed_weights(model)
+        _allow_casts(model)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        _refuse_adapters(model)
+        target = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        for group in names_by_module(model, NF4Linear):
+            dense = to_dense(model.get_submodule(group[0]), target)
+            for name in group:
+                model.set_submodule(name, dense)
+        make_plain(model)
+        for cast in ("half", "float"):
+            model.__dict__.pop(cast, None)
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """True once an adapter is attached: Trainer refuses a quantized model while nothing in it can be trained."""
+        return self._minipeft_attached
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    for name, module in nf4_linears(model):
+        adapter_names: Any = getattr(module, "adapter_names", set)  # of an adapted layer
+        if adapters := adapter_names():
+            raise ValueError(
+                f"{name} has adapters {sorted(adapters)}, which dequantize() would lose: merge_and_unload() "
+                "dequantizes and keeps what they do, unload() removes them"
+            )
+
+
+def _hide_scales(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """While loading, one NF4 weight is one name to transformers; its scales come with it."""
+    for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
+        del state[name]
+
+
+def _drop_conversions_of_packed_weights(model: PreTrainedModel) -> None:
+    """Keep `save_pretrained` from undoing, on packed weights, conversions made for dense ones.
+
+    Saving reverses what loading did to the names and shapes. Ours needs no reversal (the module's state has the
+    stored names), and one that splits or merges weights would cut the packed bytes at the wrong place: such a
+    model is saved under its own names, which loading takes as well.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        # a model that was not loaded: saving would take the conversions of its architecture
+        every = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [conversion for conversion in every if not isinstance(conversion, PrefixChange)]
+    packed = [f"{name}.weight" for name, _ in nf4_linears(model)]
+
+    def touches_packed(conversion: Any) -> bool:
+        if not isinstance(conversion, WeightConverter):
+            return False
+        if any(isinstance(operation, NF4Deserialize) for operation in conversion.operations):
+            return True
+        back = conversion.reverse_transform()
+        return any(back.rename_source_key(name)[1] is not None for name in packed)
+
+    kept = [conversion for conversion in conversions if not touches_packed(conversion)]
+    if len(kept) < len(conversions):
+        model._weight_conversions = kept
+
+
+def _allow_casts(model: PreTrainedModel) -> None:
+    """Make `model.half()` and `model.float()` work: transformers refuses them on every quantized model.
+
+    It does so because elsewhere they would cast the scales; `NF4Linear` keeps its own. `to(dtype)` is not refused.
+    """
+    for cast in (nn.Module.half, nn.Module.float):
+        setattr(model, cast.__name__, MethodType(cast, model))

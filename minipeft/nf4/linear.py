@@ -1,0 +1,276 @@
+"""NF4Linear: nn.Linear with a frozen weight in 4-bit NormalFloat (Dettmers et al. 2023, QLoRA).
+
+Forward and the input gradient decode the packed weight as they go; nothing but the packed weight is kept for backward.
+The scales are buffers that no cast touches, and state_dict speaks bitsandbytes' names.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft_kernels.arithmetic import as_autocast
+from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4_matmul import nf4_matmul
+from minipeft_kernels.nf4_quantize import NESTED_BLOCKSIZE, WEIGHT_DTYPES, check_blocksize
+
+from .weight import STATE_NAMES, NF4Weight
+
+SCALES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "offset")
+
+
+class NF4Linear(nn.Module):
+    """y = x W^T + b with W frozen in NF4: (..., in_features) -> (..., out_features), in x's dtype.
+
+    Attributes:
+        weight: Parameter, uint8 ((out_features * in_features + 1)//2, 1), never trained.
+        bias: Parameter (out_features,) or None.
+        absmax, quant_map, nested_absmax, nested_quant_map, offset: buffers, as in `NF4Weight`.
+    """
+
+    absmax: Tensor
+    quant_map: Tensor
+    nested_absmax: Tensor | None
+    nested_quant_map: Tensor | None
+    offset: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Allocate a packed weight of zeros.
+
+        Args:
+            in_features, out_features, bias: as nn.Linear.
+            compute_dtype: of the product; None for x's. On a CPU without such instructions it is float32.
+            blocksize, double_quant: as `NF4Weight.quantize`.
+            dtype: that the weight stands for, and of the bias; None for torch's default.
+            device: also "meta", to be filled by `load_state_dict(..., assign=True)` or `set_weight`.
+
+        Raises:
+            ValueError: the blocksize. TypeError: the compute dtype.
+        """
+        super().__init__()
+        check_blocksize(blocksize)
+        if compute_dtype not in (None, *WEIGHT_DTYPES):
+            raise TypeError(f"compute_dtype must be float32, bfloat16, float16 or None, got {compute_dtype}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.compute_dtype = compute_dtype
+        dtype = dtype or torch.get_default_dtype()
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.set_weight(_zeros(torch.Size((out_features, in_features)), dtype, blocksize, double_quant, device))
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+    ) -> "NF4Linear":
+        """Quantize a linear layer; its bias is shared. A layer on device meta gives one on device meta."""
+        weight = linear.weight
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=compute_dtype,
+            blocksize=blocksize,
+            double_quant=double_quant,
+            dtype=weight.dtype,
+            device="meta",
+        )
+        new.bias = linear.bias
+        if not weight.is_meta:
+            new.set_weight(NF4Weight.quantize(weight, blocksize, double_quant))
+        return new.train(linear.training)
+
+    def nf4_weight(self) -> NF4Weight:
+        """The packed weight, sharing this module's tensors."""
+        return NF4Weight(
+            codes=self.weight.data,
+            absmax=self.absmax,
+            quant_map=self.quant_map,
+            blocksize=self.blocksize,
+            shape=torch.Size((self.out_features, self.in_features)),
+            dtype=self.weight_dtype,
+            nested_absmax=self.nested_absmax,
+            offset=self.offset,
+            nested_quant_map=self.nested_quant_map,
+            nested_blocksize=self.nested_blocksize,
+        )
+
+    def set_weight(self, w: NF4Weight) -> None:
+        """Take a packed weight's tensors as this module's own, with its block sizes.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        self._check_shape(w)
+        self.weight = nn.Parameter(w.codes, requires_grad=False)
+        for name in SCALES:
+            self.register_buffer(name, getattr(w, name))
+        self._set_sizes(w)
+
+    def _check_shape(self, w: NF4Weight) -> None:
+        shape = (self.out_features, self.in_features)
+        if tuple(w.shape) != shape:
+            raise ValueError(f"an NF4 weight of shape {tuple(w.shape)} does not fit a layer of shape {shape}")
+
+    def _set_sizes(self, w: NF4Weight) -> None:
+        self.blocksize = w.blocksize
+        self.nested_blocksize = w.nested_blocksize
+        self.weight_dtype = w.dtype
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W as (out_features, in_features), by default in the dtype it was quantized from."""
+        return self.nf4_weight().dequantize(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features) in x's dtype, or under autocast in autocast's."""
+        return nf4_matmul(as_autocast(x), *self.packed(), *self.sizes(), self.bias, self.compute_dtype)
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The tensors of the weight, in the order in which the operations take them."""
+        # Not as attributes: nn.Module looks for those in three places, six times at every token of every layer.
+        get: Any = self._buffers.get
+        nested = (get("nested_absmax"), get("nested_quant_map"), get("offset"))
+        weight: Any = self._parameters["weight"]
+        return weight, get("absmax"), get("quant_map"), *nested
+
+    def sizes(self) -> tuple[int, int, int, int]:
+        """out_features, in_features, blocksize, nested_blocksize: likewise."""
+        return self.out_features, self.in_features, self.blocksize, self.nested_blocksize
+
+    def extra_repr(self) -> str:
+        w = self.nf4_weight()
+        bits = 8 * (w.nbytes / max(1, w.shape.numel()))
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"blocksize={self.blocksize}, double_quant={w.double_quant}, {bits:.2f} bits a weight"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
+        # `.half()` and `.to(dtype)` mean the numbers a layer computes with, not the code of its weight: codes and
+        # scales follow to a device, never to a dtype.
+        fixed = {id(t): t for t in (self.weight, *self._buffers.values())}
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            new = fn(t)
+            return t.to(new.device) if id(t) in fixed and new.dtype != t.dtype else new
+
+        return super()._apply(keep_dtype, recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # Not super()'s: the buffers have other names on disk.
+        for name, tensor in self.nf4_weight().state(prefix).items():
+            destination[name] = tensor
+        if keep_vars:
+            destination[prefix + "weight"] = self.weight
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        args = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(*args)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        for load in (self._load_weight, self._load_bias):
+            try:
+                load(state_dict, prefix, assign, missing_keys)
+            except ValueError as error:
+                error_msgs.append(str(error))
+        known = {prefix + name for name in (*STATE_NAMES, *(["bias"] if self.bias is not None else []))}
+        if strict:
+            mine = (key for key in state_dict if key.startswith(prefix) and key not in known)
+            unexpected_keys += [key for key in mine if key[len(prefix) :].split(".")[0] not in self._modules]
+
+    def _load_weight(self, state: dict[str, Any], prefix: str, assign: bool, missing_keys: list[str]) -> None:
+        key = prefix + "weight"
+        if not any(name == key or name.startswith(key + ".") for name in state):
+            missing_keys += self.nf4_weight().state(prefix)
+            return
+        if key in state and state[key].shape == (self.out_features, self.in_features) and key + ".absmax" not in state:
+            raise ValueError(f"{key} is a dense weight: load it into nn.Linear and use NF4Linear.from_linear")
+        w = NF4Weight.from_state(state, prefix)
+        self._check_shape(w)
+        if assign:
+            return self.set_weight(w)
+        _needs_data(key, self.weight)
+        w = w.to(self.weight.device)
+        old, new = self.nf4_weight().tensors(), w.tensors()
+        same = old.keys() == new.keys() and all(
+            old[name].shape == new[name].shape and old[name].dtype == new[name].dtype for name in old
+        )
+        if not same:
+            # The stored weight is cut into other blocks: its tensors take the place of ours.
+            return self.set_weight(w.clone())
+        for name, tensor in old.items():
+            tensor.copy_(new[name])
+        self._set_sizes(w)
+
+    def _load_bias(self, state: dict[str, Any], prefix: str, assign: bool, missing_keys: list[str]) -> None:
+        if self.bias is None:
+            return
+        key = prefix + "bias"
+        if key not in state:
+            missing_keys.append(key)
+            return
+        if state[key].shape != self.bias.shape:
+            raise ValueError(f"{key} should have shape {tuple(self.bias.shape)}, and has {tuple(state[key].shape)}")
+        if assign:
+            self.bias = nn.Parameter(state[key], self.bias.requires_grad)
+            return
+        _needs_data(key, self.bias)
+        with torch.no_grad():
+            self.bias.copy_(state[key])
+
+
+def _needs_data(key: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{key} is on device meta, where nothing can be copied to: load with assign=True")
+
+
+def _zeros(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    blocksize: int,
+    double_quant: bool,
+    device: torch.device | str | None,
+) -> NF4Weight:
+    """A packed weight of zeros, without going through a float matrix."""
+    device = device or torch.get_default_device()
+    n = shape.numel()
+    blocks = -(-n // blocksize)
+    nested = -(-blocks // NESTED_BLOCKSIZE)
+    w = NF4Weight(
+        codes=torch.full(((n + 1) // 2, 1), 0x77, dtype=torch.uint8, device=device),
+        absmax=torch.zeros(blocks, device=device, dtype=torch.uint8 if double_quant else torch.float32),
+        quant_map=NF4_LEVELS.to(device, copy=True),
+        blocksize=blocksize,
+        shape=shape,
+        dtype=dtype,
+    )
+    if double_quant:
+        w.nested_absmax = torch.zeros(nested, dtype=torch.float32, device=device)
+        w.nested_quant_map = dynamic_map().to(device, copy=True)
+        w.offset = torch.zeros((), dtype=torch.float32, device=device)
+    return w

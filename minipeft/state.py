@@ -1,0 +1,277 @@
+"""The tensors of an adapter by their names on disk, out of a model and into one.
+
+A tensor is called `base_model.model.` + its module's name + its own name without the adapter's, as in PEFT's files
+(without the prefix for a model that is no `PeftModel`). Loading is strict: what does not fit the model exactly is an
+error that names it, where PEFT loads what fits and is silent about the rest.
+"""
+
+from __future__ import annotations
+
+import collections
+import difflib
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.adapter import base_modules
+from minipeft.attach import adapter_modules
+from minipeft.config import PeftConfig
+from minipeft.lora.layer import LoraLayer
+
+KEY_PREFIX = PeftConfig.key_prefix
+
+LoadResult = collections.namedtuple("LoadResult", ["missing_keys", "unexpected_keys"])
+
+
+def key_prefix(model: Any, adapter: str) -> str:
+    """What the names on disk start with for `adapter` in `model`."""
+    if not hasattr(model, "peft_config"):
+        return ""
+    return model.peft_config[adapter].key_prefix if adapter in model.peft_config else KEY_PREFIX
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of an adapter under their names on disk (without the adapter's name).
+
+    Args:
+        state_dict: Values by their names in `model.state_dict()`; the model's own by default.
+        save_embedding_layers: See `PeftModel.save_pretrained`.
+
+    Raises ValueError when there is no such adapter.
+    """
+    prefix, values = key_prefix(model, adapter_name), _values_in(model, state_dict)
+    tensors = stored_state(model, adapter_name, prefix, values)
+    if not tensors:
+        raise ValueError(f"there is no adapter called {adapter_name!r} in this model")
+    embeddings = _embeddings_to_save(model, adapter_name, save_embedding_layers, prefix)
+    return {**tensors, **{key: values(tensor) for key, tensor in embeddings.items()}}
+
+
+def training_state_dict(
+    model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """What training an adapter goes on from, where its file does not hold it (a prefix's projection); else nothing."""
+    prefix, values = key_prefix(model, adapter_name), _values_in(model, state_dict)
+    live, stored = adapter_state(model, adapter_name, prefix), stored_state(model, adapter_name, prefix, values)
+    return {key: values(tensor) for key, tensor in live.items() if key not in stored}
+
+
+def _values_in(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """What a live tensor of `model` is to be read as: itself, or its value in `state_dict`."""
+    if state_dict is None:
+        return lambda tensor: tensor
+    names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    return lambda tensor: state_dict[names[id(tensor)]]
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Copy values (as from `get_peft_model_state_dict`) into an adapter that exists.
+
+    Raises ValueError naming tensors that are missing, unknown or of a wrong shape; nothing is changed then.
+    """
+    if ignore_mismatched_sizes:
+        raise ValueError("ignore_mismatched_sizes=True is not supported: an adapter that does not fit is an error")
+    fill_adapter(model, adapter_name, peft_model_state_dict, "the given state dict")
+    return LoadResult([], [])
+
+
+def fill_adapter(
+    model: nn.Module,
+    adapter: str,
+    stored: Mapping[str, Tensor],
+    source: str,
+    training: Mapping[str, Tensor] = types.MappingProxyType({}),
+) -> None:
+    """Copy what was read into the tensors of `adapter`.
+
+    Args:
+        stored: What the adapter's file holds.
+        source: Names it in errors.
+        training: What training goes on from (`training_state_dict`), if it was read apart. Looked at if `adapter` is
+            held in that form.
+
+    Raises ValueError as `load_tensors`; and when `stored` is not what comes of `training`.
+    """
+    prefix = key_prefix(model, adapter)
+    live = adapter_state(model, adapter, prefix)
+    # A file of the live tensors holds nothing that is made of them.
+    products = stored_state(model, adapter, prefix) if training or stored.keys() != live.keys() else live
+    made = [name for name in products if name not in live]
+    read = {**stored, **training} if made else stored
+    given = {name: tensor for name, tensor in read.items() if name not in made}
+    load_tensors(live, given, source, embedding_keys(model, prefix))
+    again = stored_state(model, adapter, prefix) if made else {}
+    for name in made:
+        if name in stored and not torch.allclose(again[name], stored[name].to(again[name]), rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{source}: its projection is that of another adapter; remove its file to go on without")
+
+
+def adapter_state(model: nn.Module, adapter: str, prefix: str = KEY_PREFIX) -> dict[str, Tensor]:
+    """The live tensors of `adapter` in `model`, by their names on disk."""
+    return {
+        _on_disk(prefix, path, name): tensor
+        for path, module in adapter_modules(model)
+        for name, tensor in module.adapter_state(adapter).items()
+    }
+
+
+def stored_state(
+    model: nn.Module, adapter: str, prefix: str = KEY_PREFIX, values: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[str, Tensor]:
+    """What the file of `adapter` holds, by name: the live tensors, or what a method makes of them."""
+    return {
+        _on_disk(prefix, path, name): tensor
+        for path, module in adapter_modules(model)
+        for name, tensor in module.stored_state(adapter, values).items()
+    }
+
+
+def _on_disk(prefix: str, path: str, name: str) -> str:
+    return name[1:] if name.startswith("/") else f"{prefix}{path}.{name}"
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """The modules that transformers calls the model's embeddings; a model for images may have others or none."""
+    found = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            embedding = getattr(model, get)() if hasattr(model, get) else None
+        except NotImplementedError:
+            continue
+        if isinstance(embedding, nn.Module):
+            found.append(embedding)
+    return found
+
+
+def embedding_keys(model: nn.Module, prefix: str = KEY_PREFIX) -> dict[str, Tensor]:
+    """The base embeddings of `model`, under the names that PEFT stores them by when it stores them.
+
+    PEFT writes them beside an adapter of an embedding, or of a model whose vocabulary was resized.
+    """
+    found: dict[str, Tensor] = {}
+    paths = {module: path for path, module in base_modules(model)}
+    for embedding in _embeddings(model):
+        path = paths.get(embedding)
+        # While an update is merged, the base weight is the one that stands aside.
+        weight = getattr(embedding, "_originals", {}).get("weight", embedding._parameters.get("weight"))
+        if path is None or weight is None:
+            continue
+        found[f"{prefix}{path}.weight"] = found[f"{prefix}{path}.base_layer.weight"] = weight
+    return found
+
+
+@torch.no_grad()
+def load_tensors(
+    expected: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor],
+    source: str,
+    embeddings: Mapping[str, Tensor],
+) -> None:
+    """Copy `stored` into the live tensors `expected`, all of them or, on an error, none.
+
+    Args:
+        expected: On-disk names to live tensors (`adapter_state`).
+        stored: What was read.
+        source: Names the file in errors.
+        embeddings: Base embeddings that the file may hold besides (`embedding_keys`); a value that differs from the
+            model's is copied into it, as PEFT does, since the adapter was trained on it.
+
+    Raises ValueError naming missing and unexpected tensors and wrong shapes.
+    """
+    stored = _without_repeats(stored, expected)
+    extra = {name for name in stored if name not in expected and name in embeddings}
+    missing = [name for name in expected if name not in stored]
+    unexpected = [name for name in stored if name not in expected and name not in extra]
+    if missing or unexpected:
+        raise ValueError(f"{source} does not fit this model: " + "; ".join(_key_errors(missing, unexpected, expected)))
+    targets = {**expected, **{name: embeddings[name] for name in extra}}
+    for name, target in targets.items():
+        if stored[name].shape != target.shape:
+            raise ValueError(
+                f"{source} does not fit this model: {name} has shape {tuple(stored[name].shape)}, "
+                f"expected {tuple(target.shape)}"
+            )
+    for name, target in targets.items():
+        target.copy_(stored[name])
+
+
+def _without_repeats(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`stored` less what PEFT writes a second time: with bias="all", the bias of a head that is trained whole.
+
+    The trained one is there under PEFT's inner name (`head.modules_to_save.bias`) too, and the base's own beside it
+    (`head.original_module.bias`), which stands aside while the adapter acts. Values that differ are no repeat.
+    """
+
+    def repeats(name: str) -> bool:
+        once = re.sub(r"\.(modules_to_save|original_module)\.(?=bias$)", ".", name)
+        if once == name or once not in expected or once not in stored:
+            return False
+        return name.endswith(".original_module.bias") or torch.equal(stored[name], stored[once])
+
+    return {name: tensor for name, tensor in stored.items() if name in expected or not repeats(name)}
+
+
+def _key_errors(missing: list[str], unexpected: list[str], expected: Iterable[str]) -> list[str]:
+    parts = []
+    if missing:
+        parts.append(f"missing tensors {_some(missing)}")
+    if unexpected:
+        near = difflib.get_close_matches(unexpected[0], list(expected)[:500], n=1)
+        parts.append(f"unknown tensors {_some(unexpected)}" + (f" (the model has {near[0]})" if near else ""))
+    return parts
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The folder or hub name that the base model was loaded from, if any."""
+    return getattr(model, "name_or_path", None) or None
+
+
+def _embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, prefix: str) -> dict[str, Tensor]:
+    if wanted not in ("auto", True, False):
+        raise ValueError(f"save_embedding_layers must be 'auto', True or False, got {wanted!r}")
+    embeddings = embedding_keys(model, prefix)
+    # A model without embeddings need not have a vocabulary either.
+    changed = bool(embeddings) and wanted == "auto" and _vocabulary_changed(model)
+    own = adapter_state(model, adapter, prefix)
+    layers = ((path, m) for path, m in adapter_modules(model) if isinstance(m, LoraLayer))
+    adapted = {f"{prefix}{path}." for path, layer in layers if layer.adapts(adapter)}
+    kept = {}
+    for key, tensor in embeddings.items():
+        is_target = any(key.startswith(path) for path in adapted)
+        if key.endswith(".base_layer.weight") != is_target:
+            continue  # one of the two names is right: PEFT's wrapper renames what it adapts
+        if wanted is True or changed or (wanted == "auto" and is_target):
+            kept[key] = tensor
+    return {key: tensor for key, tensor in kept.items() if key not in own}
+
+
+def _vocabulary_changed(model: nn.Module) -> bool:
+    """Whether the base model's own folder (if it is one) says another vocabulary size than the model has now."""
+    name = base_name(model)
+    config: Any = getattr(model, "config", None)
+    if name is None or config is None or not (Path(name) / "config.json").is_file():
+        return False
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name).get_text_config().vocab_size != config.get_text_config().vocab_size

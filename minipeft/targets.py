@@ -1,0 +1,206 @@
+"""Which modules of a model an adapter goes to: PEFT's rules for `target_modules` and `modules_to_save`.
+
+A target is a name, the end of a dotted name, a regular expression that matches a whole name, or "all-linear". Unlike
+PEFT, every name that is given must match something: a misspelt target would otherwise train nothing in silence.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from minipeft.adapter import base_modules
+from minipeft.config import TaskType
+from minipeft.default_targets import DEFAULT_TARGETS
+from minipeft.nf4 import NF4Linear
+
+# Heads that start out random in these tasks, so that an adapter without them would be useless: saved whole.
+TASK_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+
+
+def match_targets(
+    model: nn.Module, config: Any, adaptable: Callable[[nn.Module], bool], skip: Iterable[str] = ()
+) -> list[str]:
+    """The dotted names of the modules that `config` adapts, in the model's order.
+
+    Args:
+        config: Its target_modules, exclude_modules, layers_to_transform and layers_pattern are looked at; what was left
+            to us ("all-linear", None) is filled in.
+        adaptable: Whether the method can adapt a module.
+        skip: Dotted names that are no targets, with all that lies under them.
+
+    Raises ValueError when a name in target_modules matches nothing, a module that it matches cannot be adapted, or
+    nothing is left after the exclusions.
+    """
+    modules = dict(base_modules(model))
+    names = [name for name in modules if name]
+    targets = _targets_or_default(model, config)
+    if targets == "all-linear":
+        found = _inner_linear(model, modules, adaptable)
+    elif isinstance(targets, str):
+        found = [name for name in names if re.fullmatch(targets, name)]
+    else:
+        for target in targets:
+            if not any(ends_with(name, target) for name in names):
+                raise ValueError(_no_match("target_modules", target, names, model, adaptable))
+        ends = tuple(f".{target}" for target in targets)
+        found = [name for name in names if f".{name}".endswith(ends)]
+    if not found:
+        raise ValueError(_no_match("target_modules", str(targets), names, model, adaptable))
+    left = [name for name in found if not _excluded(name, config, skip) and _in_layers(name, config)]
+    if not left:
+        raise ValueError(
+            f"target_modules {targets!r} matches {len(found)} modules, but exclude_modules, modules_to_save and "
+            "layers_to_transform leave none of them"
+        )
+    for name in left:
+        if may_not_be_called(modules, name):
+            raise ValueError(
+                f"target_modules: {name!r} is a layer whose weight its state-space mixer may read without calling it, "
+                "so an adapter could be left out in silence; take in_proj"
+            )
+    return left
+
+
+def check_unused_names(model: nn.Module, config: Any, targets: list[str]) -> None:
+    """Raise ValueError for a name in exclude_modules that matches nothing, or a pattern that matches no target.
+
+    For new adapters: a stored one is judged by its tensors, whatever else its configuration mentions.
+    """
+    excluded = getattr(config, "exclude_modules", None)
+    if isinstance(excluded, list):
+        names = plain_module_names(model)
+        for name in excluded:
+            if not any(ends_with(module, name) for module in names):
+                raise ValueError(_no_match("exclude_modules", name, names, model, lambda module: True))
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field, None) or ():
+            if not any(re.match(rf"(.*\.)?({key})$", target) for target in targets):
+                raise ValueError(f"{field}: {key!r} matches none of the targets, such as {targets[0]!r}")
+
+
+def plain_module_names(model: nn.Module) -> list[str]:
+    """Names of the model's own modules: what adapters added is left out."""
+    return [name for name, _ in base_modules(model) if name]
+
+
+def _targets_or_default(model: nn.Module, config: Any) -> list[str] | str:
+    if config.target_modules is None:
+        family = getattr(getattr(model, "config", None), "model_type", None)
+        if family not in DEFAULT_TARGETS:
+            raise ValueError(f"target_modules must be given: there is no usual choice for model type {family!r}")
+        config.target_modules = list(DEFAULT_TARGETS[family])
+    if not config.target_modules:
+        raise ValueError("target_modules is empty: name the modules to adapt, or give 'all-linear'")
+    return config.target_modules
+
+
+def _inner_linear(model: Any, modules: Mapping[str, nn.Module], adaptable: Callable[[nn.Module], bool]) -> list[str]:
+    """What "all-linear" takes: linear modules that are not (in) the output head, whatever the task."""
+    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear | NF4Linear) or is_conv1d(m)]
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    # RoBERTa's classifier is a module of two layers.
+    heads = {head for heads in TASK_HEADS.values() for head in heads}
+    inner = [n for n in linear if modules[n] is not output and heads.isdisjoint(n.split("."))]
+    return [n for n in inner if n and adaptable(modules[n]) and not may_not_be_called(modules, n)]
+
+
+def may_not_be_called(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether the module is one of a state-space mixer's, whose fused CUDA kernels are given weights, not layers.
+
+    Args:
+        modules: All of the model's, by name.
+    """
+    path, _, leaf = name.rpartition(".")
+    mixer = modules[path]
+    return leaf != "in_proj" and hasattr(mixer, "conv1d") and type(mixer).__name__.endswith("Mixer")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D (told by its name: methods do not import transformers)."""
+    return any(c.__name__ == "Conv1D" and "transformers" in c.__module__ for c in type(module).__mro__)
+
+
+def ends_with(name: str, target: str) -> bool:
+    """Whether `target` is `name` or its end after a dot."""
+    return name == target or name.endswith("." + target)
+
+
+def _excluded(name: str, config: Any, skip: Iterable[str]) -> bool:
+    if any(name == path or name.startswith(path + ".") for path in skip):
+        return True
+    if isinstance(config.exclude_modules, str):
+        return re.fullmatch(config.exclude_modules, name) is not None
+    return any(ends_with(name, exclude) for exclude in config.exclude_modules or ())
+
+
+def _in_layers(name: str, config: Any) -> bool:
+    if config.layers_to_transform is None:
+        return True
+    wanted = config.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    for pattern in patterns or [r"[^.]*"]:
+        number = re.match(rf".*\.{pattern}\.(\d+)\.", name) or re.match(rf"{pattern}\.(\d+)\.", name)
+        if number:
+            return int(number.group(1)) in wanted
+    return False
+
+
+def _no_match(
+    field: str, target: str, names: list[str], model: nn.Module, adaptable: Callable[[nn.Module], bool]
+) -> str:
+    message = f"{field}: {target!r} matches no module of {type(model).__name__}"
+    parameters = [(name, p) for name, p in model.named_parameters() if ends_with(name, target)]
+    if parameters:
+        name, parameter = parameters[0]
+        kind = "a parameter" if parameter.dim() < 3 else f"one parameter {tuple(parameter.shape)} of all the experts"
+        return f"{message}: {name} is {kind}, not a module: LoRA takes the experts' as target_parameters"
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    words = [leaf for leaf in leaves if not leaf.isdigit()]
+    near = difflib.get_close_matches(target.rpartition(".")[2], words, n=3, cutoff=0.5)
+    if near:
+        return f"{message}; the nearest names are {', '.join(near)}"
+    linear = dict.fromkeys(n.rpartition(".")[2] for n in names if adaptable(model.get_submodule(n)))
+    return f"{message}; modules that can be adapted: {', '.join(linear) or 'none'}"
+
+
+def shortest_names(model: nn.Module, targets: list[str]) -> list[str]:
+    """Names that select exactly `targets`: last parts where those suffice, whole names elsewhere."""
+    names, chosen = plain_module_names(model), set(targets)
+    taken: dict[str, bool] = {}
+    for name in names:
+        leaf = name.rpartition(".")[2]
+        taken[leaf] = taken.get(leaf, True) and name in chosen
+    return sorted({t.rpartition(".")[2] if taken[t.rpartition(".")[2]] else t for t in targets})
+
+
+def modules_to_save(model: nn.Module, config: Any) -> list[str]:
+    """The dotted names of the modules that `config` trains whole; a task's heads are added to its list.
+
+    Raises ValueError when a name matches nothing.
+    """
+    if not hasattr(config, "modules_to_save"):
+        return []
+    names = plain_module_names(model)
+    known_heads = TASK_HEADS.get(config.task_type, ())
+    heads = [h for h in known_heads if any(ends_with(name, h) for name in names)]
+    for wanted in config.modules_to_save or ():
+        # PEFT's files list every name that a task's head has in some family.
+        if heads and wanted in known_heads:
+            continue
+        if not any(name.endswith(wanted) for name in names):
+            raise ValueError(_no_match("modules_to_save", wanted, names, model, lambda module: True))
+    if heads:
+        config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or ()), *heads])]
+    # PEFT's rule for these: the end of a name, also within a word ("norm" takes every "input_layernorm").
+    found = [name for name in names if name.endswith(tuple(config.modules_to_save or ()))]
+    return [name for name in found if not name.startswith(tuple(f"{outer}." for outer in found))]

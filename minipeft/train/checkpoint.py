@@ -1,0 +1,246 @@
+"""Checkpoints: directories from which a run goes on bit for bit.
+
+    checkpoint-<step>/
+      adapter_config.json, adapter_model.safetensors   the adapter, as `model.save_pretrained` writes it
+      training_state.safetensors                       optimizer state, random generator states
+      optimizer_state.safetensors                      optimizer state, if the optimizer keeps it in pages
+      training_state.json                              position in the data, schedule, scalars, identity
+
+Nothing is pickled. A checkpoint is written under a temporary name, synced, and renamed, so one that has its
+name is whole; what a killed process left is ignored and removed by the next run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from minipeft import set_peft_model_state_dict
+from minipeft.files import atomic_path, write_text
+from minipeft.optim import PagedAdamW
+from minipeft.saving import TRAINING_NAME
+from minipeft.train.directories import atomic_directory, remove_directory
+from minipeft.train.errors import CheckpointError
+from minipeft.train.identity import parameters_digest
+from minipeft.train.schedule import trainable_parameters
+
+FORMAT = 1
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass
+class Progress:
+    """How far a run has come. `batch` counts the micro-batches of `epoch` that are done.
+
+    `window_*` is what has been summed up since the last log row; `tokens` counts real tokens, `seconds` the
+    time spent training before this process.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    window_loss: float = 0.0
+    window_loss_tokens: int = 0
+
+
+RandomState = dict[str, torch.Tensor]
+
+
+def capture_random() -> RandomState:
+    """State of torch's generators (uint8 tensors), the only ones that training draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state
+
+
+def restore_random(state: RandomState) -> None:
+    """Put torch's generators back into a captured state."""
+    torch.set_rng_state(state["cpu"])
+    devices = [key for key in state if key.startswith("cuda.")]
+    for key in devices[: torch.cuda.device_count() if torch.cuda.is_available() else 0]:
+        torch.cuda.set_rng_state(state[key], int(key.removeprefix("cuda.")))
+
+
+def save_checkpoint(
+    output_dir: Path,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    progress: Progress,
+    random_state: RandomState,
+    identity: Mapping[str, Any],
+) -> Path:
+    """Write `checkpoint-<step>` atomically and return its path. One that exists already is kept as it is."""
+    target = output_dir / f"checkpoint-{progress.step}"
+    if target.exists():
+        return target
+    parameters = trainable_parameters(model)
+    tensors, scalars = _split_state(optimizer, parameters)
+    tensors |= {f"random/{key}": tensor for key, tensor in random_state.items()}
+    state = {
+        "format": FORMAT,
+        "progress": asdict(progress),
+        "identity": dict(identity),
+        "trainable_sha256": parameters_digest(parameters),
+        "optimizer_scalars": scalars,
+        "optimizer_groups": [_group_settings(group) for group in optimizer.param_groups],
+        "schedule": schedule.state_dict(),
+    }
+    with atomic_directory(target) as temporary:
+        model.save_pretrained(str(temporary))
+        # Through atomic_path for the permissions only: safetensors writes files that nobody else may read.
+        with atomic_path(temporary / "training_state.safetensors") as path:
+            save_file(tensors, str(path))
+        if isinstance(optimizer, PagedAdamW):
+            optimizer.save_state(temporary / "optimizer_state.safetensors")
+        text = json.dumps(state, indent=2, sort_keys=True, allow_nan=False)
+        write_text(temporary / "training_state.json", text + "\n")
+    return target
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        CheckpointError: not a checkpoint, or of a format this version does not know.
+    """
+    try:
+        state = json.loads((path / "training_state.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"{path} is not a training checkpoint: it has no training_state.json") from None
+    except ValueError:
+        raise CheckpointError(f"{path / 'training_state.json'} is damaged: not valid JSON") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path} has checkpoint format {found}, this version reads format {FORMAT}")
+    return state
+
+
+def load_checkpoint(
+    path: Path, model: Any, optimizer: torch.optim.Optimizer, schedule: Any
+) -> tuple[Progress, RandomState]:
+    """Put a checkpoint into model, optimizer and schedule; the caller has compared the identity.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the adapter did not come back as it was.
+    """
+    state = read_checkpoint(path)
+    tensors = _read_tensors(path / "training_state.safetensors")
+    _load_adapter(path, model)
+    parameters = trainable_parameters(model)
+    if parameters_digest(parameters) != state["trainable_sha256"]:
+        message = f"the adapter in {path} does not give the trained parameters back bit for bit"
+        raise CheckpointError(f"{message}: its files were changed, or the model is another one")
+    try:
+        if isinstance(optimizer, PagedAdamW):
+            optimizer.load_state(path / "optimizer_state.safetensors")
+        else:
+            _join_state(optimizer, parameters, tensors, state["optimizer_scalars"], state["optimizer_groups"])
+        schedule.load_state_dict(state["schedule"])
+        random = {k.removeprefix("random/"): v for k, v in tensors.items() if k.startswith("random/")}
+        return Progress(**state["progress"]), random
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints in a directory, oldest step first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer step in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path} is not named checkpoint-<step>")
+    return int(match[1])
+
+
+def prune_checkpoints(output_dir: Path, keep_last: int | None) -> None:
+    """Remove all but the newest `keep_last` checkpoints."""
+    if keep_last is not None:
+        for path in list_checkpoints(output_dir)[:-keep_last]:
+            remove_directory(path)
+
+
+def _split_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    """Optimizer state by parameter name: tensors as `optimizer/<state>/<name>`, everything else as scalars."""
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    # Paged state may be more than memory holds, and is written page by page.
+    if isinstance(optimizer, PagedAdamW):
+        return tensors, scalars
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer/{key}/{name}"] = value.detach().contiguous()
+            else:
+                scalars.setdefault(name, {})[key] = value
+    return tensors, scalars
+
+
+def _join_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    scalars: Mapping[str, Mapping[str, Any]],
+    groups: list[dict[str, Any]],
+) -> None:
+    """The inverse of `_split_state`, through the optimizer's own `load_state_dict`."""
+    states: dict[str, dict[str, Any]] = {name: dict(values) for name, values in scalars.items()}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer/"):
+            _, state_key, name = key.split("/", 2)
+            states.setdefault(name, {})[state_key] = tensor
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    # A state_dict numbers parameters in the order of the groups.
+    ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    numbered = {number: states[name] for number, name in enumerate(ordered) if name in states}
+    merged = [
+        {
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()},
+            "params": group["params"],
+        }
+        for settings, group in zip(groups, optimizer.state_dict()["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": numbered, "param_groups": merged})
+
+
+def _group_settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _load_adapter(path: Path, model: Any) -> None:
+    """Give the model's adapters their stored values; any but "default" lies in a folder of its name."""
+    for name in model.peft_config:
+        folder = path if name == "default" else path / name
+        tensors = _read_tensors(folder / "adapter_model.safetensors")
+        if (folder / TRAINING_NAME).is_file():
+            tensors |= _read_tensors(folder / TRAINING_NAME)
+        try:
+            set_peft_model_state_dict(model, tensors, adapter_name=name)
+        except ValueError as error:
+            raise CheckpointError(f"the adapter in {folder} does not fit the model: {error}") from None
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(str(path))
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint file {path} is missing") from None
+    except Exception as error:
+        # safetensors raises its own SafetensorError, a plain subclass of Exception.
+        raise CheckpointError(f"checkpoint file {path} is damaged: {error}") from None

@@ -1,0 +1,299 @@
+"""The settings of a training run: one dataclass, filled from a YAML file, then from command-line flags.
+
+Every setting is checked by name and by type before anything is loaded, so that a typo costs a second and
+not a training run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minipeft.train.errors import ConfigError
+from minipeft.train.yaml_files import load_yaml
+
+TOO_LONG_CHOICES = ("error", "drop", "truncate")
+PRECISION_CHOICES = ("none", "bf16")
+DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZE_CHOICES = ("nf4",)
+OPTIMIZER_CHOICES = ("adamw", "paged_adamw", "paged_adamw_8bit")
+# What torch and numpy both take as a seed.
+SEED_END = 2**63
+# transformers' schedules, but for reduce_lr_on_plateau and greedy: those step on a metric, not on the step
+# number, so a run could not be told from its settings.
+SCHEDULER_CHOICES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
+
+
+def _setting(help: str, default: Any = dataclasses.MISSING, choices: tuple[str, ...] | None = None) -> Any:
+    metadata = {"help": help, "choices": choices}
+    if default is dataclasses.MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that defines a run. `Trainer` reads it; the CLI also reads the first block.
+
+    Raises:
+        ConfigError: on a wrong type or a value out of range, naming the setting.
+    """
+
+    # What is trained, on what, and where the results go.
+    model: str = _setting("model directory, hub name, or .gguf file")
+    data: str = _setting("JSONL file of training records")
+    output_dir: str = _setting("directory for checkpoints, logs and the adapter")
+    method: str = _setting("fine-tuning method", "lora")
+    method_args: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "arguments of the method's config, such as {r: 8}"}
+    )
+    quantize: str | None = _setting("quantize the base model", None, QUANTIZE_CHOICES)
+    dtype: str = _setting("dtype the base model is loaded in", "auto", DTYPE_CHOICES)
+    device: str = _setting("auto, cpu, cuda or cuda:N", "auto")
+    eval_data: str | None = _setting("JSONL file of evaluation records", None)
+    eval_fraction: float = _setting("share of the training records held out for evaluation", 0.0)
+
+    # How records become batches.
+    max_length: int | None = _setting("longest sequence in tokens (default: 1024 or the model's limit)", None)
+    too_long: str = _setting("what to do with longer records", "error", TOO_LONG_CHOICES)
+    packing: bool = _setting("pack several records into a row, each isolated from the others", False)
+    batch_size: int = _setting("rows in a micro-batch", 8)
+    gradient_accumulation: int = _setting("micro-batches in an optimizer step", 1)
+
+    # Optimization.
+    epochs: float = _setting("passes over the data (ignored when max_steps is given)", 1.0)
+    max_steps: int | None = _setting("optimizer steps", None)
+    optimizer: str = _setting("torch's AdamW, or ours with its state paged", "adamw", OPTIMIZER_CHOICES)
+    optimizer_args: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "memory of a paged optimizer, such as {host_budget: 1e9, spill_dir: d}"}
+    )
+    lr: float = _setting("peak learning rate", 2e-4)
+    loraplus_lr_ratio: float | None = _setting("LoRA+: the factors B learn at lr times this, such as 16", None)
+    scheduler: str = _setting("learning-rate schedule, by transformers' name", "linear", SCHEDULER_CHOICES)
+    scheduler_args: dict[str, Any] = field(default_factory=dict, metadata={"help": "extra arguments of the schedule"})
+    warmup_steps: int | None = _setting("steps of linear warm-up", None)
+    warmup_ratio: float = _setting("warm-up as a share of all steps (when warmup_steps is not given)", 0.0)
+    weight_decay: float = _setting("AdamW weight decay, on matrices only", 0.0)
+    beta1: float = _setting("AdamW beta1", 0.9)
+    beta2: float = _setting("AdamW beta2", 0.999)
+    eps: float = _setting("AdamW epsilon", 1e-8)
+    max_grad_norm: float | None = _setting("clip the gradient to this norm (null: do not)", 1.0)
+    precision: str = _setting("autocast of the forward pass", "none", PRECISION_CHOICES)
+    gradient_checkpointing: bool = _setting("recompute activations in backward to save memory", False)
+    seed: int = _setting("seed of data order and dropout", 0)
+
+    # Watching and keeping.
+    eval_every: int | None = _setting("evaluate every N steps (default: at the end only)", None)
+    eval_batch_size: int | None = _setting("rows in an evaluation batch (default: batch_size)", None)
+    eval_at_start: bool = _setting("evaluate once before the first step", False)
+    save_every: int | None = _setting("save a checkpoint every N steps (default: at the end only)", None)
+    keep_last: int | None = _setting("keep only the newest N checkpoints (null: all)", 2)
+    log_every: int = _setting("write a log row every N steps", 10)
+    tensorboard: bool = _setting("write TensorBoard events to output_dir/tensorboard", False)
+    plot: bool = _setting("draw output_dir/loss_curve.png at the end", False)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            setattr(self, f.name, _checked(f.name, getattr(self, f.name), hints[f.name]))
+            _check_choice(f.name, getattr(self, f.name), f.metadata.get("choices"))
+        _check_ranges(self)
+
+    @classmethod
+    def from_sources(cls, path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+        """Build a config from a YAML file and overrides, which win.
+
+        Args:
+            path: YAML file holding a mapping of settings, or None.
+            overrides: settings by name. A value of None means "not given" and is skipped, so that an argparse
+                namespace can be passed as `vars(args)` once it holds only settings.
+
+        Raises:
+            ConfigError: unreadable file, unknown setting (with the nearest names), missing setting,
+                wrong type.
+        """
+        values = {} if path is None else _read_settings(path)
+        given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        _check_names(values, where=str(path))
+        _check_names(given, where="command line")
+        merged = {**values, **given}
+        missing = [name for name in required_settings() if merged.get(name) is None]
+        if missing:
+            raise ConfigError(f"missing setting(s): {', '.join(missing)}")
+        return cls(**merged)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings by name, JSON-serializable."""
+        return dataclasses.asdict(self)
+
+
+def required_settings() -> list[str]:
+    """Names of the settings without a default."""
+    no_default = dataclasses.MISSING
+    return [
+        f.name for f in dataclasses.fields(TrainConfig) if f.default is no_default and f.default_factory is no_default
+    ]
+
+
+def _read_settings(path: str | Path) -> dict[str, Any]:
+    """A YAML file's settings; an empty one holds none."""
+    content = load_yaml(path, f"config file {path}")
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"config file {path} must hold a mapping of settings, such as `lr: 0.0002`")
+    return content
+
+
+# What other trainers call our settings, where the names are too far apart to be found by their letters.
+_ALIASES = {
+    "learning_rate": "lr",
+    "lr_scheduler_type": "scheduler",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "logging_steps": "log_every",
+    "save_steps": "save_every",
+    "eval_steps": "eval_every",
+    "save_total_limit": "keep_last",
+    "adam_epsilon": "eps",
+    "optim": "optimizer",
+    "bf16": "precision",
+}
+
+
+def _check_names(values: Mapping[str, Any], where: str) -> None:
+    known = setting_names()
+    for name in values:
+        if name not in known:
+            typo = difflib.get_close_matches(usual_name(name), known, cutoff=0.8)
+            hint = "" if typo else " (what a method takes stands in method_args)"
+            raise ConfigError(f"{where}: unknown setting {name!r}; {near_settings(name, known)}{hint}")
+
+
+def setting_names() -> list[str]:
+    """The names of all settings."""
+    return [f.name for f in dataclasses.fields(TrainConfig)]
+
+
+def usual_name(name: str) -> str:
+    """A setting's name with us, where it is another trainer's for it."""
+    plain = name.replace("-", "_")
+    return _ALIASES.get(plain, plain)
+
+
+def near_settings(name: str, known: Sequence[str]) -> str:
+    """What to say to one who wrote `name` and meant one of `known`."""
+    usual = usual_name(name)
+    near = [usual] if usual in known else difflib.get_close_matches(usual, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known settings: {', '.join(known)}"
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`, or ConfigError. Strings are converted, for flags and for YAML's `1e-4`."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    target = next(option for option in options if option is not type(None))
+    target = typing.get_origin(target) or target
+    optional = " or null" if type(None) in options else ""
+    if isinstance(value, str) and target is not str:
+        if optional and value.lower() in ("none", "null"):
+            return None
+        value = _from_string(value, target)
+    if target is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"setting {name!r} must be a number, got one that is too large") from None
+    wrong_bool = isinstance(value, bool) and target is not bool
+    if wrong_bool or not isinstance(value, target):
+        kind = {int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
+        expected = kind.get(target, "a string") + optional
+        raise ConfigError(f"setting {name!r} must be {expected}, got {value!r}")
+    if target is dict:
+        _check_plain(name, value)
+    return value
+
+
+def _check_plain(name: str, value: dict[Any, Any]) -> None:
+    """Raise ConfigError for a mapping that no run's description could hold, such as one with a YAML set in it."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"setting {name!r} must hold text, numbers, lists and mappings alone: {error}") from None
+
+
+def _from_string(text: str, target: type) -> Any:
+    """`text` as `target` where that is what it says; else `text` itself, for the caller to refuse."""
+    # PyYAML reads YAML 1.1, in which 1e-4 (no dot) is a string; float() takes it.
+    if target in (int, float):
+        try:
+            return target(text)
+        except ValueError:
+            return text
+    try:
+        parsed = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return text
+    return parsed if isinstance(parsed, target) else text
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...] | None) -> None:
+    if choices and value is not None and value not in choices:
+        raise ConfigError(f"setting {name!r} must be one of {', '.join(choices)}, got {value!r}")
+
+
+_POSITIVE: tuple[str, ...] = (
+    *("max_length", "batch_size", "gradient_accumulation", "epochs", "max_steps", "eps", "max_grad_norm"),
+    *("eval_every", "eval_batch_size", "save_every", "keep_last", "log_every", "loraplus_lr_ratio"),
+)
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name in _POSITIVE:
+        _require(config, name, lambda v: v > 0, "greater than 0")
+    for name in ("lr", "weight_decay", "warmup_steps"):
+        _require(config, name, lambda v: v >= 0, "0 or greater")
+    _require(config, "seed", lambda v: 0 <= v < SEED_END, "0 or greater and below 2**63")
+    for name in required_settings():
+        if not getattr(config, name):
+            raise ConfigError(f"setting {name!r} must not be empty")
+    for name in ("beta1", "beta2", "eval_fraction", "warmup_ratio"):
+        _require(config, name, lambda v: 0 <= v < 1, "in [0, 1)")
+    if config.eval_data is not None and config.eval_fraction > 0:
+        raise ConfigError("settings 'eval_data' and 'eval_fraction' exclude each other: give one of them")
+    if config.scheduler == "constant" and (config.warmup_steps or config.warmup_ratio):
+        raise ConfigError("setting 'scheduler' constant has no warm-up: choose constant_with_warmup")
+    if config.scheduler.startswith("constant") and config.scheduler_args:
+        raise ConfigError(f"setting 'scheduler' {config.scheduler} takes no scheduler_args")
+
+
+def _require(config: TrainConfig, name: str, holds: typing.Callable[[Any], bool], rule: str) -> None:
+    value = getattr(config, name)
+    if value is None:
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"setting {name!r} must be finite and {rule}, got {value!r}")
+    if not holds(value):
+        raise ConfigError(f"setting {name!r} must be {rule}, got {value!r}")

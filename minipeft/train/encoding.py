@@ -1,0 +1,275 @@
+"""From records to token ids and labels.
+
+The one rule: **the tokens of a prompt as they are at generation time are an exact prefix of the training
+tokens**. Tokenizing prompt and completion as one string breaks it wherever a token spans the boundary, so
+text is tokenized span by span (`extend_ids`), and the joint tokenization is used only where it keeps the
+rule.
+
+Labels are -100 wherever nothing is to be learned. A model's logits at position t predict label t + 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from minipeft.train.errors import DataError
+from minipeft.train.records import Record
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized document: `input_ids` and `labels` of equal length, labels -100 where not learned."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def loss_tokens(self) -> int:
+        """Labels that take part in the loss; the first token has nothing before it to be predicted from."""
+        return sum(label != IGNORE for label in self.labels[1:])
+
+
+@dataclass
+class EncodedDataset:
+    """Tokenized documents and the account of what happened to the records they came from."""
+
+    examples: list[Example]
+    max_length: int
+    records: int
+    truncated: int = 0
+    dropped: int = 0
+    notices: list[str] = field(default_factory=list)
+    chat: bool = False  # whether the records were conversations, put into the chat template
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all documents."""
+        return sum(map(len, self.examples))
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens that are learned."""
+        return sum(example.loss_tokens for example in self.examples)
+
+    def content_hash(self) -> str:
+        """sha256 over ids and labels in order: equal exactly when training sees the same data."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(len(example).to_bytes(8, "little"))
+            digest.update(np.asarray([example.input_ids, example.labels], dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+
+SHORTEN = "raise max_length, or choose too_long: truncate or too_long: drop"
+
+
+def encode_records(
+    records: Sequence[Record], tokenizer: Any, max_length: int, too_long: str = "error", advice: str = SHORTEN
+) -> EncodedDataset:
+    """Tokenize records.
+
+    Args:
+        max_length: longest sequence, end-of-sequence token included.
+        too_long: "error" refuses a longer record, "drop" leaves it out, "truncate" cuts its end off. A record
+            whose learned part would be cut off entirely is left out. What was done is counted in `notices`.
+        advice: what the user can do about a record that is refused.
+
+    Raises:
+        DataError: a record too long under "error", a record the tokenizer or chat template refuses, or
+            nothing left.
+    """
+    data = EncodedDataset([], max_length, len(records), chat=any(r.messages is not None for r in records))
+    hopeless = 0
+    for record in records:
+        example = encode_record(record, tokenizer)
+        if len(example) > max_length:
+            if too_long == "error":
+                raise record.error(
+                    f"the record has {len(example)} tokens, more than max_length ({max_length}): {advice}"
+                )
+            cut = Example(example.input_ids[:max_length], example.labels[:max_length])
+            if too_long == "drop" or not cut.loss_tokens:
+                data.dropped += 1
+                hopeless += too_long == "truncate"
+                continue
+            data.truncated += 1
+            example = cut
+        data.examples.append(example)
+    _describe_losses(data, hopeless)
+    if not data.examples:
+        path = records[0].path if records else None
+        raise DataError(f"no record is left: all {len(records)} exceed {max_length} tokens; raise max_length", path)
+    return data
+
+
+def encode_record(record: Record, tokenizer: Any) -> Example:
+    """Tokenize one record, end-of-sequence token appended.
+
+    Raises:
+        DataError: nothing to learn in it, or the chat template refuses it.
+    """
+    if record.messages is not None:
+        example = _encode_messages(record, tokenizer)
+    elif record.text is not None:
+        ids = _ended(tokenizer, encode_prompt(tokenizer, record.text))
+        example = Example(ids, list(ids))
+    else:
+        assert record.prompt is not None and record.completion is not None
+        prompt, completion = encode_pair(tokenizer, record.prompt, record.completion)
+        completion = _ended(tokenizer, completion)
+        example = Example(prompt + completion, [IGNORE] * len(prompt) + completion)
+    if not example.loss_tokens:
+        raise record.error("expected something to learn, found no token that a token precedes")
+    return example
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt, as training has them and as generation must start from.
+
+    Special tokens in front are the tokenizer's own; an end-of-sequence token that some tokenizers append is
+    taken off, because the text goes on.
+    """
+    ids = list(tokenizer(prompt)["input_ids"])
+    ends = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)} - {None}
+    while ids and ids[-1] in ends and not prompt.endswith(tokenizer.convert_ids_to_tokens(ids[-1])):
+        ids.pop()
+    return ids
+
+
+def encode_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of the completion after it; the first equal `encode_prompt(prompt)`."""
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    joint = extend_ids(prompt_ids, prompt, completion, lambda text: encode_prompt(tokenizer, text))
+    return prompt_ids, joint[len(prompt_ids) :]
+
+
+def extend_ids(ids: list[int], text: str, more: str, encode: Callable[[str], list[int]]) -> list[int]:
+    """`ids`, the tokens of `text`, extended by those of `more`; `ids` stays an exact prefix.
+
+    The joint tokenization is taken where it keeps the prefix. Elsewhere a token spans the boundary, and
+    `more` is tokenized after an anchor, which keeps tokenizers from putting a space or a start token in front
+    of it.
+    """
+    joint = encode(text + more)
+    if joint[: len(ids)] == ids:
+        return joint
+    for anchor in ("\n", "=", "a"):
+        anchor_ids, anchored = encode(anchor), encode(anchor + more)
+        if anchored[: len(anchor_ids)] == anchor_ids:
+            return ids + anchored[len(anchor_ids) :]
+    start = encode("")
+    alone = encode(more)
+    return ids + (alone[len(start) :] if alone[: len(start)] == start else alone)
+
+
+def _encode_messages(record: Record, tokenizer: Any) -> Example:
+    """Render with the chat template, tokenize, and label the assistant's turns only."""
+    assert record.messages is not None
+    try:
+        full, spans = _assistant_spans(record.messages, tokenizer)
+    except DataError as error:
+        raise record.error(str(error)) from None
+    except Exception as error:
+        # Templates raise jinja2's TemplateError, and whatever their expressions run into.
+        detail = " ".join(str(error).split())
+        raise record.error(f"the tokenizer's chat template refuses the messages: {detail}") from None
+    # The template writes the special tokens itself.
+    encode = lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    ids: list[int] = []
+    labels: list[int] = []
+    done = 0
+    for start, end in spans:
+        for stop, learned in ((start, False), (end, True)):
+            ids = extend_ids(ids, full[:done], full[done:stop], encode)
+            labels += [*ids[len(labels) :]] if learned else [IGNORE] * (len(ids) - len(labels))
+            done = stop
+    # What follows the last assistant turn is never learned from, so it is left out.
+    ids = _ended(tokenizer, ids)
+    labels += ids[len(labels) :]
+    return Example(ids, labels)
+
+
+def _assistant_spans(messages: Sequence[Any], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation and the character spans that the assistant has to write, end token included."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("records with 'messages' need a tokenizer with a chat template: this one has none")
+    full = _render(tokenizer, messages)
+    spans: list[tuple[int, int]] = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(tokenizer, messages[:number], add_generation_prompt=True)
+        if not full.startswith(before):
+            message_text = "the chat template renders the start of a conversation differently once it goes on"
+            raise DataError(f"{message_text}: assistant turn at message {number + 1} cannot be told apart")
+        spans.append((len(before), _turn_end(tokenizer, messages, number, full, len(before))))
+    return full, spans
+
+
+def _turn_end(tokenizer: Any, messages: Sequence[Any], number: int, full: str, start: int) -> int:
+    """Where the assistant turn that starts at character `start` ends: after its end-of-sequence token, if any."""
+    after = _render(tokenizer, messages[: number + 1])
+    limit = len(after) if full.startswith(after) else len(full)
+    eos = tokenizer.eos_token
+    found = full.find(eos, start, limit) if eos else -1
+    if found >= 0:
+        return found + len(eos)
+    if not full.startswith(after):
+        raise DataError(f"the chat template does not show where assistant message {number + 1} ends")
+    return limit
+
+
+def _render(tokenizer: Any, messages: Sequence[Any], **options: Any) -> str:
+    if not messages:
+        # Many templates refuse an empty conversation; an assistant that speaks first has nothing before it.
+        return ""
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+
+
+def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """`ids` with the end-of-sequence token, if the tokenizer has one, exactly once at the end."""
+    eos = tokenizer.eos_token_id
+    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+
+def _describe_losses(data: EncodedDataset, hopeless: int) -> None:
+    if data.truncated:
+        data.notices.append(f"{data.truncated} of {data.records} records cut to {data.max_length} tokens")
+    if data.dropped - hopeless:
+        count = data.dropped - hopeless
+        data.notices.append(f"{count} of {data.records} records longer than {data.max_length} tokens left out")
+    if hopeless:
+        data.notices.append(
+            f"{hopeless} of {data.records} records left out: the prompt alone fills {data.max_length} tokens"
+        )
+
+
+def split_examples(data: EncodedDataset, fraction: float, seed: int) -> tuple[EncodedDataset, EncodedDataset]:
+    """Hold out `round(fraction * n)` examples, at least one, chosen by `seed`. Order is kept in both parts.
+
+    Raises:
+        DataError: one of the parts would be empty.
+    """
+    count = max(1, round(fraction * len(data)))
+    if count >= len(data):
+        raise DataError(f"eval_fraction {fraction} of {len(data)} record(s) leaves nothing to train on")
+    held = set(np.random.default_rng(seed).permutation(len(data))[:count].tolist())
+    return _subset(data, (i for i in range(len(data)) if i not in held)), _subset(data, sorted(held))
+
+
+def _subset(data: EncodedDataset, indices: Iterable[int]) -> EncodedDataset:
+    examples = [data.examples[i] for i in indices]
+    return EncodedDataset(examples, data.max_length, len(examples), chat=data.chat)

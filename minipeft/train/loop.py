@@ -1,0 +1,296 @@
+"""The training loop.
+
+One optimizer step is one `_step`: a group of micro-batches, each forward and backward, then clip, update,
+schedule. Everything that decides the next step is in model, optimizer, schedule, `Progress` and torch's
+generators; those go into a checkpoint, always as they were between two optimizer steps, so a resumed run
+repeats the uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minipeft.train.batches import Batch, Batches
+from minipeft.train.checkpoint import (
+    Progress,
+    capture_random,
+    load_checkpoint,
+    prune_checkpoints,
+    restore_random,
+    save_checkpoint,
+)
+from minipeft.train.config import TrainConfig
+from minipeft.train.directories import atomic_directory
+from minipeft.train.encoding import EncodedDataset
+from minipeft.train.errors import NonFiniteError, TrainingInterrupted
+from minipeft.train.evaluation import EvalResult, evaluate_loss
+from minipeft.train.identity import run_identity
+from minipeft.train.loss import autocast, token_loss_sum
+from minipeft.train.metrics import RunLog, check_tensorboard, peak_memory_bytes, read_log
+from minipeft.train.modes import training_mode
+from minipeft.train.packing import check_isolation
+from minipeft.train.plots import check_matplotlib, plot_loss_curve
+from minipeft.train.report import Reporter
+from minipeft.train.result import TrainResult, logged_evaluation
+from minipeft.train.rundir import check_output_dir, hold_run, open_run
+from minipeft.train.schedule import make_optimizer, make_schedule, trainable_parameters
+from minipeft.train.signals import StopSignal
+
+
+class Trainer:
+    """Trains the parameters of `model` that require a gradient, and saves them with `model.save_pretrained`.
+
+    Args:
+        model: a causal language model with an adapter, on the device to train on.
+        data: what to train on.
+        config: `model`, `data`, `method` and what else concerns loading is not looked at.
+        eval_data: what to evaluate on, if anything.
+        pad_id: token id for padding.
+        progress_bar: show one on stderr.
+        on_log: called with every log row.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: EncodedDataset,
+        config: TrainConfig,
+        *,
+        eval_data: EncodedDataset | None = None,
+        pad_id: int = 0,
+        progress_bar: bool = True,
+        on_log: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
+        self.model, self.data, self.config = model, data, config
+        self.output_dir = Path(config.output_dir)
+        self.device = next(model.parameters()).device
+        self.parameters = list(trainable_parameters(model).values())
+        layout: dict[str, Any] = {"pad_id": pad_id, "packing": config.packing, "max_length": data.max_length}
+        self.batches = Batches(data.examples, config.batch_size, seed=config.seed, **layout)
+        self.eval_batches = None
+        if eval_data is not None:
+            size = config.eval_batch_size or config.batch_size
+            layout["max_length"] = max(data.max_length, eval_data.max_length)
+            self.eval_batches = Batches(eval_data.examples, size, **layout)
+        self.total_steps = total_steps(len(self.batches), config)
+        self.optimizer = make_optimizer(model, config)
+        self.schedule = make_schedule(self.optimizer, config, self.total_steps)
+        self.progress = Progress()
+        self._progress_bar, self._on_log = progress_bar, on_log
+
+    def train(self, resume: bool | str | Path = False) -> TrainResult:
+        """Run to the end.
+
+        Args:
+            resume: False starts a run; True goes on from the newest checkpoint in output_dir, or from the
+                start if the run has none yet; a path goes on from that checkpoint.
+
+        Raises:
+            OutputDirError, CheckpointError: see `rundir.check_output_dir`; a resumed run that is a different
+                one.
+            NonFiniteError: the loss or gradient is not finite; the last checkpoint is untouched.
+            TrainingInterrupted: SIGINT or SIGTERM; the run is saved.
+        """
+        self._check_extras()
+        check_output_dir(self.output_dir, resume)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        with hold_run(self.output_dir):
+            return self._train(resume)
+
+    def _train(self, resume: bool | str | Path) -> TrainResult:
+        identity = run_identity(self.model, self.data, self.config)
+        checkpoint = open_run(self.output_dir, resume, self.config, identity)
+        torch.manual_seed(self.config.seed)
+        if checkpoint is not None:
+            self.progress, random_state = load_checkpoint(checkpoint, self.model, self.optimizer, self.schedule)
+            restore_random(random_state)
+        self._random = capture_random()
+        self._identity = identity
+        self._report = self._reporter()
+        mode = training_mode(self.model, self.config.gradient_checkpointing)
+        with contextlib.closing(self._report), StopSignal() as self._stop, mode:
+            return self._run()
+
+    def evaluate(self) -> EvalResult | None:
+        """Loss on the evaluation data as the model is now; None without evaluation data."""
+        if self.eval_batches is None:
+            return None
+        return evaluate_loss(self.model, self.eval_batches, precision=self.config.precision)
+
+    def _run(self) -> TrainResult:
+        config, progress = self.config, self.progress
+        start = self._evaluate_and_log() if config.eval_at_start and progress.step == 0 else None
+        end: EvalResult | None = None
+        for group in self._groups():
+            self._step(group)
+            last = progress.step == self.total_steps
+            if last or progress.step % config.log_every == 0:
+                self._report.log_window()
+            if last or (config.eval_every and progress.step % config.eval_every == 0):
+                end = self._evaluate_and_log()
+            if last or (config.save_every and progress.step % config.save_every == 0):
+                self._save()
+            if self._stop.requested:
+                self._save_and_stop()
+        return self._finish(start, end)
+
+    def _groups(self) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimizer step still to be taken; an epoch's last group may be smaller."""
+        progress = self.progress
+        while progress.step < self.total_steps:
+            batches = self.batches.epoch(progress.epoch, progress.batch)
+            while progress.step < self.total_steps:
+                group = list(itertools.islice(batches, self.config.gradient_accumulation))
+                if not group:
+                    break
+                yield group
+            else:
+                return
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+
+    def _step(self, group: list[Batch]) -> None:
+        """Take one optimizer step, or none at all."""
+        progress, step = self.progress, self.progress.step + 1
+        tokens = sum(batch.loss_tokens for batch in group)
+
+        # 1. Forward and backward. Each micro-batch adds its share of the mean over all tokens of the step.
+        losses: list[torch.Tensor] = []
+        for index, batch in enumerate(group):
+            if index and self._stop.requested:
+                # Half a step is no step: it is taken anew when the run is resumed.
+                self._save_and_stop()
+            with autocast(self.device, self.config.precision):
+                loss = token_loss_sum(self.model, batch.to(self.device))
+            (loss / tokens).backward()
+            losses.append(loss.detach())
+
+        # 2. Look before leaping: a step with a non-finite gradient would ruin the parameters for good.
+        # Reading a loss waits for the device, so all are read here, once a step.
+        loss_sum = sum(loss.item() for loss in losses)
+        mean_loss = loss_sum / tokens
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf).item()
+        self._check_finite(step, mean_loss, norm)
+
+        # 3. Update.
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        # 4. Account. From here on the run is between two steps again, as a checkpoint stores it.
+        real_tokens = sum(batch.tokens for batch in group)
+        progress.step, progress.batch = step, progress.batch + len(group)
+        progress.tokens += real_tokens
+        progress.window_loss += loss_sum
+        progress.window_loss_tokens += tokens
+        self._random = capture_random()
+        self._report.step(real_tokens, mean_loss, lr, norm)
+
+    def _check_finite(self, step: int, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm} (loss {loss:.4g})"
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.zero_grad(set_to_none=True)
+        message = f"training stopped at step {step}: the {what}, at learning rate {lr:.3g}"
+        advice = "the step was not taken and saved checkpoints are unaffected; try a lower lr"
+        raise NonFiniteError(f"{message}; {advice}", step)
+
+    def _evaluate_and_log(self) -> EvalResult | None:
+        if self.eval_batches is None:
+            return None
+        with self._report.paused():
+            result = evaluate_loss(
+                self.model,
+                self.eval_batches,
+                precision=self.config.precision,
+                should_stop=lambda: self._stop.requested,
+            )
+        # Half an evaluation is no measurement; the stop is dealt with after this step.
+        if not self._stop.requested:
+            self._report.log_evaluation(result)
+        return result
+
+    def _save(self) -> Path:
+        self.progress.seconds = self._report.seconds
+        path = save_checkpoint(
+            self.output_dir,
+            self.model,
+            self.optimizer,
+            self.schedule,
+            self.progress,
+            self._random,
+            self._identity,
+        )
+        prune_checkpoints(self.output_dir, self.config.keep_last)
+        return path
+
+    def _save_and_stop(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        path = self._save()
+        assert self._stop.received is not None
+        message = f"stopped by {self._stop.received.name} after step {self.progress.step} of {self.total_steps}"
+        raise TrainingInterrupted(f"{message}; saved {path}, go on with --resume", path, self.progress.step)
+
+    def _finish(self, start: EvalResult | None, end: EvalResult | None) -> TrainResult:
+        log_path, adapter_dir = self._report.log_path, self.output_dir / "adapter"
+        end = end or logged_evaluation(read_log(log_path), self.progress.step) or self._evaluate_and_log()
+        seconds = self._report.seconds
+        with atomic_directory(adapter_dir) as temporary:
+            self.model.save_pretrained(str(temporary))
+        rows = read_log(log_path)
+        plot_path = None
+        if self.config.plot:
+            plot_path = plot_loss_curve(rows, self.output_dir / "loss_curve.png")
+        losses = [row["loss"] for row in rows if "loss" in row]
+        return TrainResult(
+            steps=self.progress.step,
+            loss=losses[-1] if losses else math.nan,
+            eval_start=start or logged_evaluation(rows, 0),
+            eval_end=end,
+            adapter_dir=adapter_dir,
+            log_path=log_path,
+            plot_path=plot_path,
+            seconds=seconds,
+            tokens=self.progress.tokens,
+            peak_memory=peak_memory_bytes(self.device),
+        )
+
+    def _check_extras(self) -> None:
+        if self.config.plot:
+            check_matplotlib()
+        if self.config.tensorboard:
+            check_tensorboard()
+        if self.config.packing:
+            check_isolation(self.model)
+
+    def _reporter(self) -> Reporter:
+        log = RunLog(
+            self.output_dir / "log.jsonl",
+            self.output_dir / "tensorboard" if self.config.tensorboard else None,
+        )
+        # At step 0 even an evaluation is done again.
+        log.rewind(self.progress.step or -1)
+        return Reporter(
+            log,
+            self.progress,
+            self.device,
+            total_steps=self.total_steps,
+            batches_per_epoch=len(self.batches),
+            progress_bar=self._progress_bar,
+            on_log=self._on_log,
+        )
+
+
+def total_steps(batches: int, config: TrainConfig) -> int:
+    """Optimizer steps of a run over `batches` micro-batches an epoch."""
+    if config.max_steps is not None:
+        return config.max_steps
+    return max(1, math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation)))

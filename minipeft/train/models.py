@@ -1,0 +1,229 @@
+"""Loading a base model and its tokenizer from a directory, a hub name, or a GGUF file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import re
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minipeft.train.errors import MissingExtraError, ModelLoadError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_base_model(
+    path: str | Path,
+    *,
+    quantize: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    double_quant: bool = True,
+) -> Any:
+    """Load a causal language model, in evaluation mode.
+
+    Args:
+        path: a model directory, a .gguf file (its weights are dequantized first), or a hub name.
+        quantize: "nf4" for 4 bits: weight by weight while loading, but for GGUF after it; None leaves it.
+        dtype: "auto" (the checkpoint's own), "float32", "bfloat16", "float16", or a torch dtype.
+        device: "auto" is the first CUDA device, else the CPU.
+
+    Raises:
+        ModelLoadError: no model there, transformers cannot read it, or its files lack weights.
+        MissingExtraError: a .gguf file without the packages gguf and accelerate.
+    """
+    if quantize not in (None, "nf4"):
+        raise ValueError(f"quantize must be 'nf4' or None, got {quantize!r}")
+    from transformers import AutoModelForCausalLM
+
+    # Importing it makes transformers read 4-bit folders with our quantizer.
+    import minipeft.nf4.hf  # noqa: F401
+
+    source, options = _source(path)
+    options["dtype"] = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if "gguf_file" in options:
+        from transformers import GgufConfig
+
+        # Without dequantize=True transformers keeps a model that it cannot save.
+        options["quantization_config"] = GgufConfig(gguf_file=options["gguf_file"], dequantize=True)
+    elif quantize:
+        options["quantization_config"] = _nf4_config(double_quant)
+    with _loading("model", path), _without_gap_report():
+        # Without ignore_mismatched_sizes transformers names the tensors in its log only.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    _check_complete(info, path)
+    if quantize and "gguf_file" in options:
+        from minipeft.nf4 import quantize_model
+
+        # The config says GGUF and dequantized; what is quantized below is an ordinary model.
+        model = quantize_model(model, _nf4_config(double_quant))
+    return model.to(resolve_device(device)).eval()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """Load the tokenizer that belongs to a model.
+
+    Raises:
+        ModelLoadError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    source, options = _source(path)
+    with _loading("tokenizer", path):
+        return AutoTokenizer.from_pretrained(source, **options)
+
+
+def load_position_limit(path: str | Path) -> int | None:
+    """The longest sequence a model can take, read from its config alone; None where there is no limit."""
+    return getattr(load_text_config(path), "max_position_embeddings", None)
+
+
+def load_text_config(path: str | Path) -> Any:
+    """The config of a model, or of the part of it that reads text.
+
+    Raises:
+        ModelLoadError: there is none.
+    """
+    from transformers import AutoConfig
+
+    source, options = _source(path)
+    with _loading("model", path):
+        return AutoConfig.from_pretrained(source, **options).get_text_config()
+
+
+def locate_model(path: str | Path) -> str | Path:
+    """Decide what a model path means, without asking the network.
+
+    Returns:
+        A Path for a directory or file that exists, else a string that can only be a hub name.
+
+    Raises:
+        ModelLoadError: it names a local place where there is no model.
+    """
+    text = str(path)
+    local = Path(text).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ModelLoadError(f"no model in directory {text}: expected a config.json there")
+        return local
+    if local.is_file():
+        if local.suffix != ".gguf":
+            raise ModelLoadError(f"no model at {text}: expected a model directory or a .gguf file")
+        return local
+    # A hub name is `name` or `owner/name`. Anything else is a path, and so is `owner/name` where there is a
+    # directory `owner`.
+    looks_local = not _HUB_NAME.fullmatch(text) or local.suffix == ".gguf" or isinstance(path, Path)
+    if looks_local or ("/" in text and local.parent.is_dir()):
+        raise ModelLoadError(f"no model at {text}: expected a directory with config.json, a .gguf file, or a hub name")
+    return text
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is the first CUDA device where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {str(device)!r}")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, but torch sees no CUDA device")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device} was asked for, but torch sees {torch.cuda.device_count()} CUDA device(s)")
+    return resolved
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generators; call it before an adapter is attached, whose start is random."""
+    torch.manual_seed(seed)
+
+
+def _source(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` is to be given for a model path: the source, and for a GGUF file its name."""
+    location = locate_model(path)
+    if isinstance(location, str):
+        _check_hub(location)
+        return location, {}
+    if location.suffix != ".gguf":
+        return str(location), {}
+    if not all(importlib.util.find_spec(package) for package in ("accelerate", "gguf")):
+        message = "reading a .gguf file needs the packages gguf and accelerate: pip install 'minipeft[demo]'"
+        raise MissingExtraError(message)
+    return str(location.parent), {"gguf_file": location.name}
+
+
+def _check_hub(name: str) -> None:
+    """Say at once that the hub cannot be reached; its client would try for most of a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    # Behind a proxy names may not resolve here and still be reached.
+    if cached or constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        message = f"no model directory or file at {name}, and {host} cannot be reached to look for it there"
+        raise ModelLoadError(message) from None
+
+
+def _nf4_config(double_quant: bool) -> Any:
+    from minipeft.nf4 import NF4Config
+
+    return NF4Config(double_quant=double_quant)
+
+
+def _check_complete(info: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse a model whose weights transformers made up, because its files lack them or hold other shapes."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelLoadError(f"cannot load a model from {path}: its files lack {_few(missing)}")
+    wrong = [f"{key} is {tuple(found)}, expected {tuple(due)}" for key, found, due in sorted(info["mismatched_keys"])]
+    if wrong:
+        raise ModelLoadError(f"cannot load a model from {path}: its files do not fit its config.json: {_few(wrong)}")
+
+
+def _few(items: list[str], most: int = 4) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+@contextlib.contextmanager
+def _without_gap_report() -> Iterator[None]:
+    """Keep transformers' table of missing tensors out of the log: we refuse such a model, in one sentence."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or not ("MISSING" in text or "MISMATCH" in text)
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        logger.removeFilter(wanted)
+
+
+@contextlib.contextmanager
+def _loading(what: str, path: str | Path) -> Iterator[None]:
+    """Turn whatever transformers stumbles over in a directory or file into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        # Its errors run over many lines, and the cause may stand in any of them.
+        detail = " ".join(str(error).split()) or type(error).__name__
+        raise ModelLoadError(f"cannot load a {what} from {path}: {detail}") from error

@@ -1,0 +1,137 @@
+"""Reading training records: JSON Lines files, checked line by line.
+
+A record is a JSON object of one of three shapes:
+
+    {"text": "..."}                                   the whole text is learned
+    {"prompt": "...", "completion": "..."}            only the completion is learned
+    {"messages": [{"role": "...", "content": "..."}]} only the assistant's turns are learned
+
+Other keys are allowed and ignored, so that files may carry ids or labels of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minipeft.train.errors import DataError
+
+SHAPES = '{"text"}, {"prompt", "completion"} or {"messages"}'
+
+
+@dataclass(frozen=True)
+class Record:
+    """One checked record. Exactly one of `text`, `completion` (with `prompt`) and `messages` is set."""
+
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    path: str | None = None
+    line: int | None = None
+
+    def error(self, message: str) -> DataError:
+        """A DataError that points at this record."""
+        return DataError(message, self.path, self.line)
+
+
+def read_jsonl(path: str | Path) -> list[Record]:
+    """Read and check every record of a JSONL file. Blank lines are skipped.
+
+    Raises:
+        DataError: no such file, no records, or a bad record: with file, line, and what was expected.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except IsADirectoryError:
+        raise DataError("expected a JSONL file, found a directory", path) from None
+    except OSError as error:
+        raise DataError(f"cannot read the data file: {error.strerror or error}", path) from None
+    # Split on newlines only: str.splitlines would also cut at U+2028, which JSON allows inside strings.
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    records = [_parse_line(raw, path, number) for number, raw in enumerate(lines, 1) if raw.strip()]
+    if not records:
+        raise DataError(f"the data set is empty: expected one JSON object a line, {SHAPES}", path)
+    return records
+
+
+def make_records(objects: Iterable[Mapping[str, Any]], path: str | None = None) -> list[Record]:
+    """Check records that are already in memory; errors count them from 1."""
+    records = [_check_object(obj, path, number) for number, obj in enumerate(objects, 1)]
+    if not records:
+        raise DataError(f"the data set is empty: expected records of the shape {SHAPES}", path)
+    return records
+
+
+def _parse_line(raw: bytes, path: str | Path, line: int) -> Record:
+    try:
+        obj = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        message = f"expected UTF-8 text, found byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+        raise DataError(message, path, line) from None
+    except json.JSONDecodeError as error:
+        message = f"expected one JSON object, found invalid JSON ({error.msg} at column {error.colno})"
+        raise DataError(message, path, line) from None
+    except RecursionError:
+        raise DataError("expected one JSON object, found JSON that is nested too deep", path, line) from None
+    except ValueError:
+        # Python reads whole numbers of up to some thousand digits.
+        raise DataError("expected one JSON object, found a number of too many digits", path, line) from None
+    return _check_object(obj, path, line)
+
+
+def _check_object(obj: Any, path: str | Path | None, line: int) -> Record:
+    where: dict[str, Any] = {"path": None if path is None else str(path), "line": line}
+    if not isinstance(obj, Mapping):
+        raise DataError(f"expected a JSON object, found {_json_type(obj)}", path, line)
+    shapes = [name for name, keys in _KEYS.items() if any(key in obj for key in keys)]
+    if len(shapes) != 1:
+        found = f"keys {sorted(map(str, obj))}" if obj else "an empty object"
+        raise DataError(f"expected exactly one of {SHAPES}, found {found}", path, line)
+    if shapes[0] == "messages":
+        return Record(messages=_check_messages(obj["messages"], path, line), **where)
+    strings: dict[str, Any] = {key: _check_string(obj, key, path, line) for key in _KEYS[shapes[0]]}
+    for key in ("text", "completion"):
+        if key in strings and not strings[key].strip():
+            raise DataError(f"expected a non-empty {key!r}: there is nothing to learn", path, line)
+    return Record(**strings, **where)
+
+
+_KEYS = {"text": ("text",), "prompt": ("prompt", "completion"), "messages": ("messages",)}
+
+
+def _check_string(obj: Mapping[str, Any], key: str, path: str | Path | None, line: int, where: str = "") -> str:
+    if key not in obj:
+        raise DataError(f"expected key {key!r}{where}, found keys {sorted(map(str, obj))}", path, line)
+    value = obj[key]
+    if not isinstance(value, str):
+        raise DataError(f"expected {key!r}{where} to be a string, found {_json_type(value)}", path, line)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{key!r}{where} holds an unpaired surrogate, not valid text", path, line) from None
+    return value
+
+
+def _check_messages(value: Any, path: str | Path | None, line: int) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(value, list | tuple) or not value:
+        found = "an empty list" if isinstance(value, list | tuple) else _json_type(value)
+        raise DataError(f"expected 'messages' to be a non-empty list, found {found}", path, line)
+    for number, message in enumerate(value, 1):
+        where = f" of message {number}"
+        if not isinstance(message, Mapping):
+            found = _json_type(message)
+            raise DataError(f"expected message {number} to be an object, found {found}", path, line)
+        _check_string(message, "role", path, line, where)
+        _check_string(message, "content", path, line, where)
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in value):
+        raise DataError("expected at least one non-empty message with role 'assistant'", path, line)
+    return tuple(value)
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)

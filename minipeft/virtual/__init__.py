@@ -1,0 +1,1 @@
+"""Prefix tuning and prompt tuning: virtual tokens before the text."""

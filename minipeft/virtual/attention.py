@@ -1,0 +1,240 @@
+"""Learned keys and values in front of an attention module's own: what prefix and prompt tuning have in common.
+
+A causal decoder's layer computes softmax(q [K_p; K]^T) [V_p; V]: the text attends to P virtual tokens whose keys K_p
+and values V_p come from an adapter (Li and Liang 2021, equation 3). PEFT puts them into the cache that the user sees.
+Here they are put in front of the keys at the last moment, inside each attention module: the module is handed a view
+of its cache whose `update` returns [prefix; cached; new], and a mask with P more columns. So the user's cache, mask,
+positions and labels are about the text alone, with any cache class, without a cache, and under gradient checkpointing.
+
+Positions: the virtual tokens stand before the text, the last of them at position -1. PEFT puts them at 0..P-1 and
+moves the text up by P; a rotary score depends on the distance alone, so turning the learned keys back by P gives the
+same scores. Learned position tables know no distance: there the text does move up by P (`ShiftedPositions`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.adapter import AdapterModule, Mixin
+from minipeft.virtual.masks import columns_of, widened_mask
+
+# What attention modules call their cache.
+CACHE_NAMES = ("past_key_values", "layer_past")
+
+
+class PrefixedCache:
+    """What an attention module takes for its cache: `cache` (or none) with a prefix in front.
+
+    Args:
+        key, value: (heads, P, head_dim), P may be 0.
+        columns: How many keys the mask is for; None if it does not say.
+        record: The module's own new keys and values (batch, heads, tokens, head_dim) are put here.
+    """
+
+    def __init__(self, cache: Any, key: Tensor | None, value: Tensor | None, columns: int | None, record: list | None):
+        self.cache, self.key, self.value, self.columns, self.record = cache, key, value, columns, record
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Keys before the new ones: T5 asks, to tell its queries' positions."""
+        before = 0 if self.key is None else self.key.shape[1]
+        return before + (0 if self.cache is None else self.cache.get_seq_length(layer_idx))
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """(batch, heads, tokens, head_dim) new ones -> (batch, heads, P + cached + tokens, head_dim) all.
+
+        Raises ValueError when the mask is not for so many keys.
+        """
+        if self.record is not None:
+            self.record.append((key, value))
+        if self.cache is not None:
+            key, value = self.cache.update(key, value, *args, **kwargs)
+        if self.key is not None and self.value is not None:
+            key, value = _in_front(self.key, key), _in_front(self.value, value)
+        if self.columns is not None and self.columns != key.shape[2]:
+            raise ValueError(
+                f"the attention mask is for {self.columns} keys, but there are {key.shape[2]} with the virtual tokens"
+            )
+        return key, value
+
+
+def _in_front(prefix: Tensor, states: Tensor) -> Tensor:
+    batch = states.shape[0]
+    return torch.cat([prefix.to(states).expand(batch, -1, -1, -1), states], dim=2)
+
+
+class Rotation:
+    """How a decoder turns keys by their position, for one layer (RoPE, Su et al. 2021, section 3.2).
+
+    The model's own functions do it, so every layout of the rotated features and every base frequency is right.
+    """
+
+    def __init__(self, rotary: nn.Module, attention: nn.Module):
+        self.rotary, self.home = rotary, plain_class(attention).__module__
+        takes_type = "layer_type" in inspect.signature(type(rotary).forward).parameters
+        self.options = {"layer_type": attention.layer_type} if takes_type else {}
+        self._find_functions()
+
+    def _find_functions(self) -> None:
+        # Under its decorators, which may choose new frequencies for the positions that they see: we need the ones
+        # that the text is rotated by right now.
+        self.angles = inspect.unwrap(type(self.rotary).forward)
+        self.apply = sys.modules[self.home].apply_rotary_pos_emb
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"rotary": self.rotary, "home": self.home, "options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._find_functions()
+
+    def back(self, key: Tensor, by: int) -> Tensor:
+        """(heads, tokens, head_dim) -> the same, float32 or wider: every key turned to a position `by` lower."""
+        key = key.to(torch.promote_types(key.dtype, torch.float32))[None]
+        position = torch.full((1, 1), -by, device=key.device)
+        cos, sin = self.angles(self.rotary, key, position, **self.options)
+        # Some variants (YaRN) scale what they rotate; the learned keys are only to be turned.
+        length = (cos.square() + sin.square()).sqrt()
+        return self.apply(key, key, cos / length, sin / length)[1][0]
+
+
+def plain_class(module: Any) -> type:
+    """The class that `module` had before anything was mixed in."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, Mixin))
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """What the attention module calls its cache, or None if it takes none."""
+    return next((name for name in CACHE_NAMES if name in argument_names(module)), None)
+
+
+def argument_names(module: Any) -> list[str]:
+    """What the forward of `module`, without anything mixed in, calls its arguments, in their order."""
+    return list(inspect.signature(plain_class(module).forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+class PrefixedAttention(AdapterModule):
+    """A self-attention module that sees the virtual tokens of the acting adapters in front of its keys.
+
+    Attributes:
+        virtual_tokens: adapter -> its encoder (not registered here: it belongs to the decoder), which has `length`,
+            `key_value(layer)` -> two (heads, length, head_dim), and `ready`.
+        rotation: How the model turns its keys; None if it does not.
+        recorder: A list that is given this module's own keys and values, while they are wanted.
+        arguments: The names of the plain forward's arguments.
+    """
+
+    name_prefix: ClassVar[str] = "Prefixed"
+    _own_attributes: ClassVar[tuple[str, ...]] = ("virtual_tokens", "rotation", "recorder", "arguments")
+
+    layer_idx: int
+    is_causal: bool
+
+    def attach(self, switch: Any) -> None:
+        super().attach(switch)
+        if not hasattr(self, "virtual_tokens"):
+            self.virtual_tokens: dict[str, Any] = {}
+            self.rotation: Rotation | None = None
+            self.recorder: list | None = None
+            self.arguments = argument_names(self)
+
+    def add_adapter(self, adapter: str, config: Any, path: str, dtype: torch.dtype, init: bool) -> None:
+        """Nothing: the tensors are the decoder's (`connect`)."""
+
+    def connect(self, adapter: str, encoder: nn.Module, rotation: Rotation | None) -> None:
+        """Take the keys and values of `adapter` from `encoder`."""
+        self.virtual_tokens[adapter] = encoder
+        self.rotation = rotation
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        encoders = acting_encoders(self)
+        if not encoders and self.recorder is None:
+            return super().forward(*args, **kwargs)
+        kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        cache_name = next(name for name in CACHE_NAMES if name in self.arguments)
+        mask_name = "attention_mask" if "attention_mask" in self.arguments else "mask"  # T5's name
+        # The other half of an encoder-decoder's cache is about what its decoder reads.
+        cache = kwargs.get(cache_name)
+        cache, mask = getattr(cache, "self_attention_cache", cache), kwargs.get(mask_name)
+        key = value = None
+        if encoders:
+            key, value = self._prefix(encoders)
+            queries = kwargs["hidden_states"].shape[1]  # (batch, tokens, hidden)
+            mask = widened_mask(self, mask, key.shape[1], queries, cache, kwargs.get("is_causal", self.is_causal))
+        kwargs[cache_name] = PrefixedCache(cache, key, value, columns_of(mask), self.recorder)
+        return super().forward(**{**kwargs, mask_name: mask})
+
+    def _prefix(self, encoders: list[Any]) -> tuple[Tensor, Tensor]:
+        """Two (heads, P, head_dim): keys, turned to positions -P..-1, and values of all that act, in their order."""
+        keys, values, after = [], [], sum(encoder.length for encoder in encoders)
+        for encoder in encoders:
+            key, value = encoder.key_value(self.layer_idx)
+            keys.append(key if self.rotation is None else self.rotation.back(key, by=after))
+            values.append(value)
+            after -= encoder.length
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+    def delete_adapter(self, adapter: str) -> None:
+        super().delete_adapter(adapter)
+        self.virtual_tokens.pop(adapter, None)
+
+
+class ShiftedPositions(AdapterModule):
+    """A learned position table (GPT-2's `wpe`): the text stands after the virtual tokens that act."""
+
+    name_prefix: ClassVar[str] = "Shifted"
+    _own_attributes: ClassVar[tuple[str, ...]] = ("virtual_tokens",)
+
+    num_embeddings: int
+
+    def attach(self, switch: Any) -> None:
+        super().attach(switch)
+        if not hasattr(self, "virtual_tokens"):
+            self.virtual_tokens: dict[str, Any] = {}
+
+    def add_adapter(self, adapter: str, config: Any, path: str, dtype: torch.dtype, init: bool) -> None:
+        """Nothing but a check: there must be positions left for the text."""
+        if config.num_virtual_tokens >= self.num_embeddings:
+            raise ValueError(
+                f"num_virtual_tokens={config.num_virtual_tokens} leaves no position for the text: {path} has "
+                f"{self.num_embeddings}"
+            )
+
+    def connect(self, adapter: str, encoder: nn.Module, rotation: Rotation | None) -> None:
+        """Count the virtual tokens of `adapter`."""
+        self.virtual_tokens[adapter] = encoder
+
+    def shift(self) -> int:
+        """How many virtual tokens act."""
+        return sum(encoder.length for encoder in acting_encoders(self))
+
+    def forward(self, position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(position_ids + self.shift(), *args, **kwargs)
+
+    def delete_adapter(self, adapter: str) -> None:
+        super().delete_adapter(adapter)
+        self.virtual_tokens.pop(adapter, None)
+
+
+class ShiftedOffset(ShiftedPositions):
+    """OPT's position table, which counts positions by the mask and then adds its own `offset`."""
+
+    @property
+    def offset(self) -> int:
+        """The table's offset and the virtual tokens that act."""
+        return self.__dict__["offset"] + self.shift()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super(ShiftedPositions, self).forward(*args, **kwargs)
+
+
+def acting_encoders(module: Any) -> list[Any]:
+    """The encoders of `module` whose virtual tokens are seen now, in the order of the active adapters."""
+    if module.merged_adapters:
+        return []
+    found = (module.virtual_tokens.get(adapter) for adapter in module.switch.acting)
+    return [encoder for encoder in found if encoder is not None and encoder.ready]

@@ -1,0 +1,210 @@
+"""Causal decoders with virtual tokens: which there are, and what the decoder does around its attention modules.
+
+The decoder holds the adapters' tensors; every attention module below takes its keys and values from there (see
+`key_values.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.adapter import AdapterModule, Method, base_modules
+from minipeft.virtual.attention import (
+    PrefixedAttention,
+    Rotation,
+    ShiftedOffset,
+    ShiftedPositions,
+    cache_argument,
+)
+from minipeft.virtual.masks import check_implementation, check_packing
+from minipeft.virtual.tokens import (
+    ENCODER_DECODERS,
+    ENCODERS,
+    Sizes,
+    VirtualTokensConfig,
+    VirtualTokensHolder,
+    check_mask,
+)
+
+# transformers' `config.model_type` of the decoders that rotate queries and keys, and of those with a learned table.
+# A list and not a guess: a layer that rotates in its own way would give wrong scores and no error.
+ROTARY = (
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"),
+    *("phi3", "smollm3", "olmo2", "granite", "gpt_neox"),
+)
+LEARNED = ("gpt2", "opt")
+
+
+class VirtualTokensDecoder(VirtualTokensHolder):
+    """A causal decoder with virtual tokens."""
+
+    config: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        encoders = self.acting_encoders()
+        if encoders:
+            check_implementation(self.config)
+            check_packing(self.config, kwargs)
+            kwargs = _about_the_text(args, kwargs)
+            self._prepare([encoder for encoder in encoders if hasattr(encoder, "prepare")], kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _prepare(self, prompts: list[Any], kwargs: dict[str, Any]) -> None:
+        """Send the prompts through the model, one after the other: each sees those before it."""
+        if not prompts:
+            return
+        _check_checkpointing(self)
+        for prompt in prompts:
+            prompt.forget()
+        dtype = self.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        for prompt in prompts:
+            prompt.prepare(self.keys_and_values, dtype, kwargs.get("past_key_values"))
+
+    def keys_and_values(self, **inputs: Any) -> list[tuple[Tensor, Tensor]]:
+        """The keys (as rotated for positions from 0) and values of each layer for one text.
+
+        Args:
+            inputs: `input_ids` (1, tokens) or `inputs_embeds` (1, tokens, hidden).
+
+        Returns: per layer two (heads, tokens, head_dim).
+        """
+        layers = [module for module in self.modules() if isinstance(module, PrefixedAttention)]
+        # A layer that is checkpointed would run again in the backward pass, when nothing is recorded any more.
+        checkpointed: list[Any] = [m for m in self.modules() if getattr(m, "gradient_checkpointing", False)]
+        recorded: list[Any] = [[] for _ in layers]
+        for layer in layers:
+            layer.recorder = recorded[layer.layer_idx]
+        for module in checkpointed:
+            module.gradient_checkpointing = False
+        if torch.compiler.is_compiling():
+            # The compiler cannot break its graph inside a `try`.
+            super().forward(**inputs, use_cache=False)
+            _end_recording(layers, checkpointed)
+        else:
+            try:
+                super().forward(**inputs, use_cache=False)
+            finally:
+                _end_recording(layers, checkpointed)
+        return [(key[0], value[0]) for both in recorded for key, value in both]
+
+
+def _end_recording(layers: list[PrefixedAttention], checkpointed: list[Any]) -> None:
+    for layer in layers:
+        layer.recorder = None
+    for module in checkpointed:
+        module.gradient_checkpointing = True
+
+
+def _check_checkpointing(decoder: nn.Module) -> None:
+    """Refuse reentrant checkpointing of a prompt.
+
+    There each layer's backward is a backward of its own, and would go through the prompt's one graph again.
+    """
+    for module in decoder.modules() if decoder.training else ():
+        recompute = getattr(module, "_gradient_checkpointing_func", None)
+        if getattr(module, "gradient_checkpointing", False) and recompute is not None:
+            if getattr(recompute, "keywords", {}).get("use_reentrant", True):
+                raise ValueError(
+                    "prompt tuning needs non-reentrant checkpointing: "
+                    "model.activation_checkpointing_enable({'use_reentrant': False})"
+                )
+            return
+
+
+def _about_the_text(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of a decoder, with positions that count from each row's first real token.
+
+    Without positions transformers counts padding too. The text's own rotary scores do not change by that, but its
+    distance to the virtual tokens would, and a padded row would not give what it gives alone.
+
+    Raises ValueError for a 2-D mask that is not for the text alone.
+    """
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    ids = args[0] if args else kwargs.get("input_ids")
+    text = ids if ids is not None else kwargs.get("inputs_embeds")
+    if not torch.is_tensor(mask) or mask.dim() != 2 or text is None:
+        return kwargs
+    check_mask(mask, text, cache)
+    if kwargs.get("position_ids") is not None or len(args) > 2:
+        return kwargs
+    counted = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    tokens = text.shape[1] + (0 if cache is None else cache.get_seq_length())
+    # A mask for a static cache may be longer than what there is so far.
+    last = tokens if mask.shape[1] > tokens else mask.shape[1]
+    return {**kwargs, "position_ids": counted[:, last - text.shape[1] : last]}
+
+
+def _find(model: Any, config: VirtualTokensConfig, skip: list[str]) -> list[str]:
+    decoder = _decoder(model, config)
+    # Of the decoder alone: a model that sees has attention elsewhere, too.
+    path = next(path for path, module in base_modules(model) if module is decoder)
+    inside = [(f"{path}.{name}".lstrip("."), module) for name, module in base_modules(decoder) if name]
+    attentions = [name for name, module in inside if is_self_attention(module)]
+    model_config = model.config.get_text_config()
+    layers = sorted(model.get_submodule(path).layer_idx for path in attentions)
+    if layers != list(range(model_config.num_hidden_layers)):
+        raise ValueError(
+            f"{type(model).__name__} has {model_config.num_hidden_layers} layers, and self-attention in {layers}; "
+            "virtual tokens need one in each"
+        )
+    if not all(model.get_submodule(path).is_causal for path in attentions):
+        raise ValueError(f"{type(model).__name__} attends in both directions; virtual tokens need a causal decoder")
+    config.fit(Sizes.of_decoder(model_config))
+    tables = [name for name, module in inside if _is_position_table(module, name)]
+    return [path, *attentions, *(tables if model_config.model_type in LEARNED else [])]
+
+
+def _decoder(model: Any, config: VirtualTokensConfig) -> Any:
+    """The module that holds the layers. Raises ValueError for a model that cannot have virtual tokens."""
+    kind = type(config).__name__.removesuffix("Config")
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    if family is None:
+        raise ValueError(f"{kind} needs a transformers model, got {type(model).__name__}")
+    text = model.config.get_text_config()
+    if model.config.is_encoder_decoder or getattr(text, "add_cross_attention", False):
+        raise ValueError(
+            f"{kind} does not know encoder-decoders of type {family!r}; it works on {', '.join(ENCODER_DECODERS)} and "
+            "on decoders alone"
+        )
+    if text.model_type not in ROTARY + LEARNED:
+        raise ValueError(
+            f"{kind} does not know how a model of type {text.model_type!r} tells positions; it works on "
+            f"{', '.join(sorted(ROTARY + LEARNED + ENCODERS + ENCODER_DECODERS))}"
+        )
+    return model.get_decoder()
+
+
+def is_self_attention(module: Any) -> bool:
+    """Whether `module` is a decoder layer's self-attention, as transformers writes them."""
+    if not hasattr(module, "layer_idx") or not hasattr(module, "is_causal"):
+        return False
+    return cache_argument(module) is not None and not getattr(module, "is_cross_attention", False)
+
+
+def _is_position_table(module: nn.Module, path: str) -> bool:
+    return isinstance(module, nn.Embedding) and path.rpartition(".")[2] in ("wpe", "embed_positions")
+
+
+def _mixin_for(module: Any) -> type[AdapterModule]:
+    if is_self_attention(module):
+        return PrefixedAttention
+    if isinstance(module, nn.Embedding):
+        return ShiftedOffset if hasattr(module, "offset") else ShiftedPositions
+    return VirtualTokensDecoder
+
+
+def _connect(model: Any, adapter: str, targets: list[str]) -> None:
+    decoder = model.get_submodule(targets[0])
+    rotary = getattr(decoder, "rotary_emb", None)
+    for path in targets[1:]:
+        module = model.get_submodule(path)
+        # SmolLM3 leaves every fourth layer without rotation.
+        rotates = getattr(module, "use_rope", True)
+        rotation = Rotation(rotary, module) if rotary is not None and rotates else None
+        module.connect(adapter, decoder.prompt_encoder[adapter], rotation)
+
+
+DECODERS = Method(find=_find, mixin_for=_mixin_for, connect=_connect)

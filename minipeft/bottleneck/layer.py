@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minipeft.adapter import AdapterModule, Method
+from minipeft.adapter import AdapterModule, Method, PackedLayer
 from minipeft.bottleneck.config import BottleneckConfig
 from minipeft.bottleneck.places import usual_targets
 from minipeft.copies import TrainedModule
-from minipeft.nf4 import NF4Linear
 from minipeft.targets import is_conv1d, match_targets
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -204,7 +203,7 @@ def _features(module: Any, hidden_size: int | None) -> tuple[int, int]:
     if is_conv1d(module):
         in_features, out_features = module.weight.shape
         return in_features, out_features
-    if isinstance(module, nn.Linear | NF4Linear):
+    if isinstance(module, nn.Linear | PackedLayer):
         return module.in_features, module.out_features
     assert hidden_size is not None
     return hidden_size, hidden_size
@@ -235,7 +234,7 @@ def _find_targets(model: nn.Module, config: BottleneckConfig, skip: list[str]) -
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if bottleneck_mixin_for(module) is None:
             raise ValueError(f"target_modules: {path!r} is a {kind}, which no adapter can stand after")
-        if config.hidden_size is None and not (isinstance(module, nn.Linear | NF4Linear) or is_conv1d(module)):
+        if config.hidden_size is None and not (isinstance(module, nn.Linear | PackedLayer) or is_conv1d(module)):
             raise ValueError(f"target_modules: {path!r} is a {kind}; give hidden_size, the width of what it returns")
     return targets
 

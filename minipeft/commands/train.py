@@ -7,10 +7,11 @@ from pathlib import Path
 
 from minipeft.commands.paths import check_device, check_output_path
 from minipeft.commands.texts import loss_text
+from minipeft.methods import METHODS
 from minipeft.train.config import TrainConfig
 from minipeft.train.config_flags import config_values
 from minipeft.train.errors import ConfigError
-from minipeft.train.methods import METHODS, attach, check_settings, start
+from minipeft.train.methods import attach, check_settings, start
 from minipeft.train.quiet import without_bars
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from minipeft.train.errors import ConfigError
 from minipeft.train.models import load_text_config
-from minipeft.virtual.decoders import LEARNED
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -43,9 +42,6 @@ def model_position_limit(model: Any) -> int | None:
 def text_positions(model: str, adapter_config: Any = None) -> tuple[int | None, int]:
     """The positions that a model has (None: no limit), and how many of them an adapter's virtual tokens take.
 
-    A prompt is a text in front of the text. A prefix has no positions on a model that rotates keys, and takes the
-    first ones of a learned table, as a prompt does.
-
     Args:
         model: directory, hub name or .gguf file; its config alone is read.
 
@@ -53,6 +49,5 @@ def text_positions(model: str, adapter_config: Any = None) -> tuple[int | None, 
         ModelLoadError: there is none.
     """
     config = load_text_config(model)
-    tokens = getattr(adapter_config, "num_virtual_tokens", None) or 0
-    counted = tokens and (adapter_config.peft_type.value == "PROMPT_TUNING" or config.model_type in LEARNED)
-    return getattr(config, "max_position_embeddings", None), tokens if counted else 0
+    taken = 0 if adapter_config is None else adapter_config.positions_taken(config.model_type)
+    return getattr(config, "max_position_embeddings", None), taken

@@ -96,7 +96,7 @@ def is_users(error: Exception) -> bool:
     """
     if isinstance(error, TrainingError | OSError | MemoryError) or _is_out_of_memory(error):
         return True
-    return _is(error, "safetensors", "SafetensorError") or _is(error, "minipeft.optim.errors", "PagingError")
+    return _is(error, "safetensors", "SafetensorError") or _is(error, "minipeft.optim.tiers", "PagingError")
 
 
 def one_sentence(error: Exception) -> str:

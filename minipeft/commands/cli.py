@@ -19,8 +19,7 @@ from typing import NoReturn
 from minipeft.commands.arguments import positive, seed
 from minipeft.commands.bench import add_bench_arguments
 from minipeft.commands.compare import add_compare_arguments
-from minipeft.train.config import DTYPE_CHOICES, QUANTIZE_CHOICES, TOO_LONG_CHOICES
-from minipeft.train.config_flags import add_config_arguments
+from minipeft.train.config import DTYPE_CHOICES, QUANTIZE_CHOICES, TOO_LONG_CHOICES, add_config_arguments
 from minipeft.train.errors import TrainingError, TrainingInterrupted
 
 USER_ERROR = 2

@@ -28,7 +28,7 @@ def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return parameters
 
 
-# What of PagedAdamW's memory a config may set: the rest of its arguments are settings of their own, or do not go with
+# The arguments of PagedAdamW that `optimizer_args` may hold: the rest are settings of their own, or do not go with
 # accumulated and clipped gradients.
 MEMORY_SETTINGS = ("page_bytes", "device_budget", "host_budget", "spill_dir")
 

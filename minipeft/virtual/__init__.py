@@ -8,7 +8,7 @@ METHODS = (
         "prefix",
         peft_type="PREFIX_TUNING",
         config="minipeft.virtual.prefix:PrefixTuningConfig",
-        attach="minipeft.virtual.prefixed_encoders:PREFIXES",
+        attach="minipeft.virtual.prefix:PREFIXES",
         # A random start learns little: see `start_from_tokens`.
         train_defaults={"num_virtual_tokens": 20},
         compare_defaults={"lr": 1e-2, "method_args": {"num_virtual_tokens": 20}},
@@ -18,7 +18,7 @@ METHODS = (
         "prompt",
         peft_type="PROMPT_TUNING",
         config="minipeft.virtual.prompt:PromptTuningConfig",
-        attach="minipeft.virtual.prompted_encoders:PROMPTS",
+        attach="minipeft.virtual.prompt:PROMPTS",
         train_defaults={"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"},
         compare_defaults={"lr": 3e-2, "method_args": {"num_virtual_tokens": 20}},
     ),

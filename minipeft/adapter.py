@@ -97,10 +97,13 @@ class AdaptedModel(Mixin):
     Attributes:
         peft_config: adapter name -> its config.
         _switch: the switch that its adapted modules share.
+        _row_functions: adapter name -> its method's `Registration.rows`, looked up when the adapter is attached:
+            torch.compile cannot follow the look-up during a call.
     """
 
     peft_config: dict[str, Any]
     _switch: Switch
+    _row_functions: dict[str, Callable[..., Any]]
 
 
 class PackedLayer(nn.Module):

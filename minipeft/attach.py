@@ -87,6 +87,9 @@ def add_adapter(
     unmerge(model)
     attach_adapter(model, config, adapter, model._switch, autocast_adapter_dtype, init)
     model.peft_config[adapter] = config
+    by_row = method_of(str(config.type_name)).load("rows")
+    if by_row is not None:
+        model._row_functions[adapter] = by_row
     if not model._switch.active:
         model._switch.active = (adapter,)
 
@@ -101,6 +104,7 @@ def delete_adapter(model: AdaptedModel, adapter: str) -> None:
     for _, module in adapter_modules(model):
         module.delete_adapter(adapter)
     del model.peft_config[adapter]
+    model._row_functions.pop(adapter, None)
     left = tuple(name for name in model._switch.active if name != adapter)
     model._switch.active = left or tuple(model.peft_config)[:1]
 

@@ -86,7 +86,7 @@ def unload(model: AdaptedModel) -> Any:
             model.set_submodule(path, dense.requires_grad_(False))
     _untie_different_embeddings(model)
     tell_quantizer(model, attached=False)
-    del model.peft_config, model._switch
+    del model.peft_config, model._switch, model._row_functions
     mix_out(model)
     return model
 

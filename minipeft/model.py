@@ -148,17 +148,30 @@ class PeftModel(AdaptedModel):
         set_trainable(self, adapter_name, not peft_config.inference_mode)
 
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, *args: Any, **kwargs: Any
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        **kwargs: Any,
     ) -> None:
         """Add an adapter that is the weighted combination of others (PEFT's method); it is frozen and not active.
 
-        The arguments after the names are the method's own: for LoRA see `lora.combine.add_weighted_adapter`.
+        The arguments are those of the method's own function: for LoRA see `lora/combine.py`.
 
         Raises ValueError for a name that is taken, unknown adapters, and adapters that do not combine.
         """
         _check_free(self, adapter_name)
-        types = [self.peft_config[name].type_name for name in adapters if name in self.peft_config]
-        optional_part("combine", types)(self, adapters, weights, adapter_name, *args, **kwargs)
+        kwargs |= {"svd_rank": svd_rank, "svd_clamp": svd_clamp, "svd_full_matrices": svd_full_matrices}
+        kwargs |= {"svd_driver": svd_driver, "density": density, "majority_sign_method": majority_sign_method}
+        combine = optional_part("combine", _types(self, adapters))
+        combine(self, adapters, weights, adapter_name, combination_type, **kwargs)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make this adapter, or these together, act, and no other. Merged adapters are unmerged.
@@ -318,8 +331,11 @@ class PeftModel(AdaptedModel):
         return names
 
     def _rows(self, names: Sequence[str], repeated: bool = False) -> contextlib.AbstractContextManager[None]:
-        types = [self.peft_config[name].type_name for name in names or () if name in self.peft_config]
-        context: contextlib.AbstractContextManager[None] = optional_part("rows", types)(self, names, repeated)
+        functions = self._row_functions
+        able = [functions[name] for name in names or () if name in functions] or [*functions.values()]
+        context: contextlib.AbstractContextManager[None] = (able or [optional_part("rows", ())])[0](
+            self, names, repeated
+        )
         return context
 
 
@@ -411,6 +427,7 @@ def _becoming_peft_model(model: Any) -> Iterator[None]:
     mix_in(model, _kind_of(model), type(model).__name__)
     model.peft_config = {}
     model._switch = switch_of(model)
+    model._row_functions = {}
     tell_quantizer(model, attached=True)
     try:
         yield
@@ -429,6 +446,11 @@ def _load_first(
         model.load_adapter(directory, adapter, is_trainable, *args, **kwargs)
     model.set_adapter(adapter)
     return model if is_trainable else model.eval()
+
+
+def _types(model: AdaptedModel, names: Sequence[str]) -> list[str]:
+    """The `peft_type` of each of the adapters, without those that are unknown."""
+    return [model.peft_config[name].type_name for name in names if name in model.peft_config]
 
 
 def _check_config(value: Any) -> None:

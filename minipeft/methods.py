@@ -4,8 +4,8 @@ The core imports no method. A method's package describes it in a `Registration`,
 `minipeft compare` look it up here. Classes and functions are given as import strings ("package.module:name"), so that
 the table is read without importing torch.
 
-A method outside minipeft calls `register`. For the command line to find it, its package names the module that makes
-this call as an entry point of the group "minipeft.methods".
+A method outside minipeft calls `register`. For the command line to find it, its package names a function without
+arguments that makes this call as an entry point of the group "minipeft.methods".
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -98,8 +97,10 @@ def _own_methods() -> dict[str, Registration]:
 
 @functools.cache
 def _load_entry_points() -> None:
+    import importlib.metadata
+
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        point.load()
+        point.load()()
 
 
 class _Methods(Mapping[str, Registration]):

@@ -64,8 +64,8 @@ def match_targets(
     """The dotted names of the modules that `config` adapts, in the model's order.
 
     Args:
-        config: Its target_modules, exclude_modules, layers_to_transform and layers_pattern are looked at; targets left
-            to the library ("all-linear", None) are filled in.
+        config: Its target_modules and, where it has them, exclude_modules, layers_to_transform and layers_pattern say
+            which; targets left to the library (None) are filled in.
         adaptable: True for a module that the method can adapt.
         skip: Dotted names that are no targets, with all that lies under them.
 
@@ -169,15 +169,16 @@ def ends_with(name: str, target: str) -> bool:
 def _excluded(name: str, config: Any, skip: Iterable[str]) -> bool:
     if any(name == path or name.startswith(path + ".") for path in skip):
         return True
-    if isinstance(config.exclude_modules, str):
-        return re.fullmatch(config.exclude_modules, name) is not None
-    return any(ends_with(name, exclude) for exclude in config.exclude_modules or ())
+    excluded = getattr(config, "exclude_modules", None)
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, name) is not None
+    return any(ends_with(name, exclude) for exclude in excluded or ())
 
 
 def _in_layers(name: str, config: Any) -> bool:
-    if config.layers_to_transform is None:
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None:
         return True
-    wanted = config.layers_to_transform
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     for pattern in patterns or [r"[^.]*"]:

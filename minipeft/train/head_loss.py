@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from minipeft.nf4.dense import DenseLinear
-from minipeft_kernels import frozen_linear
+from minipeft.kernels import frozen_linear
 
 # Logits made at a time: 17 MB in float32.
 CHUNK = 1 << 22

@@ -223,7 +223,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _log_rows(file: Path) -> list[dict[str, Any]]:
-    from minipeft.train.metrics import read_log
+    from minipeft.train.report import read_log
 
     return read_log(file) if file.is_file() else []
 

@@ -36,10 +36,9 @@ from minipeft.compare.run import FAILED, RESULT, Order
 from minipeft.compare.table import plain_text, write_table
 from minipeft.demo.demo import say_now
 from minipeft.demo.smollm2 import smollm2_folder
-from minipeft.files import write_text
-from minipeft.train.directories import remove_directory
-from minipeft.train.plots import check_matplotlib
-from minipeft.train.rundir import hold_run
+from minipeft.files import remove_directory, write_text
+from minipeft.train.report import check_matplotlib
+from minipeft.train.run import hold_run
 
 Say = Callable[[str], None]
 

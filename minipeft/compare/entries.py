@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minipeft.train.config import near_settings, setting_names, usual_name
+from minipeft.train.config import load_yaml, near_settings, setting_names, usual_name
 from minipeft.train.errors import ConfigError
 from minipeft.train.methods import METHODS, method_arguments
-from minipeft.train.yaml_files import load_yaml
 
 # What a run may set for itself.
 OWN_SETTINGS = (

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from minipeft.train.batches import collate
 from minipeft.train.encoding import Example
 from minipeft.train.loss import learned_positions, logits_at
-from minipeft.train.modes import eval_mode
+from minipeft.train.models import eval_mode
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from minipeft.compare.measure import exp
 from minipeft.compare.rows import Row, Table
 from minipeft.compare.table import cells, header
 from minipeft.files import atomic_path, write_text
-from minipeft.train.plots import running_mean
+from minipeft.train.report import running_mean
 
 BAR, BASE = "tab:blue", "0.6"
 

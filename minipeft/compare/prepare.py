@@ -17,13 +17,11 @@ from minipeft.compare.plan import CompareConfig, Run, Shared, bases_of, train_co
 from minipeft.compare.run import RESULT, Order
 from minipeft.demo.demo import Cores
 from minipeft.demo.exam import row_tokens
-from minipeft.files import write_text
-from minipeft.train.directories import remove_leftovers
+from minipeft.files import remove_leftovers, write_text
 from minipeft.train.errors import CheckpointError, ConfigError, OutputDirError, as_user_error
-from minipeft.train.identity import check_identity
 from minipeft.train.methods import check_settings
-from minipeft.train.models import load_tokenizer, resolve_device
-from minipeft.train.positions import resolve_max_length, text_positions
+from minipeft.train.models import load_tokenizer, resolve_device, resolve_max_length, text_positions
+from minipeft.train.run import check_identity
 from minipeft_kernels.arithmetic import arithmetic_dtype
 
 # Beside the runs: what they all share.

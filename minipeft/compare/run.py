@@ -25,16 +25,14 @@ import torch
 from minipeft.compare.data import Encoded, Task, encode_task, read_task
 from minipeft.compare.measure import measure_losses
 from minipeft.compare.plan import Run, Shared, train_config
-from minipeft.files import write_text
+from minipeft.files import remove_directory, write_text
 from minipeft.train.batches import Batch, Batches, pad_id_of
-from minipeft.train.directories import remove_directory
 from minipeft.train.errors import TrainingError, TrainingInterrupted
 from minipeft.train.evaluation import classify
 from minipeft.train.loop import Trainer
 from minipeft.train.methods import attach, method_config, start
-from minipeft.train.metrics import peak_memory_bytes, read_log
-from minipeft.train.models import load_base_model, load_tokenizer, seed_everything
-from minipeft.train.quiet import without_bars
+from minipeft.train.models import load_base_model, load_tokenizer, seed_everything, without_bars
+from minipeft.train.report import peak_memory_bytes, read_log
 
 RESULT, FAILED = "result.json", "failed.json"
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from minipeft.train.directories import atomic_directory
+from minipeft.files import atomic_directory
 from minipeft.train.errors import TrainingError
 
 _CHUNK = 1 << 20

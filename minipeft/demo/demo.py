@@ -27,12 +27,8 @@ from minipeft.train.config import TrainConfig
 from minipeft.train.encoding import EncodedDataset, encode_records
 from minipeft.train.errors import TrainingInterrupted
 from minipeft.train.loop import Trainer
-from minipeft.train.metrics import read_log
-from minipeft.train.models import load_base_model, load_tokenizer, seed_everything
-from minipeft.train.plots import check_matplotlib, plot_loss_curve
-from minipeft.train.positions import model_position_limit
-from minipeft.train.quiet import without_bars
-from minipeft.train.result import TrainResult
+from minipeft.train.models import load_base_model, load_tokenizer, model_position_limit, seed_everything, without_bars
+from minipeft.train.report import TrainResult, check_matplotlib, plot_loss_curve, read_log
 
 # Two packed rows make a step: about 13 texts, 74 steps. Accuracy after one pass: 54.8 % so, 52.2 % with three rows, and
 # 43.8 % with 32 texts a step (± 2.5 %).

@@ -13,7 +13,7 @@ from minipeft.demo.data import DemoData
 from minipeft.train.batches import Batches, pad_id_of
 from minipeft.train.encoding import EncodedDataset, encode_prompt
 from minipeft.train.evaluation import accuracy, classify, evaluate_loss
-from minipeft.train.generation import Sampling, generate
+from minipeft.train.generation import generate, sampling_config
 from minipeft.train.records import Record
 
 # Texts of about 20 tokens are packed into rows of this many.
@@ -79,7 +79,7 @@ class Exam:
         if not self.samples:
             return []
         prompts = [encode_prompt(self.tokenizer, record.prompt or "") for record in self.samples]
-        texts = generate(model, self.tokenizer, prompts, Sampling(max_new_tokens=SAMPLE_TOKENS))
+        texts = generate(model, self.tokenizer, prompts, sampling_config(max_new_tokens=SAMPLE_TOKENS))
         return [" ".join(text.split()) for text in texts]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from minipeft.commands.inspect import size
 from minipeft.demo.data import DemoData
 from minipeft.demo.exam import Exam, Measurement, varied
-from minipeft.train.result import TrainResult
+from minipeft.train.report import TrainResult
 
 Say = Callable[[str], None]
 

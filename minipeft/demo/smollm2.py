@@ -13,7 +13,7 @@ from typing import Any
 
 from minipeft.demo.assets import SMOLLM2_GGUF, build_folder, cache_dir, fetch, file_sha256, find_damage
 from minipeft.train.errors import MissingExtraError
-from minipeft.train.quiet import without_bars
+from minipeft.train.models import without_bars
 
 FOLDER = "SmolLM2-135M-Instruct"
 

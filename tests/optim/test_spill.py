@@ -12,7 +12,7 @@ from optim_cases import PAGE, parameters, set_gradients, train
 
 from minipeft import PagedAdamW
 from minipeft.optim import PagingError
-from minipeft.optim.spill import SpillFile
+from minipeft.optim.tiers import SpillFile
 
 
 def paged(params, directory, **settings):

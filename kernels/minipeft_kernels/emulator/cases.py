@@ -124,13 +124,10 @@ def _adamw(shape: tuple[int, ...], dtype: torch.dtype, eight_bits: bool) -> Case
 
     p, g = torch.randn(shape[0]).to(dtype), torch.randn(shape[0]).to(dtype)
     numbers = AdamWNumbers(10, 1e-3, 0.9, 0.999, 1e-8, 0.01, False)
-    if eight_bits:
-        state = initial_state(p)
-        launch = lambda: launch_adamw_8bit([p], [g], *([t] for t in state), numbers)  # noqa: E731
-    else:
-        state = (torch.zeros(shape), torch.zeros(shape))
-        launch = lambda: launch_adamw([p], [g], *([t] for t in state), numbers)  # noqa: E731
-    return Case(launch, p.numel(), 11 * p.numel(), _bytes(g) + 2 * _bytes(p, *state))
+    state: tuple[Tensor, ...] = initial_state(p) if eight_bits else (torch.zeros(shape), torch.zeros(shape))
+    launch: Callable[..., None] = launch_adamw_8bit if eight_bits else launch_adamw
+    tensors = [[t] for t in (p, g, *state)]
+    return Case(lambda: launch(*tensors, numbers), p.numel(), 11 * p.numel(), _bytes(g) + 2 * _bytes(p, *state))
 
 
 OPERATIONS: dict[str, tuple[str, Callable[[tuple[int, ...], torch.dtype], Case]]] = {

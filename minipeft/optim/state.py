@@ -11,11 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.optim.errors import PagingError
 from minipeft.optim.pager import MOVERS, Pager
 from minipeft.optim.pages import LAYOUTS, PAGE_UNIT, PageTable, Segment
-from minipeft.optim.spill import SpillFile
-from minipeft.optim.tiers import CudaDevice, MemoryTier, SimulatedDevice, Tier
+from minipeft.optim.tiers import CudaDevice, MemoryTier, PagingError, SimulatedDevice, SpillFile, Tier
 
 # Large enough that a copy runs at full speed (a disk's and PCIe's rates level off near 1 MiB), small enough that two
 # of them are no burden.
@@ -30,7 +28,7 @@ Views = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Memory:
-    """What memory the state may take.
+    """Limits on the memory that the state may take.
 
     Attributes:
         page_bytes: size of a page, a multiple of 4096; None: see `page_bytes_for`.
@@ -94,6 +92,7 @@ class PagedState:
 
     @property
     def pager(self) -> Pager:
+        """The pager, made with the first parameter."""
         assert self._pager is not None
         return self._pager
 
@@ -172,6 +171,7 @@ class PagedState:
         return [segment.page for segment in reversed(self.table.of_parameter[number])]
 
     def stats(self) -> dict[str, Any]:
+        """See `PagedAdamW.memory_stats`."""
         if self._pager is None:
             return {}
         counts = self._pager.stats
@@ -191,6 +191,7 @@ class PagedState:
         }
 
     def close(self) -> None:
+        """Free the state: memory, threads and file."""
         self._closed = True
         self._views.clear()
         if self._pager is not None:
@@ -204,7 +205,7 @@ class PagedState:
         return self._views[page][1]
 
     def _slots(self, device: torch.device) -> list[int]:
-        """How many slots each tier needs."""
+        """The number of slots that each tier needs."""
         pages, memory = len(self.table), self.memory
         if not self._has_device_tier(device):
             first = min(pages, self._slots_within(memory.host_budget))

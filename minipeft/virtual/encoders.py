@@ -1,9 +1,17 @@
-"""Prompts in front of a text that is read in both directions: BERT's, and what T5's encoder is given.
+"""Virtual tokens in models that are no causal decoders: BERT and its like, and encoder-decoders such as T5.
 
-There the text changes what the model makes of the prompt, so the prompt goes into every row (Lester et al. 2021,
-section 2): in front of the row's first token, behind its padding. The outputs are cut to the text again; but where
-one position speaks for the whole row, it is the first, the prompt's, as in PEFT. A decoder that reads an encoder's
-output reads that of the prompt, too.
+A prefix is the same there, keys and values in front of each layer's own (`attention.py`); only its place differs:
+
+- A model that reads in both directions: in front of every self-attention's keys. Its learned positions move up, as the
+  text stands after the prefix; outputs are about the text, so the first position is the text's own.
+- An encoder-decoder: in front of the keys of the decoder's self-attention, as in PEFT. The encoder and the attention to
+  its output are the base model's. T5's scores have a bias by distance: the prefix stands at positions -P..-1 there,
+  too. Padding in the decoder belongs behind the text, since these decoders count it as text.
+
+A prompt goes into every row, because a text that is read in both directions changes what the model makes of the prompt
+(Lester et al. 2021, section 2): in front of the row's first token, behind its padding. The outputs are cut to the text
+again; but where one position speaks for the whole row, it is the first, the prompt's, as in PEFT. A decoder that reads
+an encoder's output reads that of the prompt, too.
 """
 
 from __future__ import annotations
@@ -14,23 +22,51 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import AdapterModule, Method, base_modules
+from minipeft.adapter import AdapterModule, base_modules
 from minipeft.virtual.attention import argument_names
-from minipeft.virtual.decoders import DECODERS
+from minipeft.virtual.decoders import attention_mixin, is_self_attention
+from minipeft.virtual.masks import check_implementation
 from minipeft.virtual.tokens import (
     ENCODER_DECODERS,
     ENCODERS,
     Sizes,
     VirtualTokensConfig,
     VirtualTokensHolder,
+    check_mask,
 )
+
+
+def family_of(model: Any) -> str | None:
+    """transformers' `config.model_type` of a model or of a part that has the config; None without one."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+class PrefixHolder(VirtualTokensHolder):
+    """The part of a model whose self-attention modules see the prefixes that it holds."""
+
+    config: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain forward; the mask is about the text alone.
+
+        Raises ValueError for a mask of another length.
+        """
+        if not self.acting_encoders():
+            return super().forward(*args, **kwargs)
+        check_implementation(self.config)
+        kwargs = {**dict(zip(argument_names(self), args, strict=False)), **kwargs}
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        text = ids if ids is not None else kwargs.get("inputs_embeds")
+        if mask is not None and mask.dim() == 2 and text is not None:
+            check_mask(mask, text, kwargs.get("past_key_values"))
+        return super().forward(**kwargs)
 
 
 class PromptedEncoder(VirtualTokensHolder):
     """An encoder whose rows begin with the prompts of the acting adapters.
 
     Attributes:
-        cuts: Whether its output holds the states of the text alone.
+        cuts: True if its output holds the states of the text alone.
     """
 
     _own_attributes: ClassVar[tuple[str, ...]] = ("cuts",)
@@ -40,6 +76,10 @@ class PromptedEncoder(VirtualTokensHolder):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Prefixes, which may be here too, stand in the layers.
+        """input_ids (B, T) or inputs_embeds (B, T, hidden) -> the plain forward's results, cut to the text if `cuts`.
+
+        Raises ValueError for positions, or a mask that is not about the text alone.
+        """
         encoders = [encoder for encoder in self.acting_encoders() if hasattr(encoder, "prepare")]
         if not encoders:
             return super().forward(*args, **kwargs)
@@ -74,6 +114,10 @@ class PromptReader(AdapterModule):
         """Nothing: the tensors are the encoder's (`connect`)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain decoder's forward; `encoder_attention_mask` (batch, text tokens) is widened by the prompts.
+
+        Raises ValueError for an encoder's output that was made with other adapters acting.
+        """
         acting = () if self.merged_adapters else self.switch.acting
         length = sum(self.virtual_tokens[adapter].length for adapter in acting if adapter in self.virtual_tokens)
         mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
@@ -93,7 +137,7 @@ class PromptReader(AdapterModule):
 
 
 def row_order(mask: Tensor | None, length: int, like: Tensor) -> Tensor:
-    """Where each position of [padding][prompt][text] comes from in [prompt][padding and text].
+    """The source, in [prompt][padding and text], of each position of [padding][prompt][text].
 
     Args:
         mask: (B, T), 0 for padding, or None.
@@ -138,10 +182,48 @@ def _cut(out: Any, order: Tensor, length: int) -> Any:
     return out
 
 
-def _find(model: Any, config: VirtualTokensConfig, skip: list[str]) -> list[str]:
-    family = getattr(getattr(model, "config", None), "model_type", None)
+def prefix_targets(model: Any, config: VirtualTokensConfig) -> list[str] | None:
+    """The names of the holder of a prefix, its attention modules and its position tables; None for another model.
+
+    Raises ValueError for an encoder that was made a decoder.
+    """
+    family = family_of(model)
+    if family in ENCODERS:
+        if model.config.is_decoder:
+            raise ValueError(f"prefixes work on {family} models that read both ways, not on one that is a decoder")
+        holder, sizes, causal = model.base_model, Sizes.of_encoder(model.config), False
+    elif family in ENCODER_DECODERS and model.config.is_encoder_decoder:
+        holder, sizes, causal = model.get_decoder(), Sizes.of_encoder_decoder(model.config), True
+    else:
+        return None
+    config.fit(sizes)
+    root = next(path for path, module in base_modules(model) if module is holder)
+    inside = [(f"{root}.{name}".lstrip("."), module) for name, module in base_modules(holder) if name]
+    # Of an encoder-decoder's attention modules those that read its own text are the causal ones.
+    attentions = [name for name, module in inside if is_self_attention(module) and module.is_causal == causal]
+    assert len(attentions) == sizes.layers, (attentions, sizes)
+    return [root, *attentions, *(name for name, module in inside if _is_position_table(module, name))]
+
+
+def _is_position_table(module: nn.Module, path: str) -> bool:
+    return isinstance(module, nn.Embedding) and path.rpartition(".")[2] in ("position_embeddings", "embed_positions")
+
+
+def prefix_mixin(module: Any) -> type[AdapterModule] | None:
+    """The mixin for a module of `prefix_targets`; None for a module of another model."""
+    if family_of(module) not in ENCODERS + ENCODER_DECODERS:
+        return None
+    return attention_mixin(module) or PrefixHolder
+
+
+def prompt_targets(model: Any, config: VirtualTokensConfig) -> list[str] | None:
+    """The names of the encoder that holds a prompt and of the decoder that reads it; None for another model.
+
+    Raises ValueError for an encoder that was made a decoder.
+    """
+    family = family_of(model)
     if family not in ENCODERS + ENCODER_DECODERS:
-        return DECODERS.find(model, config, skip)
+        return None
     if getattr(model.config, "is_decoder", False) and family in ENCODERS:
         raise ValueError(f"prompts work on {family} models that read both ways, not on one that is a decoder")
     # PEFT writes down the numbers of an encoder-decoder's encoder.
@@ -151,23 +233,21 @@ def _find(model: Any, config: VirtualTokensConfig, skip: list[str]) -> list[str]
     return [paths[id(holder)] for holder in holders]
 
 
-def _mixin_for(module: Any) -> type[AdapterModule]:
-    family = getattr(getattr(module, "config", None), "model_type", None)
+def prompt_mixin(module: Any) -> type[AdapterModule] | None:
+    """The mixin for a module of `prompt_targets`; None for a module of another model."""
+    family = family_of(module)
     if family in ENCODERS:
         return PromptedEncoder
     if family in ENCODER_DECODERS:
-        # T5's halves are of one class, BART's tell themselves apart by what they take.
+        # T5's halves are of one class, BART's are told apart by the arguments of their forward.
         reads = getattr(module, "is_decoder", "encoder_hidden_states" in argument_names(module))
         return PromptReader if reads else PromptedEncoder
-    return DECODERS.mixin_for(module)
+    return None
 
 
-def _connect(model: Any, adapter: str, targets: list[str]) -> None:
-    holder = model.get_submodule(targets[0])
-    if not isinstance(holder, PromptedEncoder):
-        assert DECODERS.connect is not None
-        DECODERS.connect(model, adapter, targets)
-        return
+def connect_prompt(model: Any, adapter: str, targets: list[str]) -> None:
+    """Tell an encoder whether to cut its outputs to the text, and its readers of the prompt that they read."""
+    holder: Any = model.get_submodule(targets[0])
     # RoBERTa's classifier takes the first position itself, BERT's is given it.
     whole = type(model).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice"))
     holder.cuts = len(targets) == 1 and not whole
@@ -175,6 +255,3 @@ def _connect(model: Any, adapter: str, targets: list[str]) -> None:
         reader: nn.Module = model.get_submodule(path)
         assert isinstance(reader, PromptReader)
         reader.virtual_tokens[adapter] = holder.prompt_encoder[adapter]
-
-
-PROMPTS = Method(find=_find, mixin_for=_mixin_for, connect=_connect)

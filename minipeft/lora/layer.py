@@ -20,7 +20,7 @@ from minipeft.lora.config import LoraConfig, is_pissa
 from minipeft.lora.init import init_factors, pissa_start
 from minipeft.lora.loftq import LoftqBase, LoftQConfig, loftq
 from minipeft.lora.rows import add_row_updates
-from minipeft_kernels.lora_matmul import lora_update
+from minipeft_kernels.linear.shorthands import lora_update
 
 
 class LoraLayer(TrainedBias):

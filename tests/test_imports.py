@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "nf4": {"core", "kernels"},
     "optim": {"core", "kernels"},
     "train": {"core", "nf4", "optim", "kernels"},
-    "demo": {"core", "nf4", "train", "commands", "kernels"},
+    "demo": {"core", "lora", "nf4", "train", "commands", "kernels"},
     "compare": {"core", "train", "demo", "commands", "kernels"},
     "commands": {"core", "nf4", "train", "demo", "compare", "kernels", "emulator"},
     "__main__": {"commands"},
@@ -45,6 +45,7 @@ IMPORT_TRANSFORMERS = {
     "state",  # reads the vocabulary's size from a base model's folder
     "nf4.linear",  # gives back the Conv1D that a layer was made of
     "virtual.prompt",  # reads the text that a prompt starts from
+    "demo.assets",  # makes a small model
     *("train.models", "train.schedule", "train.generation"),  # loads base models; schedules; stops
 }
 

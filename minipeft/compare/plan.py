@@ -15,16 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from minipeft.compare.entries import check_entry, read_entries
 from minipeft.methods import METHODS
-from minipeft.train.config import SEED_END, TrainConfig
-from minipeft.train.errors import ConfigError
-=======
 from minipeft.train.config import SEED_END, TrainConfig, load_yaml, near_settings, setting_names, usual_name
 from minipeft.train.errors import ConfigError
-from minipeft.train.methods import METHODS, method_arguments
->>>>>>> main
+from minipeft.train.methods import method_arguments
 
 # Settings of a run that gives no others.
 COMMON: dict[str, Any] = {"scheduler": "cosine", "warmup_ratio": 0.06}

@@ -15,13 +15,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from minipeft_kernels.lora_matmul import lora_update
-=======
-from minipeft.adapter import base_modules
-from minipeft.lora.config import LoraConfig
 from minipeft_kernels.linear.shorthands import lora_update
->>>>>>> main
 
 # More directions than are wanted make the approximate decomposition sharp (Halko et al. 2011, section 4.2: 5 or 10).
 _OVERSAMPLING = 8

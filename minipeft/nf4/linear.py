@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from minipeft.adapter import PackedLayer
 from minipeft.nf4.dense import make_plain
 from minipeft_kernels.linear.op import linear
-from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
-from minipeft_kernels.nf4.quantize import NESTED_BLOCKSIZE, WEIGHT_DTYPES, check_blocksize
+from minipeft_kernels.nf4.codebooks import NESTED_BLOCKSIZE, NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4.quantize import WEIGHT_DTYPES, check_blocksize
 from minipeft_kernels.packed import NF4
 
 from .weight import STATE_NAMES, NF4Weight

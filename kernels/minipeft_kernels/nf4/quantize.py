@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..dispatch import use_triton
 from ..registration import define_op
-from .codebooks import MIN_ABSMAX, NESTED_BLOCKSIZE, (
+from .codebooks import (
+    MIN_ABSMAX,
+    NESTED_BLOCKSIZE,
     NF4_BOUNDARIES,
     NF4_ZERO_CODE,
     Tables,

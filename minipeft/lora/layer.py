@@ -79,10 +79,8 @@ class LoraLayer(AdapterStore):
 
     def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W0 x + b: the output of the layer's own forward. While a LoftQ adapter acts, its own weight stands for W0."""
-        own = (
-            next((adapter for adapter in self.acting() if adapter in self.lora_base), None) if self.lora_base else None
-        )
-        if own is None:
+        own = [adapter for adapter in self.acting() if adapter in self.lora_base] if self.lora_base else []
+        if not own:
             return super().forward(x, *args, **kwargs)
         out: Tensor = self.lora_base[own[0]](x)
         return out if self.bias is None else (out + self.bias).to(out.dtype)

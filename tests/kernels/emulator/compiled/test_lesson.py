@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from minipeft_kernels.emulator import emulate
+from minipeft.kernels.emulator import emulate
 from minipeft_kernels.emulator.trace import Trace
 
 DOCS = Path(__file__).parents[4] / "docs"

@@ -8,10 +8,10 @@ from guarded import Guarded
 from nf4_weights import Weight
 from torch import Tensor
 
+from minipeft.kernels.emulator import emulate
 from minipeft_kernels.adamw.eight_bit import initial_state
 from minipeft_kernels.adamw.reference import AdamWNumbers, adamw_8bit_reference, adamw_reference
 from minipeft_kernels.adamw.triton import launch_adamw, launch_adamw_8bit
-from minipeft_kernels.emulator import emulate
 from minipeft_kernels.nf4.dequantize import nf4_dequantize_reference
 from minipeft_kernels.nf4.dequantize_triton import dequantize_into
 from minipeft_kernels.nf4.quantize import nf4_quantize_reference, quantize_absmax_reference

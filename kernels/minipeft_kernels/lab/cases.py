@@ -119,15 +119,15 @@ def _quantize(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
 
 def _adamw(shape: tuple[int, ...], dtype: torch.dtype, eight_bits: bool) -> Case:
     from ..adamw.eight_bit import initial_state
-    from ..adamw.reference import AdamWNumbers
+    from ..adamw.reference import Hyper
     from ..adamw.triton import launch_adamw, launch_adamw_8bit
 
     p, g = torch.randn(shape[0]).to(dtype), torch.randn(shape[0]).to(dtype)
-    numbers = AdamWNumbers(10, 1e-3, 0.9, 0.999, 1e-8, 0.01, False)
+    hyper = Hyper(1e-3, 0.9, 0.999, 1e-8, 0.01, False)
     state: tuple[Tensor, ...] = initial_state(p) if eight_bits else (torch.zeros(shape), torch.zeros(shape))
     launch: Callable[..., None] = launch_adamw_8bit if eight_bits else launch_adamw
     tensors = [[t] for t in (p, g, *state)]
-    return Case(lambda: launch(*tensors, numbers), p.numel(), 11 * p.numel(), _bytes(g) + 2 * _bytes(p, *state))
+    return Case(lambda: launch(*tensors, 10, hyper), p.numel(), 11 * p.numel(), _bytes(g) + 2 * _bytes(p, *state))
 
 
 OPERATIONS: dict[str, tuple[str, Callable[[tuple[int, ...], torch.dtype], Case]]] = {

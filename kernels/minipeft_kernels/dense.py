@@ -8,14 +8,17 @@ AVX-512 (Zen 5), one thread: MKL 100 GFLOP/s in every shape, oneDNN 200 to 240.
 import torch
 from torch import Tensor
 
+from . import native
+
 # Multiply-adds from which oneDNN is taken. A call costs 12 microseconds, one of MKL's 2: at (64, 576) x (16, 576) both
 # take 16, at (128, 576) x (16, 576) 22 and 28, at (1024, 576) x (16, 576) 98 and 219.
 LEAST = 1 << 20
 
 
 def _find_onednn() -> bool:
-    """Whether oneDNN is there and has wider instructions than MKL may have."""
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    """True if oneDNN is there and has wider instructions than MKL may have."""
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and native.level_limit() >= native.AVX512
+    return wide and torch.backends.mkldnn.is_available()
 
 
 HAS_ONEDNN = _find_onednn()

@@ -7,14 +7,22 @@ import torch
 from torch import Tensor
 
 from minipeft.nf4 import NF4Weight
-from minipeft_kernels import native
+from minipeft_kernels import arithmetic, dense, native
 from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
 from minipeft_kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize_reference
 
 module = importlib.import_module("minipeft_kernels.nf4_matmul")
 needs_library = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle())
-# Of the compiled code, what this processor has the instructions for.
+# The levels of compiled code that this processor has the instructions for.
 LEVELS = [native.SCALAR] if native.obstacle() else list(range(native.level() + 1))
+
+
+def become(level: int, patch: pytest.MonkeyPatch) -> None:
+    """Compute as on a processor of this level: all that MINIPEFT_CPU decides."""
+    patch.setattr(native, "level", lambda: level)
+    patch.setattr(dense, "HAS_ONEDNN", dense.HAS_ONEDNN and level >= native.AVX512)
+    dtypes = arithmetic.CPU_DTYPES if level == native.AVX512_BF16 else frozenset({torch.float32})
+    patch.setattr(arithmetic, "CPU_DTYPES", dtypes)
 
 
 def packed_of(w: NF4Weight) -> module.Packed:

@@ -20,7 +20,7 @@ from benchmarks.shapes import Sizes
 from minipeft import LoraConfig, NF4Config, PeftModel, get_peft_model
 from minipeft.nf4 import NF4Linear
 from minipeft.nf4.hf import read_bitsandbytes_with
-from minipeft.train.quiet import without_bars
+from minipeft.train.models import without_bars
 
 RANK, ALPHA = 16, 32
 PEFT = "PEFT"
@@ -248,7 +248,7 @@ def base_folder(sizes: Sizes) -> Path | None:
         return Path(sizes.model)
     if len(sizes.layers) == 1:
         return None
-    from minipeft.demo.smollm2 import smollm2_folder
+    from minipeft.demo.assets import smollm2_folder
 
     return smollm2_folder()
 

@@ -20,10 +20,8 @@ from minipeft.copies import TrainedBias, TrainedModule
 from minipeft.lora.layers import LORA
 from minipeft.nf4 import NF4Linear
 from minipeft.targets import check_unused_names, modules_to_save, plain_module_names
-from minipeft.virtual.prefix import PrefixTuningConfig  # noqa: F401 - so that its files can be read
-from minipeft.virtual.prefixed_encoders import PREFIXES
-from minipeft.virtual.prompt import PromptTuningConfig  # noqa: F401
-from minipeft.virtual.prompted_encoders import PROMPTS
+from minipeft.virtual.prefix import PREFIXES
+from minipeft.virtual.prompt import PROMPTS
 
 METHODS: dict[Any, Method] = {
     PeftType.LORA: LORA,

@@ -4,7 +4,7 @@ It is optional: a machine without a C compiler installs minipeft without it, and
 instead. It knows nothing of Python (no Python.h), and shares OpenMP's threads with torch, which is imported first.
 
 MINIPEFT_CPU=scalar, avx2, avx512 or avx512_bf16 makes minipeft treat the processor as one of that level, to test what a
-lesser one would do: it chooses the compiled code, and `dense` and `arithmetic` obey it too. It is read once.
+lesser one would do: it chooses the compiled code, and `arithmetic` obeys it too. It is read once.
 """
 
 import ctypes

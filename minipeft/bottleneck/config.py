@@ -1,4 +1,4 @@
-"""`BottleneckConfig`: what AdapterHub's `BnConfig` of the same field names asks for, and how its modules are named."""
+"""`BottleneckConfig`: the fields of AdapterHub's `BnConfig` under the same names."""
 
 from __future__ import annotations
 

@@ -82,8 +82,12 @@ class Bottleneck(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        # What stands beside a matrix is multiplied into it rather than into activations, which autograd would keep in
-        # the adapter's float32 otherwise: the norm's weight and bias into Down, the scaling into Up.
+        # The norm's weight and bias are multiplied into Down and the scaling into Up, rather than into activations,
+        # which autograd would keep in the adapter's float32 otherwise.
+        """scaling * Up(act(Down(LN?(x)))): (..., in_features) -> (..., out_features) (Houlsby et al. 2019, section 2.1).
+
+        The product is in autocast's dtype under autocast, else in the wider of x's and the network's.
+        """
         weight, bias = self.down.weight, self.down.bias
         if self.norm is not None:
             x = F.layer_norm(x, self.norm.normalized_shape, eps=self.norm.eps)
@@ -135,8 +139,8 @@ class BottleneckLayer(AdapterModule):
     """
 
     name_prefix: ClassVar[str] = "Bottleneck"
-    # It works on what the module gives, LoRA's update included, and that update is sometimes made without asking the
-    # classes below LoRA's: so it stands in front, whichever came first.
+    # The network reads the module's output with LoRA's update in it, and LoRA sometimes computes that output without
+    # calling the classes behind its own: so this class stands in front, whichever method came first.
     outermost: ClassVar[bool] = True
     _own_attributes: ClassVar[tuple[str, ...]] = ("bottleneck", "bottleneck_parallel")
 
@@ -161,6 +165,12 @@ class BottleneckLayer(AdapterModule):
             self.bottleneck_parallel.add(adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """y = h + scaling * Up(act(Down(h))), with h the module's own output, or its input x inside for a parallel adapter.
+
+        Each adapter that acts adds its network's output in turn; h keeps its dtype.
+
+        Raises TypeError for a module that returns no tensor, and a parallel adapter whose input is not among the arguments.
+        """
         out = super().forward(*args, **kwargs)
         if self.merged_adapters:
             return out
@@ -193,7 +203,7 @@ class BottleneckLayer(AdapterModule):
 
 
 def _input_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """What a module was called on: its first argument, which transformers gives some attention modules by name."""
+    """The input of a module's call: its first argument, which transformers gives some attention modules by name."""
     if not args and "hidden_states" not in kwargs:
         raise TypeError(f"a parallel adapter reads a part's first argument or hidden_states, got {sorted(kwargs)}")
     return args[0] if args else kwargs["hidden_states"]
@@ -211,7 +221,7 @@ def _features(module: Any, hidden_size: int | None) -> tuple[int, int]:
 
 
 def bottleneck_mixin_for(module: nn.Module) -> type[BottleneckLayer] | None:
-    """`BottleneckLayer`, or None for what it cannot stand after: embeddings, and what is never called or empty."""
+    """`BottleneckLayer`; None for embeddings, for modules that are never called, and for modules without parameters."""
     # nn.MultiheadAttention reads its out_proj's weight without calling it.
     if isinstance(module, nn.Embedding | nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None

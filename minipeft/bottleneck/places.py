@@ -1,4 +1,4 @@
-"""Where bottleneck adapters stand in each family of models, when no modules are named."""
+"""The usual places of bottleneck adapters in each family of models, for configs that name no modules."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from minipeft.bottleneck.config import BottleneckConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class _Places:
-    """Where a family's parts are: endings of module names (regular expressions where they hold a backslash).
+class _Parts:
+    """The parts of a family's layers: endings of module names (regular expressions where they hold a backslash).
 
     Attributes:
-        whole: Whether the attention and the feed-forward part are modules of their own; only then is the part's input
+        whole: True if the attention and the feed-forward part are modules of their own; only then is the part's input
             there to be read by a parallel adapter.
         layers: The list that numbers the layers, where a later number stands in the names too.
     """
@@ -26,21 +26,21 @@ class _Places:
     layers: str | None = None
 
 
-_LLAMA = _Places("self_attn", "mlp")
-_BERT = _Places(r"layer\.\d+\.attention\.output\.dense", r"layer\.\d+\.output\.dense", whole=False)
+_LLAMA = _Parts("self_attn", "mlp")
+_BERT = _Parts(r"layer\.\d+\.attention\.output\.dense", r"layer\.\d+\.output\.dense", whole=False)
 
 # By transformers' `config.model_type`.
 PLACES = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2"), _LLAMA),
     **dict.fromkeys(("gemma3_text", "phi3", "smollm3", "olmo2", "granite"), _LLAMA),
-    "gpt2": _Places("attn", "mlp"),
-    "opt": _Places("self_attn", "fc2", whole=False),
-    "gpt_neox": _Places("attention", "mlp"),
+    "gpt2": _Parts("attn", "mlp"),
+    "opt": _Parts("self_attn", "fc2", whole=False),
+    "gpt_neox": _Parts("attention", "mlp"),
     "bert": _BERT,
     "roberta": _BERT,
     # With images; its vision tower, of another width, has modules of the same names.
-    "gemma3": _Places(r"language_model\.layers\.\d+\.self_attn", r"language_model\.layers\.\d+\.mlp"),
-    "t5": _Places("SelfAttention", "DenseReluDense", "EncDecAttention", layers="block"),
+    "gemma3": _Parts(r"language_model\.layers\.\d+\.self_attn", r"language_model\.layers\.\d+\.mlp"),
+    "t5": _Parts("SelfAttention", "DenseReluDense", "EncDecAttention", layers="block"),
 }
 
 

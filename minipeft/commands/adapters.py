@@ -14,7 +14,7 @@ from minipeft.commands.paths import check_adapter_path, check_device, check_outp
 from minipeft.commands.texts import loss_text
 from minipeft.train.errors import ConfigError, as_user_error
 from minipeft.train.methods import AdapterError, is_packed
-from minipeft.train.quiet import without_bars
+from minipeft.train.models import without_bars
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -28,7 +28,7 @@ def evaluate(args: argparse.Namespace) -> None:
         read_jsonl,
         resolve_max_length,
     )
-    from minipeft.train.positions import text_positions
+    from minipeft.train.models import text_positions
 
     records = read_jsonl(args.data)
     tokenizer = load_tokenizer(args.model)
@@ -46,12 +46,12 @@ def evaluate(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
     """`minipeft generate`: continue a prompt."""
     from minipeft.train import load_tokenizer, seed_everything
-    from minipeft.train.generation import Sampling, check_fits, prompt_ids
+    from minipeft.train.generation import check_fits, prompt_ids, sampling_config
     from minipeft.train.generation import generate as generate_text
-    from minipeft.train.positions import text_positions
+    from minipeft.train.models import text_positions
 
     with as_user_error(ConfigError):
-        sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
+        sampling = sampling_config(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
         tokenizer = load_tokenizer(args.model)
         ids = prompt_ids(tokenizer, read_prompt(args.prompt), raw=args.raw, system=args.system)
         limit, virtual = text_positions(args.model, read_adapter(args))
@@ -68,8 +68,8 @@ def merge(args: argparse.Namespace) -> None:
     output = Path(args.output)
     check_output_path(output, may_exist=False)
 
+    from minipeft.files import atomic_directory
     from minipeft.train import load_tokenizer
-    from minipeft.train.directories import atomic_directory
 
     tokenizer = load_tokenizer(args.model)
     model = load_model(args)

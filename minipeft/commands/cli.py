@@ -19,8 +19,7 @@ from typing import NoReturn
 from minipeft.commands.arguments import positive, seed
 from minipeft.commands.bench import add_bench_arguments
 from minipeft.commands.compare import add_compare_arguments
-from minipeft.train.config import DTYPE_CHOICES, QUANTIZE_CHOICES, TOO_LONG_CHOICES
-from minipeft.train.config_flags import add_config_arguments
+from minipeft.train.config import DTYPE_CHOICES, QUANTIZE_CHOICES, TOO_LONG_CHOICES, add_config_arguments
 from minipeft.train.errors import TrainingError, TrainingInterrupted
 
 USER_ERROR = 2
@@ -97,7 +96,7 @@ def is_users(error: Exception) -> bool:
     """
     if isinstance(error, TrainingError | OSError | MemoryError) or _is_out_of_memory(error):
         return True
-    return _is(error, "safetensors", "SafetensorError") or _is(error, "minipeft.optim.errors", "PagingError")
+    return _is(error, "safetensors", "SafetensorError") or _is(error, "minipeft.optim.tiers", "PagingError")
 
 
 def one_sentence(error: Exception) -> str:

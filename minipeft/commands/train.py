@@ -7,11 +7,10 @@ from pathlib import Path
 
 from minipeft.commands.paths import check_device, check_output_path
 from minipeft.commands.texts import loss_text
-from minipeft.train.config import TrainConfig
-from minipeft.train.config_flags import config_values
+from minipeft.train.config import TrainConfig, config_values
 from minipeft.train.errors import ConfigError
 from minipeft.train.methods import METHODS, attach, check_settings, start
-from minipeft.train.quiet import without_bars
+from minipeft.train.models import without_bars
 
 
 def train(args: argparse.Namespace) -> None:
@@ -30,8 +29,8 @@ def train(args: argparse.Namespace) -> None:
         prepare_data,
         seed_everything,
     )
-    from minipeft.train.positions import text_positions
-    from minipeft.train.rundir import check_not_running
+    from minipeft.train.models import text_positions
+    from minipeft.train.run import check_not_running
 
     check_not_running(Path(config.output_dir))
     check_output_dir(config.output_dir, resume)

@@ -1,6 +1,6 @@
 """Optimizers whose state may be larger than the memory they are allowed."""
 
-from minipeft.optim.errors import PagingError
 from minipeft.optim.paged_adamw import PagedAdamW
+from minipeft.optim.tiers import PagingError
 
 __all__ = ["PagedAdamW", "PagingError"]

@@ -1,4 +1,4 @@
-"""What PagedAdamW refuses, in words."""
+"""Errors that PagedAdamW raises for arguments, parameters and devices that it does not take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def parameter_name(group: dict[str, Any], number: int, index: int) -> str:
-    """How the parameter at `index` of group `number` is called in messages."""
+    """The name of the parameter at `index` of group `number`, for messages."""
     names = group.get("param_names")
     which = repr(names[index]) if names else f"{index} of group {number}"
     return f"parameter {which} {tuple(group['params'][index].shape)}"
@@ -41,7 +41,7 @@ def check_parameter(p: Tensor, name: str) -> None:
 
 
 def common_device(parameters: Iterable[Tensor]) -> torch.device:
-    """Where all parameters are.
+    """The device of all parameters.
 
     Raises:
         ValueError: they are on several devices, or on one whose memory cannot be paged.

@@ -1,8 +1,8 @@
 """AdamW whose state may be larger than the memory it is allowed.
 
 Adam keeps two moments for every parameter, twice the parameters' own size in float32. Here they lie in pages
-(`pages.py`), which a pager moves between device, host memory and disk ahead of the arithmetic (`pager.py`, `tiers.py`,
-`spill.py`), after the paged optimizers of QLoRA (Dettmers et al. 2023, section 3), with two differences. Pages are
+(`pages.py`), which a pager moves between device, host memory and disk ahead of the arithmetic (`pager.py`, `tiers.py`),
+after the paged optimizers of QLoRA (Dettmers et al. 2023, section 3), with two differences. Pages are
 shared by parameters of any size, so that the many small matrices of an adapter are paged as well; and the order of
 access, which an optimizer knows, decides what moves, rather than the faults of a processor that does not.
 """
@@ -21,26 +21,82 @@ from torch import Tensor
 
 from minipeft.optim.adamw import Hyper, Pieces, update_8bit, update_32bit
 from minipeft.optim.checks import check_group, check_parameter, common_device, parameter_name
-from minipeft.optim.fuse_backward import BackwardSweep
-from minipeft.optim.paged_state import Memory, PagedState, Views
+from minipeft.optim.pager import MOVERS
 from minipeft.optim.pages import Segment
-from minipeft.optim.state_dicts import ParameterState, checked_states, merged_groups, read_states, write_states
-from minipeft.optim.state_files import load_states, save_states
+from minipeft.optim.state import Memory, PagedState, Views
+from minipeft.optim.state_dicts import (
+    ParameterState,
+    checked_states,
+    load_states,
+    merged_groups,
+    read_states,
+    save_states,
+    write_states,
+)
 from minipeft.optim.tiers import MemoryTier, SimulatedDevice
 
 UPDATES = {32: update_32bit, 8: update_8bit}
+# Uses fetched ahead while backward updates: enough for every mover to be at work.
+AHEAD = MOVERS + 1
 
 # A parameter to be updated: (which hyperparameters, its dtype, its gradient's), its elements, its gradient's.
 Job = tuple[tuple[Hyper, torch.dtype, torch.dtype], Tensor, Tensor]
 
 
 @dataclass(slots=True)
-class _Place:
-    """Where a parameter is: its group and index there, and its number in the pages, -1 until it has one."""
+class _ParameterPlace:
+    """A parameter's group, its index in that group, and its number in the pages (-1 until it has one)."""
 
     group: int
     index: int
     number: int = -1
+
+
+class BackwardSweep:
+    """Updates parameters while backward is still at work, each as soon as its gradient is there.
+
+    The gradient is freed at once, so that gradients of all parameters never exist together (Lv et al. 2023, "Full
+    Parameter Fine-tuning for Large Language Models with Limited Resources", section 3). Backward visits the parameters
+    in much the same order every time, and always in one direction: so the order of the last step is what the pager
+    expects of the next.
+    """
+
+    def __init__(self, optimizer: PagedAdamW) -> None:
+        # Parameters hold the hooks: they must not hold the optimizer.
+        self._optimizer = weakref.ref(optimizer)
+        self._expected: list[int] = []
+        self._seen: list[int] = []
+        self._done: set[int] = set()
+
+    def attach(self, p: Tensor) -> None:
+        """Update `p` when it gets a gradient."""
+        p.register_post_accumulate_grad_hook(self._on_gradient)
+
+    def end(self) -> None:
+        """The next gradient belongs to the next step."""
+        if self._done:
+            self._expected, self._seen, self._done = self._seen, [], set()
+
+    @torch.no_grad()
+    def _on_gradient(self, p: Tensor) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        pages, jobs = optimizer.pages, optimizer.jobs_of([p])
+        (number,) = jobs
+        if number in self._done:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(p.shape)} had a second gradient before step() was called: with "
+                "fuse_backward every backward is a step, so gradients cannot be accumulated"
+            )
+        if not self._done:
+            pages.prepare(p.device)
+            expected = self._expected or list(range(len(pages.table)))[::-1]
+            pages.pager.begin_sweep(expected, expected, AHEAD)
+        self._done.add(number)
+        self._seen += pages.pages_of(number)
+        optimizer.update(jobs, pages.visit(number))
+        p.grad = None
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -93,7 +149,7 @@ class PagedAdamW(torch.optim.Optimizer):
             raise ValueError(f"state_bits must be one of {', '.join(map(str, UPDATES))}, got {state_bits}")
         memory = Memory(page_bytes, device_budget, host_budget, spill_dir)
         self._update = UPDATES[state_bits]
-        self._places: dict[Tensor, _Place] = {}
+        self._places: dict[Tensor, _ParameterPlace] = {}
         self._steps: list[int] = []
         self._backward = BackwardSweep(self) if fuse_backward else None
         defaults = {
@@ -126,7 +182,7 @@ class PagedAdamW(torch.optim.Optimizer):
         number = len(self.param_groups) - 1
         for index, p in enumerate(group["params"]):
             check_parameter(p, parameter_name(group, number, index))
-            self._places[p] = _Place(number, index)
+            self._places[p] = _ParameterPlace(number, index)
         # The first groups are laid out together, when all are known.
         if hasattr(self, "pages"):
             self._lay_out(group["params"])
@@ -239,7 +295,7 @@ class PagedAdamW(torch.optim.Optimizer):
         raise TypeError("PagedAdamW cannot be copied or pickled: its state lies in pages; use state_dict or save_state")
 
     def jobs_of(self, parameters: Iterable[Tensor]) -> dict[int, Job]:
-        """What is to be done for those parameters that have a gradient, by number.
+        """The pending update of each parameter that has a gradient, by the parameter's number in the pages.
 
         Raises:
             RuntimeError: a gradient is sparse.
@@ -262,7 +318,7 @@ class PagedAdamW(torch.optim.Optimizer):
             jobs[place.number] = (key, p, g)
         return jobs
 
-    def _admit(self, p: Tensor, g: Tensor, place: _Place) -> None:
+    def _admit(self, p: Tensor, g: Tensor, place: _ParameterPlace) -> None:
         """Refuse a sparse gradient; lay out a parameter that was frozen until now."""
         if g.is_sparse:
             name = parameter_name(self.param_groups[place.group], place.group, place.index)

@@ -13,19 +13,132 @@ When all pages fit into the first tier, there are no threads, and nothing moves.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from minipeft.optim.errors import PagingError
-from minipeft.optim.moves import Moves
-from minipeft.optim.order import NEVER, Order
-from minipeft.optim.places import NOWHERE, Farthest, Place
-from minipeft.optim.tiers import MemoryTier, Tier
+from minipeft.optim.tiers import MemoryTier, PagingError, Tier
 
 MOVERS = 2
+NEVER = 1 << 60  # the number of a use that does not come
+NOWHERE = -1  # the level of a page that was never written: it is all zeros
+
+
+class Order:
+    """Uses of pages, numbered: first those of this sweep, then those of the next.
+
+    Attributes:
+        pages: the pages of this sweep, use by use.
+        cursor: how many uses of this sweep are over.
+        ahead: how many uses ahead of the cursor pages are to be fetched.
+    """
+
+    def __init__(self, pages: Sequence[int], next_pages: Sequence[int], count: int, ahead: int = NEVER) -> None:
+        self.pages, self.cursor, self.ahead = list(pages), 0, ahead
+        # For each of `count` pages its uses, the first one last.
+        self._uses: list[list[int]] = [[] for _ in range(count)]
+        for index, page in reversed(list(enumerate([*pages, *next_pages]))):
+            self._uses[page].append(index)
+
+    def next_use(self, page: int) -> int:
+        """The number of the page's next use that is not over, or NEVER."""
+        uses = self._uses[page]
+        while uses and uses[-1] < self.cursor:
+            uses.pop()
+        return uses[-1] if uses else NEVER
+
+    def pass_use(self, page: int) -> None:
+        """The page was used: go on past this use, and past those that were left out before it."""
+        at_cursor = self.pages[self.cursor : self.cursor + 1] == [page]
+        if not at_cursor and self.cursor and self.pages[self.cursor - 1] == page:
+            # The page was used once more than expected: the cursor stands behind it already.
+            return
+        use = self.next_use(page)
+        if use < len(self.pages):
+            self.cursor = use + 1
+
+
+@dataclass
+class Place:
+    """A page's tier and slot.
+
+    `users` counts the blocks of `Pager.use` that hold it; a page that is `moving`, to the level `target`, belongs to
+    one of the movers.
+    """
+
+    level: int = NOWHERE
+    slot: int = -1
+    users: int = 0
+    moving: bool = False
+    target: int = NOWHERE
+    next_use: int = NEVER
+
+
+class Farthest:
+    """The pages of one tier, farthest next use first.
+
+    A page is listed anew whenever its place or its next use changes; entries that no longer hold are passed over.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int]] = []
+
+    def add(self, page: int, place: Place) -> None:
+        """List a page with its present next use."""
+        heapq.heappush(self._heap, (-place.next_use, page))
+
+    def take(self, level: int, places: list[Place], kept: int | None) -> int | None:
+        """The page of tier `level` that is needed last and may leave, taken off the list; `kept` may not."""
+        waiting, found = [], None
+        while self._heap and found is None:
+            entry = heapq.heappop(self._heap)
+            page, place = entry[1], places[entry[1]]
+            if place.level != level or -entry[0] != place.next_use:
+                continue
+            if place.users or place.moving or page == kept:
+                waiting.append(entry)
+            else:
+                found = page
+        for entry in waiting:
+            heapq.heappush(self._heap, entry)
+        return found
+
+
+@dataclass
+class Moves:
+    """Counts since the pager was made. `stall_seconds`: how long the arithmetic waited for pages.
+
+    `trace`: (time, event, page, tier) in order, while it is recorded.
+    """
+
+    page_ins: int = 0
+    page_outs: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    stall_seconds: float = 0.0
+    by_link: dict[str, int] = field(default_factory=dict)
+    trace: list[tuple[float, str, int, str]] | None = None
+
+    def count(self, page: int, size: int, old: int, new: int, names: tuple[str, str]) -> None:
+        """A page of `size` bytes went from level `old` to `new`; `names` are those of the two tiers."""
+        link = "->".join(names)
+        self.by_link[link] = self.by_link.get(link, 0) + size
+        if new < old:
+            self.bytes_in += size
+            self.page_ins += new == 0
+        else:
+            self.bytes_out += size
+            self.page_outs += old == 0
+        self.note("in" if new < old else "out", page, names[1])
+
+    def note(self, event: str, page: int, tier: str) -> None:
+        """Append an event to the trace, if one is recorded."""
+        if self.trace is not None:
+            self.trace.append((time.perf_counter(), event, page, tier))
 
 
 class Pager:
@@ -62,11 +175,12 @@ class Pager:
 
     @property
     def all_fit(self) -> bool:
+        """True if every page has room in the first tier: then nothing moves."""
         return len(self._places) <= self.tiers[0].slots
 
     @property
     def in_use(self) -> bool:
-        """Whether any page was ever written."""
+        """True once any page was written."""
         return any(place.level != NOWHERE for place in self._places)
 
     def begin_sweep(self, pages: Sequence[int], next_pages: Sequence[int], ahead: int = NEVER) -> None:
@@ -207,7 +321,7 @@ class Pager:
         while index < end and NOWHERE < places[pages[index]].level <= level:
             index += 1
         self._fetched[level] = index
-        # One that comes from farther below has none yet: what is used after it must not take the slot.
+        # A page that comes from farther below has no slot yet: a page used after it must not take the slot.
         while index < end and self._has_slot(places[pages[index]], level):
             index += 1
         return pages[index] if index < end else None
@@ -230,7 +344,7 @@ class Pager:
         place = self._places[page]
         if place.moving or place.level != (level + 1 if place.level != NOWHERE or level else NOWHERE):
             return False
-        # From here on no other mover takes it up, or away.
+        # The mark keeps the other mover from raising or evicting this page meanwhile.
         place.moving, place.target = True, level
         slot = self._claim(level, place, forced)
         if slot is None:
@@ -248,7 +362,7 @@ class Pager:
         if tier.free > (1 if 0 < level < len(self.tiers) - 1 else 0):
             return tier.take()
         if self.tiers[level + 1].free == 0:
-            # It is being freed; this mover is woken when it is.
+            # The other mover is freeing a slot there, and wakes this one when it is done.
             return None
         victim = self._victim(level)
         if victim is None:
@@ -266,13 +380,13 @@ class Pager:
         self._move(victim, below, self.tiers[below].take(), keep_slot=True)
         if below < len(self.tiers) - 1 and self.tiers[below].free == 0:
             farthest = self._victim(below)
-            # None: all that is there is about to leave for the tier above.
+            # None: every page there is about to leave for the tier above.
             if farthest is not None:
                 self.tiers[below].give_back(self._send_down(farthest, below))
         return vacated
 
     def _victim(self, level: int) -> int | None:
-        # What is waited for must not leave before it was used.
+        # Never evict the page that the computing thread is blocked on.
         return self._farthest[level].take(level, self._places, kept=self._demanded)
 
     def _create(self, page: int, slot: int) -> None:
@@ -295,7 +409,7 @@ class Pager:
         if not keep_slot:
             source.give_back(place.slot)
         self.stats.count(page, self._first.page_bytes, place.level, level, (source.name, target.name))
-        # What leaves a tier must be fetched again.
+        # A page that leaves a tier must be fetched into it again.
         for passed in range(place.level, level):
             self._fetched[passed] = min(self._fetched[passed], place.next_use)
         self._settle(page, level, slot)

@@ -31,9 +31,11 @@ class Field:
     per: int = 1
 
     def count(self, elements: int) -> int:
+        """The entries of the field for so many elements."""
         return -(-elements // self.per)
 
     def bytes(self, elements: int) -> int:
+        """The bytes of the field for so many elements, rounded up to `ALIGNMENT`."""
         size = self.count(elements) * self.dtype.itemsize
         return -(-size // ALIGNMENT) * ALIGNMENT
 
@@ -46,6 +48,7 @@ class StateLayout:
     quantum: int
 
     def bytes(self, elements: int) -> int:
+        """The bytes of all fields for so many elements."""
         return sum(field.bytes(elements) for field in self.fields)
 
     def elements_within(self, size: int) -> int:
@@ -79,7 +82,7 @@ class Segment:
 
 
 class PageTable:
-    """Which state lies in which page. Parameters are numbered in the order in which they were added."""
+    """The page of every segment of state. Parameters are numbered in the order in which they were added."""
 
     def __init__(self, layout: StateLayout, page_bytes: int) -> None:
         self.layout, self.page_bytes = layout, page_bytes

@@ -12,6 +12,7 @@ name is whole; what a killed process left is ignored and removed by the next run
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -23,12 +24,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minipeft import set_peft_model_state_dict
-from minipeft.files import atomic_path, write_text
+from minipeft.files import atomic_directory, atomic_path, remove_directory, write_text
 from minipeft.optim import PagedAdamW
 from minipeft.saving import TRAINING_NAME
-from minipeft.train.directories import atomic_directory, remove_directory
 from minipeft.train.errors import CheckpointError
-from minipeft.train.identity import parameters_digest
 from minipeft.train.schedule import trainable_parameters
 
 FORMAT = 1
@@ -37,7 +36,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass
 class Progress:
-    """How far a run has come. `batch` counts the micro-batches of `epoch` that are done.
+    """The position of a run in its data, and its counters. `batch` counts the micro-batches of `epoch` that are done.
 
     `window_*` is what has been summed up since the last log row; `tokens` counts real tokens, `seconds` the
     time spent training before this process.
@@ -80,7 +79,7 @@ def save_checkpoint(
     random_state: RandomState,
     identity: Mapping[str, Any],
 ) -> Path:
-    """Write `checkpoint-<step>` atomically and return its path. One that exists already is kept as it is."""
+    """Write `checkpoint-<step>` atomically and return its path. A checkpoint that exists already is kept as it is."""
     target = output_dir / f"checkpoint-{progress.step}"
     if target.exists():
         return target
@@ -244,3 +243,17 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:
         # safetensors raises its own SafetensorError, a plain subclass of Exception.
         raise CheckpointError(f"checkpoint file {path} is damaged: {error}") from None
+
+
+def parameters_digest(parameters: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over names and all bytes of the given tensors."""
+    digest = hashlib.sha256()
+    for name, parameter in parameters.items():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(tensor_bytes(parameter.detach()))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """The elements of a tensor as bytes, in row-major order, whatever its dtype."""
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

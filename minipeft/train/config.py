@@ -6,6 +6,7 @@ not a training run.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -20,14 +21,13 @@ from typing import Any
 import yaml
 
 from minipeft.train.errors import ConfigError
-from minipeft.train.yaml_files import load_yaml
 
 TOO_LONG_CHOICES = ("error", "drop", "truncate")
 PRECISION_CHOICES = ("none", "bf16")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE_CHOICES = ("nf4",)
 OPTIMIZER_CHOICES = ("adamw", "paged_adamw", "paged_adamw_8bit")
-# What torch and numpy both take as a seed.
+# The end of the seeds that both torch and numpy take.
 SEED_END = 2**63
 # transformers' schedules, but for reduce_lr_on_plateau and greedy: those step on a metric, not on the step
 # number, so a run could not be told from its settings.
@@ -166,7 +166,7 @@ def _read_settings(path: str | Path) -> dict[str, Any]:
     return content
 
 
-# What other trainers call our settings, where the names are too far apart to be found by their letters.
+# Other trainers' names of our settings, where the two are too different for a search by spelling.
 _ALIASES = {
     "learning_rate": "lr",
     "lr_scheduler_type": "scheduler",
@@ -197,13 +197,13 @@ def setting_names() -> list[str]:
 
 
 def usual_name(name: str) -> str:
-    """A setting's name with us, where it is another trainer's for it."""
+    """The name of the setting that other trainers call `name`; `name` itself where they have none."""
     plain = name.replace("-", "_")
     return _ALIASES.get(plain, plain)
 
 
 def near_settings(name: str, known: Sequence[str]) -> str:
-    """What to say to one who wrote `name` and meant one of `known`."""
+    """The end of an error on an unknown setting `name`: the near names in `known`, or all of them."""
     usual = usual_name(name)
     near = [usual] if usual in known else difflib.get_close_matches(usual, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"known settings: {', '.join(known)}"
@@ -297,3 +297,81 @@ def _require(config: TrainConfig, name: str, holds: typing.Callable[[Any], bool]
         raise ConfigError(f"setting {name!r} must be finite and {rule}, got {value!r}")
     if not holds(value):
         raise ConfigError(f"setting {name!r} must be {rule}, got {value!r}")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
+    """Add a `--flag` for every setting, each defaulting to None ("not given").
+
+    Booleans become `--packing / --no-packing`; mappings are written in YAML: `--method-args '{r: 8}'`.
+    Values arrive as strings and are converted by `TrainConfig`, so that its errors name the setting.
+    """
+    hints = typing.get_type_hints(TrainConfig)
+    for f in dataclasses.fields(TrainConfig):
+        if f.name in skip:
+            continue
+        flag, choices = "--" + f.name.replace("_", "-"), f.metadata.get("choices")
+        text = f.metadata["help"] + (f" ({'|'.join(choices)})" if choices else "") + _default_text(f)
+        if hints[f.name] is bool:
+            parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            parser.add_argument(flag, dest=f.name, default=None, help=text.replace("%", "%%"))
+
+
+def _default_text(f: dataclasses.Field[Any]) -> str:
+    """The end of a flag's help: its default, unless there is none or the help names it."""
+    if f.default is dataclasses.MISSING or f.default is None or "default" in f.metadata["help"]:
+        return ""
+    words = {True: "yes", False: "no"}
+    return f" (default: {words[f.default] if isinstance(f.default, bool) else f.default})"
+
+
+def config_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings among parsed arguments, for `TrainConfig.from_sources(overrides=...)`."""
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    return {k: v for k, v in vars(args).items() if k in names and v is not None}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which yaml would drop the first in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add(key.value)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def load_yaml(path: str | Path, what: str) -> Any:
+    """The content of a YAML file that a user wrote, read strictly; None for an empty file.
+
+    Args:
+        what: the file's name in errors.
+
+    Raises:
+        ConfigError: no such file, not UTF-8, not YAML, or a key given twice.
+    """
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"cannot read {what}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{what} is not UTF-8 text") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{what}{place}: not valid YAML: {_problem(error)}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{what} is nested too deep") from None
+    except ValueError as error:
+        # A number of too many digits, or a date that does not exist.
+        raise ConfigError(f"{what} holds a value that cannot be read: {error}") from None
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    return ": ".join(part for part in (error.context, error.problem) if part)

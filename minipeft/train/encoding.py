@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from minipeft.train.config import TrainConfig
 from minipeft.train.errors import DataError
-from minipeft.train.records import Record
+from minipeft.train.models import resolve_max_length
+from minipeft.train.records import Record, read_jsonl
 
 IGNORE = -100
 
@@ -41,7 +43,13 @@ class Example:
 
 @dataclass
 class EncodedDataset:
-    """Tokenized documents and the account of what happened to the records they came from."""
+    """Tokenized documents, with counts of the records that were cut or left out.
+
+    Attributes:
+        max_length: longest sequence in tokens, or with packing the tokens of a row.
+        records: how many records there were; `truncated` of them were cut, `dropped` left out.
+        notices: sentences on cut and left-out records, for the user.
+    """
 
     examples: list[Example]
     max_length: int
@@ -49,7 +57,7 @@ class EncodedDataset:
     truncated: int = 0
     dropped: int = 0
     notices: list[str] = field(default_factory=list)
-    chat: bool = False  # whether the records were conversations, put into the chat template
+    chat: bool = False  # True if the records were conversations, put into the chat template
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -220,7 +228,7 @@ def _assistant_spans(messages: Sequence[Any], tokenizer: Any) -> tuple[str, list
 
 
 def _turn_end(tokenizer: Any, messages: Sequence[Any], number: int, full: str, start: int) -> int:
-    """Where the assistant turn that starts at character `start` ends: after its end-of-sequence token, if any."""
+    """The end, in characters, of the assistant turn that starts at `start`: after its end-of-sequence token, if any."""
     after = _render(tokenizer, messages[: number + 1])
     limit = len(after) if full.startswith(after) else len(full)
     eos = tokenizer.eos_token
@@ -273,3 +281,31 @@ def split_examples(data: EncodedDataset, fraction: float, seed: int) -> tuple[En
 def _subset(data: EncodedDataset, indices: Iterable[int]) -> EncodedDataset:
     examples = [data.examples[i] for i in indices]
     return EncodedDataset(examples, data.max_length, len(examples), chat=data.chat)
+
+
+def prepare_data(
+    config: TrainConfig, tokenizer: Any, position_limit: int | None, virtual: int = 0
+) -> tuple[EncodedDataset, EncodedDataset | None]:
+    """Training data and, where the config asks for it, evaluation data.
+
+    Needs no model, so that bad data is found before one is loaded.
+
+    Args:
+        position_limit: the longest sequence the model can take, see `models.model_position_limit`.
+        virtual: how many of these positions the adapter's virtual tokens take.
+
+    Raises:
+        DataError: a bad record, with file and line; an empty data set.
+        ConfigError: max_length exceeds what the model can take.
+    """
+    max_length = resolve_max_length(config.max_length, position_limit, virtual)
+    data = encode_records(read_jsonl(config.data), tokenizer, max_length, config.too_long)
+    if config.eval_data is not None:
+        records = read_jsonl(config.eval_data)
+        return data, encode_records(records, tokenizer, max_length, config.too_long)
+    if config.eval_fraction:
+        notices = data.notices
+        data, held_out = split_examples(data, config.eval_fraction, config.seed)
+        data.notices = notices
+        return data, held_out
+    return data, None

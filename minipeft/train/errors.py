@@ -1,4 +1,4 @@
-"""What can go wrong while training, each as a class of its own.
+"""The errors of training, each a class of its own.
 
 All derive from `TrainingError`, so a caller such as the command line can print the sentence and stop.
 """

@@ -14,7 +14,7 @@ from torch import Tensor
 from minipeft.train.batches import Batch, collate, pad_id_of
 from minipeft.train.encoding import IGNORE, Example, encode_pair
 from minipeft.train.loss import autocast, logits_at, token_loss_sum
-from minipeft.train.modes import eval_mode
+from minipeft.train.models import eval_mode
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,13 @@ class EvalResult:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinity where that overflows."""
-        return math.exp(self.loss) if self.loss < 709 else math.inf
+        """See `perplexity`."""
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) for a loss in nats a token; infinity where that overflows."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 @torch.no_grad()
@@ -64,7 +69,7 @@ def evaluate_loss(
 
 @dataclass(frozen=True)
 class Classification:
-    """Which label each prompt got.
+    """The label chosen for each prompt.
 
     Attributes:
         predictions: index of the chosen label, one a prompt.

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, TextStreamer
 
 from minipeft.train.batches import pad_id_of
 from minipeft.train.encoding import encode_prompt
-from minipeft.train.evaluation import eval_mode
-from minipeft.train.positions import model_position_limit
+from minipeft.train.models import eval_mode, model_position_limit
 
-# Below it, logits over the temperature can leave float32's range; long before, the likeliest token is all but certain.
+# With a lower temperature, logits divided by it can leave float32's range; long before that, the likeliest token is
+# all but certain to be drawn.
 LEAST_TEMPERATURE = 1e-6
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
+def sampling_config(
+    max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0
+) -> GenerationConfig:
+    """The rule by which the next token is chosen, as transformers takes it.
 
-    Attributes:
+    Args:
         max_new_tokens: tokens to write at most.
         temperature: 0 takes the likeliest token; from 1e-6 on, tokens are drawn, the more evenly the higher it is.
         top_p: draw among the likeliest tokens that together have this probability.
@@ -30,33 +32,20 @@ class Sampling:
     Raises:
         ValueError: a value out of range.
     """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be 1 or greater, got {self.max_new_tokens}")
-        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0, or {LEAST_TEMPERATURE} or greater, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 or greater, got {self.top_k}")
-
-    def arguments(self) -> dict[str, Any]:
-        """The same for transformers' `generate`."""
-        if self.temperature == 0:
-            # None: the model's own sampling defaults would only bring a warning here.
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        return {
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-        }
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or greater, got {max_new_tokens}")
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0, or {LEAST_TEMPERATURE} or greater, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if top_k < 0:
+        raise ValueError(f"top_k must be 0 or greater, got {top_k}")
+    if temperature == 0:
+        # transformers' own defaults: for values left out it takes the model's, and warns that they have no effect.
+        return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, temperature=1.0, top_p=1.0, top_k=50)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k
+    )
 
 
 def chat_prompt(tokenizer: Any, text: str, system: str | None = None) -> str:
@@ -95,14 +84,15 @@ def prompt_ids(tokenizer: Any, text: str, *, raw: bool = False, system: str | No
     return ids
 
 
-def check_fits(limit: int | None, ids: list[int], sampling: Sampling, virtual: int = 0) -> None:
+def check_fits(limit: int | None, ids: list[int], sampling: GenerationConfig, virtual: int = 0) -> None:
     """Refuse a prompt that together with what may follow is longer than the `limit` positions of a model.
 
     Args:
+        ids: the prompt's tokens.
         virtual: how many of the positions virtual tokens take.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is longer.
     """
     if limit is not None and len(ids) + sampling.max_new_tokens + virtual > limit:
         adapter = f", the adapter takes {virtual} virtual tokens" if virtual else ""
@@ -114,12 +104,13 @@ def check_fits(limit: int | None, ids: list[int], sampling: Sampling, virtual: i
 
 @torch.no_grad()
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sampling, *, stream: bool = False
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: GenerationConfig, *, stream: bool = False
 ) -> list[str]:
     """Continue every prompt until the model ends it or `max_new_tokens` are written.
 
     Args:
         prompts: token ids, see `prompt_ids`; they are padded on the left and run together.
+        sampling: see `sampling_config`.
         stream: also print the text as it comes; for one prompt only.
 
     Returns:
@@ -134,18 +125,11 @@ def generate(
     device = next(model.parameters()).device
     input_ids = torch.tensor([[pad_id] * (len(longest) - len(ids)) + ids for ids in prompts], device=device)
     attention_mask = torch.tensor([[0] * (len(longest) - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-    streamer = None
-    if stream:
-        from transformers import TextStreamer
-
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    sampling = copy.deepcopy(sampling)
+    sampling.pad_token_id = pad_id
     with eval_mode(model):
         output = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=sampling.max_new_tokens,
-            pad_token_id=pad_id,
-            streamer=streamer,
-            **sampling.arguments(),
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=sampling, streamer=streamer
         )
     return tokenizer.batch_decode(output[:, len(longest) :], skip_special_tokens=True)

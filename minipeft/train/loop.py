@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from minipeft.train.batches import Batch, Batches
+from minipeft.files import atomic_directory
+from minipeft.train.batches import Batch, Batches, check_isolation
 from minipeft.train.checkpoint import (
     Progress,
     capture_random,
@@ -27,21 +28,24 @@ from minipeft.train.checkpoint import (
     save_checkpoint,
 )
 from minipeft.train.config import TrainConfig
-from minipeft.train.directories import atomic_directory
 from minipeft.train.encoding import EncodedDataset
 from minipeft.train.errors import NonFiniteError, TrainingInterrupted
 from minipeft.train.evaluation import EvalResult, evaluate_loss
-from minipeft.train.identity import run_identity
 from minipeft.train.loss import autocast, token_loss_sum
-from minipeft.train.metrics import RunLog, check_tensorboard, peak_memory_bytes, read_log
-from minipeft.train.modes import training_mode
-from minipeft.train.packing import check_isolation
-from minipeft.train.plots import check_matplotlib, plot_loss_curve
-from minipeft.train.report import Reporter
-from minipeft.train.result import TrainResult, logged_evaluation
-from minipeft.train.rundir import check_output_dir, hold_run, open_run
+from minipeft.train.models import training_mode
+from minipeft.train.report import (
+    Reporter,
+    RunLog,
+    TrainResult,
+    check_matplotlib,
+    check_tensorboard,
+    logged_evaluation,
+    peak_memory_bytes,
+    plot_loss_curve,
+    read_log,
+)
+from minipeft.train.run import StopSignal, check_output_dir, hold_run, open_run, run_identity
 from minipeft.train.schedule import make_optimizer, make_schedule, trainable_parameters
-from minipeft.train.signals import StopSignal
 
 
 class Trainer:
@@ -93,7 +97,7 @@ class Trainer:
                 start if the run has none yet; a path goes on from that checkpoint.
 
         Raises:
-            OutputDirError, CheckpointError: see `rundir.check_output_dir`; a resumed run that is a different
+            OutputDirError, CheckpointError: see `run.check_output_dir`; a resumed run that is a different
                 one.
             NonFiniteError: the loss or gradient is not finite; the last checkpoint is untouched.
             TrainingInterrupted: SIGINT or SIGTERM; the run is saved.

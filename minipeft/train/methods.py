@@ -95,8 +95,7 @@ def check_settings(config: TrainConfig) -> Any:
     """
     import torch
 
-    from minipeft.train.metrics import check_tensorboard
-    from minipeft.train.plots import check_matplotlib
+    from minipeft.train.report import check_matplotlib, check_tensorboard
     from minipeft.train.schedule import make_optimizer, make_schedule
 
     if config.plot:

@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer from a directory, a hub name, or a GGUF file."""
+"""Base models and their tokenizers: loading them, the positions they have for a text, the mode they are in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from minipeft.train.errors import MissingExtraError, ModelLoadError
+from minipeft.train.errors import ConfigError, MissingExtraError, ModelLoadError
+from minipeft.virtual.decoders import LEARNED
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -152,7 +153,7 @@ def seed_everything(seed: int) -> None:
 
 
 def _source(path: str | Path) -> tuple[str, dict[str, Any]]:
-    """What `from_pretrained` is to be given for a model path: the source, and for a GGUF file its name."""
+    """The arguments of `from_pretrained` for a model path: the source, and for a GGUF file its name."""
     location = locate_model(path)
     if isinstance(location, str):
         _check_hub(location)
@@ -227,3 +228,99 @@ def _loading(what: str, path: str | Path) -> Iterator[None]:
         # Its errors run over many lines, and the cause may stand in any of them.
         detail = " ".join(str(error).split()) or type(error).__name__
         raise ModelLoadError(f"cannot load a {what} from {path}: {detail}") from error
+
+
+DEFAULT_MAX_LENGTH = 1024
+
+
+def resolve_max_length(max_length: int | None, model_limit: int | None, virtual: int = 0) -> int:
+    """The longest sequence that may be trained on.
+
+    Args:
+        model_limit: positions that the model has; None for no limit.
+        virtual: how many of these positions virtual tokens take, see `text_positions`.
+
+    Raises:
+        ConfigError: `max_length` is greater than the positions the model has for a text.
+    """
+    limit = None if model_limit is None else model_limit - virtual
+    if limit is not None and limit < 1:
+        room = f"the model's max_position_embeddings ({model_limit})"
+        raise ConfigError(f"{virtual} virtual tokens leave no room for a text in {room}: give fewer")
+    if max_length is None:
+        return DEFAULT_MAX_LENGTH if limit is None else min(DEFAULT_MAX_LENGTH, limit)
+    if limit is not None and max_length > limit:
+        less = f" less {virtual} virtual tokens" if virtual else ""
+        message = f"max_length ({max_length}) exceeds the model's max_position_embeddings ({model_limit}){less}"
+        raise ConfigError(f"{message}: set max_length to {limit} or less")
+    return max_length
+
+
+def model_position_limit(model: Any) -> int | None:
+    """`max_position_embeddings` of the model's (text) config, or None where it has no such limit."""
+    config = model.config
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text_config, "max_position_embeddings", None)
+
+
+def text_positions(model: str, adapter_config: Any = None) -> tuple[int | None, int]:
+    """The positions that a model has (None for no limit), and how many of them an adapter's virtual tokens take.
+
+    A prompt's virtual tokens stand in front of the text and take positions. A prefix takes none on a model that rotates
+    keys; on a model with a learned table of positions it takes the first ones, as a prompt does.
+
+    Args:
+        model: directory, hub name or .gguf file; its config alone is read.
+
+    Raises:
+        ModelLoadError: there is none.
+    """
+    config = load_text_config(model)
+    tokens = getattr(adapter_config, "num_virtual_tokens", None) or 0
+    counted = tokens and (adapter_config.peft_type.value == "PROMPT_TUNING" or config.model_type in LEARNED)
+    return getattr(config, "max_position_embeddings", None), tokens if counted else 0
+
+
+@contextlib.contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """`model.eval()` inside, the mode it was in afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def training_mode(model: Any, gradient_checkpointing: bool = False) -> Iterator[None]:
+    """`model.train()` inside, the mode it was in afterwards.
+
+    Args:
+        gradient_checkpointing: recompute activations in backward, the non-reentrant way: the other one would need
+            inputs that require gradients. transformers calls it activation checkpointing since 5.23.
+    """
+    was_training = model.training
+    model.train()
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if gradient_checkpointing:
+            model.activation_checkpointing_disable()
+        model.train(was_training)
+
+
+@contextlib.contextmanager
+def without_bars() -> Iterator[None]:
+    """Load and save inside without transformers' progress bars: the one bar to watch is the training's."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()

@@ -1,23 +1,78 @@
-"""What a run tells while it goes on: progress bar, log rows, speed."""
+"""The report of a run: log, TensorBoard events, progress bar, loss curve, and the result that it ends with."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from minipeft.files import atomic_path, write_text
 from minipeft.train.checkpoint import Progress
+from minipeft.train.errors import MissingExtraError
 from minipeft.train.evaluation import EvalResult
-from minipeft.train.metrics import RunLog, memory_bytes
 
 # Without a terminal a bar is a long line of control characters: then it is drawn every ten seconds only.
 _TERMINAL_SECONDS, _FILE_SECONDS = 0.1, 10.0
+
+# Above this many rows the training loss is drawn as a running mean, over so many neighbours on either side.
+FEW_ROWS, REACH = 20, 2
+
+
+class RunLog:
+    """`log.jsonl`: one JSON object a line, each with its `step`; on request TensorBoard events beside it.
+
+    Rows with `loss` are training rows, rows with `eval_loss` evaluation rows.
+
+    Raises:
+        MissingExtraError: TensorBoard was asked for and is not installed.
+    """
+
+    def __init__(self, path: Path, tensorboard_dir: Path | None = None) -> None:
+        self.path = path
+        self._writer = None if tensorboard_dir is None else _tensorboard_writer(tensorboard_dir)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row. Numbers that JSON cannot hold are written as null."""
+        clean = {key: _json_number(value) for key, value in row.items()}
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(clean, allow_nan=False) + "\n")
+        if self._writer is not None:
+            for key, value in row.items():
+                if key != "step":
+                    self._writer.add_scalar(key, value, row["step"])
+
+    def rewind(self, step: int) -> None:
+        """Drop rows after `step` (a killed run logs further than it saves) and a half-written last line."""
+        if not self.path.exists():
+            return
+        rows = [row for row in read_log(self.path) if row["step"] <= step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def close(self) -> None:
+        """Flush the TensorBoard events."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a `log.jsonl`. A half-written last line, left by a kill, is skipped."""
+    rows = []
+    for line in Path(path).read_bytes().split(b"\n"):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
 
 
 class Reporter:
@@ -61,7 +116,7 @@ class Reporter:
         return self._log.path
 
     def step(self, tokens: int, loss: float, lr: float, grad_norm: float) -> None:
-        """Show a step that was taken on `tokens` real tokens."""
+        """Show in the bar a step that was taken on `tokens` real tokens, with its loss in nats per token."""
         self._window_tokens += tokens
         self._last = {"lr": lr, "grad_norm": grad_norm}
         shown = {
@@ -96,7 +151,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """For what is not training."""
+        """Keep the time spent inside out of the training time."""
         start = time.perf_counter()
         try:
             yield
@@ -116,3 +171,156 @@ class Reporter:
 
     def _tokens_per_second(self) -> float:
         return self._window_tokens / max(time.perf_counter() - self._window_started, 1e-9)
+
+
+def check_tensorboard() -> None:
+    """Raise MissingExtraError now rather than after the model is loaded."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        message = "tensorboard: true needs the package tensorboard: pip install tensorboard"
+        raise MissingExtraError(message) from None
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory in use now: allocated on an accelerator, resident for the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_memory_bytes(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory in use so far, counted as in `memory_bytes`; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        # Where there is this file, ru_maxrss will not do: it starts from what the parent process held.
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tensorboard_writer(directory: Path) -> Any:
+    check_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(directory))
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Numbers and places of a finished run.
+
+    Attributes:
+        steps: optimizer steps in all.
+        loss: training loss of the last log row, in nats per token.
+        eval_start, eval_end: evaluation before the first and after the last step, where asked for.
+        adapter_dir, log_path, plot_path: where the results are.
+        seconds: training time, of all processes that worked on the run.
+        tokens: real tokens trained on (padding not counted).
+        peak_memory: bytes, see `peak_memory_bytes`.
+    """
+
+    steps: int
+    loss: float
+    eval_start: EvalResult | None
+    eval_end: EvalResult | None
+    adapter_dir: Path
+    log_path: Path
+    plot_path: Path | None
+    seconds: float
+    tokens: int
+    peak_memory: int
+
+
+def logged_evaluation(rows: list[dict[str, Any]], step: int) -> EvalResult | None:
+    """The evaluation that an earlier process of this run logged at `step`."""
+    for row in rows:
+        if row["step"] == step and "eval_loss" in row and row["eval_loss"] is not None:
+            return EvalResult(row["eval_loss"], row["eval_tokens"])
+    return None
+
+
+def check_matplotlib() -> None:
+    """Raise MissingExtraError now rather than at the end of the run."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        message = "drawing a loss curve needs matplotlib: pip install 'minipeft[demo]'"
+        raise MissingExtraError(message) from None
+
+
+def plot_loss_curve(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "loss") -> Path:
+    """Draw training and evaluation loss over steps as a PNG.
+
+    Args:
+        rows: rows of the run's log, see `read_log`.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    check_matplotlib()
+    # The object interface with its own canvas: pyplot would choose a backend for the whole process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps, losses = _series(rows, "loss")
+    if len(losses) > FEW_ROWS:
+        # One step's loss is mostly the luck of its batch: it stays visible behind its running mean.
+        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
+        axes.plot(steps, running_mean(losses), color="tab:blue", label="training (running mean)")
+    elif losses:
+        axes.plot(steps, losses, color="tab:blue", label="training")
+    held_out_steps, held_out = _series(rows, "eval_loss")
+    if held_out:
+        axes.plot(held_out_steps, held_out, "o-", color="tab:orange", markersize=5, label="evaluation")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    _scale(axes, [*losses, *held_out])
+    axes.grid(alpha=0.3, which="both")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    return Path(path)
+
+
+def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Every value averaged with up to `REACH` neighbours on either side."""
+    windows = [values[max(0, i - REACH) : i + REACH + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _scale(axes: Any, values: Sequence[float]) -> None:
+    """Logarithmic, with plain numbers, where the loss falls far: a linear axis would show an L."""
+    if not values or min(values) <= 0 or max(values) < 10 * min(values):
+        return
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

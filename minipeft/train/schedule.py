@@ -28,7 +28,7 @@ def trainable_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return parameters
 
 
-# What of PagedAdamW's memory a config may set: the rest of its arguments are settings of their own, or do not go with
+# The arguments of PagedAdamW that `optimizer_args` may hold: the rest are settings of their own, or do not go with
 # accumulated and clipped gradients.
 MEMORY_SETTINGS = ("page_bytes", "device_budget", "host_budget", "spill_dir")
 
@@ -36,7 +36,7 @@ MEMORY_SETTINGS = ("page_bytes", "device_budget", "host_budget", "spill_dir")
 def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters; weight decay on matrices only, not on biases and magnitudes.
 
-    With `loraplus_lr_ratio`, LoRA's factors B learn faster than the rest (see `methods/lora_plus.py`).
+    With `loraplus_lr_ratio`, LoRA's factors B learn faster than the rest (see `lora/rates.py`).
 
     Raises:
         ConfigError: `optimizer_args` that the optimizer does not take; `loraplus_lr_ratio` without LoRA.

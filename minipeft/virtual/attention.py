@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from minipeft.adapter import AdapterModule, Mixin
 from minipeft.virtual.masks import columns_of, widened_mask
 
-# What attention modules call their cache.
+# Names of the cache argument of attention modules.
 CACHE_NAMES = ("past_key_values", "layer_past")
 
 
 class PrefixedCache:
-    """What an attention module takes for its cache: `cache` (or none) with a prefix in front.
+    """A view of `cache` (or of none) with a prefix in front, handed to an attention module as its cache.
 
     Args:
         key, value: (heads, P, head_dim), P may be 0.
-        columns: How many keys the mask is for; None if it does not say.
+        columns: The number of keys that the mask is for; None if it does not say.
         record: The module's own new keys and values (batch, heads, tokens, head_dim) are put here.
     """
 
@@ -68,7 +68,7 @@ def _in_front(prefix: Tensor, states: Tensor) -> Tensor:
 
 
 class Rotation:
-    """How a decoder turns keys by their position, for one layer (RoPE, Su et al. 2021, section 3.2).
+    """A decoder's rotation of keys by their position, for one layer (RoPE, Su et al. 2021, section 3.2).
 
     The model's own functions do it, so every layout of the rotated features and every base frequency is right.
     """
@@ -108,12 +108,12 @@ def plain_class(module: Any) -> type:
 
 
 def cache_argument(module: nn.Module) -> str | None:
-    """What the attention module calls its cache, or None if it takes none."""
+    """The name of the attention module's cache argument, or None if it takes none."""
     return next((name for name in CACHE_NAMES if name in argument_names(module)), None)
 
 
 def argument_names(module: Any) -> list[str]:
-    """What the forward of `module`, without anything mixed in, calls its arguments, in their order."""
+    """The names of the arguments of `module`'s own forward, without anything mixed in, in their order."""
     return list(inspect.signature(plain_class(module).forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
@@ -151,6 +151,7 @@ class PrefixedAttention(AdapterModule):
         self.rotation = rotation
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """hidden_states (batch, tokens, hidden), with the plain forward's arguments -> its results."""
         encoders = acting_encoders(self)
         if not encoders and self.recorder is None:
             return super().forward(*args, **kwargs)
@@ -209,10 +210,11 @@ class ShiftedPositions(AdapterModule):
         self.virtual_tokens[adapter] = encoder
 
     def shift(self) -> int:
-        """How many virtual tokens act."""
+        """The number of virtual tokens that act."""
         return sum(encoder.length for encoder in acting_encoders(self))
 
     def forward(self, position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """position_ids (batch, tokens) of the text -> (batch, tokens, hidden), moved up by the virtual tokens."""
         return super().forward(position_ids + self.shift(), *args, **kwargs)
 
     def delete_adapter(self, adapter: str) -> None:
@@ -229,6 +231,7 @@ class ShiftedOffset(ShiftedPositions):
         return self.__dict__["offset"] + self.shift()
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The table's own forward, which adds `offset` to the positions."""
         return super(ShiftedPositions, self).forward(*args, **kwargs)
 
 

@@ -1,7 +1,7 @@
-"""Causal decoders with virtual tokens: which there are, and what the decoder does around its attention modules.
+"""Causal decoders with virtual tokens: the known families, and the decoder's part around its attention modules.
 
 The decoder holds the adapters' tensors; every attention module below takes its keys and values from there (see
-`key_values.py`).
+`attention.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import AdapterModule, Method, base_modules
+from minipeft.adapter import AdapterModule, base_modules
 from minipeft.virtual.attention import (
     PrefixedAttention,
     Rotation,
@@ -44,6 +44,10 @@ class VirtualTokensDecoder(VirtualTokensHolder):
     config: Any
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain decoder's forward; ids, mask, positions and cache are about the text alone.
+
+        Raises ValueError for an attention implementation, a packing or a mask that would hide the virtual tokens.
+        """
         encoders = self.acting_encoders()
         if encoders:
             check_implementation(self.config)
@@ -137,9 +141,13 @@ def _about_the_text(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "position_ids": counted[:, last - text.shape[1] : last]}
 
 
-def _find(model: Any, config: VirtualTokensConfig, skip: list[str]) -> list[str]:
+def decoder_targets(model: Any, config: VirtualTokensConfig) -> list[str]:
+    """The names of a model's decoder, of its attention modules, and of its learned position tables.
+
+    Raises ValueError for a model that cannot have virtual tokens.
+    """
     decoder = _decoder(model, config)
-    # Of the decoder alone: a model that sees has attention elsewhere, too.
+    # Of the decoder alone: a vision-language model has attention in its vision tower, too.
     path = next(path for path, module in base_modules(model) if module is decoder)
     inside = [(f"{path}.{name}".lstrip("."), module) for name, module in base_modules(decoder) if name]
     attentions = [name for name, module in inside if is_self_attention(module)]
@@ -178,7 +186,7 @@ def _decoder(model: Any, config: VirtualTokensConfig) -> Any:
 
 
 def is_self_attention(module: Any) -> bool:
-    """Whether `module` is a decoder layer's self-attention, as transformers writes them."""
+    """True if `module` is a decoder layer's self-attention, as transformers writes them."""
     if not hasattr(module, "layer_idx") or not hasattr(module, "is_causal"):
         return False
     return cache_argument(module) is not None and not getattr(module, "is_cross_attention", False)
@@ -188,23 +196,22 @@ def _is_position_table(module: nn.Module, path: str) -> bool:
     return isinstance(module, nn.Embedding) and path.rpartition(".")[2] in ("wpe", "embed_positions")
 
 
-def _mixin_for(module: Any) -> type[AdapterModule]:
+def attention_mixin(module: Any) -> type[AdapterModule] | None:
+    """The mixin for a self-attention module or a position table; None for another module."""
     if is_self_attention(module):
         return PrefixedAttention
     if isinstance(module, nn.Embedding):
         return ShiftedOffset if hasattr(module, "offset") else ShiftedPositions
-    return VirtualTokensDecoder
+    return None
 
 
-def _connect(model: Any, adapter: str, targets: list[str]) -> None:
-    decoder = model.get_submodule(targets[0])
-    rotary = getattr(decoder, "rotary_emb", None)
+def connect_attention(model: Any, adapter: str, targets: list[str]) -> None:
+    """Give the attention modules and tables among `targets` the encoder that `targets[0]` holds."""
+    holder = model.get_submodule(targets[0])
+    rotary = getattr(holder, "rotary_emb", None)
     for path in targets[1:]:
         module = model.get_submodule(path)
         # SmolLM3 leaves every fourth layer without rotation.
         rotates = getattr(module, "use_rope", True)
         rotation = Rotation(rotary, module) if rotary is not None and rotates else None
-        module.connect(adapter, decoder.prompt_encoder[adapter], rotation)
-
-
-DECODERS = Method(find=_find, mixin_for=_mixin_for, connect=_connect)
+        module.connect(adapter, holder.prompt_encoder[adapter], rotation)

@@ -104,5 +104,5 @@ def _widened_block_mask(mask: Any, length: int) -> BlockMask:
 
 
 def columns_of(mask: Any) -> int | None:
-    """How many keys a mask is for, if it must be for all of them (one of padding alone may be for fewer)."""
+    """The number of keys that a mask is for, if it must be for all of them (a padding mask may be for fewer)."""
     return None if mask is None or (torch.is_tensor(mask) and mask.dim() == 2) else mask.shape[-1]

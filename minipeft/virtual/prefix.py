@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.adapter import AdapterModule, Method
 from minipeft.config import PeftType, register_method
-from minipeft.virtual.decoders import VirtualTokensDecoder
+from minipeft.virtual.decoders import VirtualTokensDecoder, attention_mixin, connect_attention, decoder_targets
+from minipeft.virtual.encoders import prefix_mixin, prefix_targets
 from minipeft.virtual.tokens import Sizes, VirtualTokensConfig
 
 logger = logging.getLogger("minipeft")
@@ -211,3 +213,14 @@ def _ids_of(tokenizer: Any, text: str, use_chat_template: bool) -> Tensor:
         message = [{"role": "system", "content": text}]
         return tokenizer.apply_chat_template(message, return_dict=False, return_tensors="pt")
     return tokenizer(text, return_tensors="pt")["input_ids"]
+
+
+def _find(model: Any, config: VirtualTokensConfig, skip: list[str]) -> list[str]:
+    return prefix_targets(model, config) or decoder_targets(model, config)
+
+
+def _mixin_for(module: Any) -> type[AdapterModule]:
+    return attention_mixin(module) or prefix_mixin(module) or VirtualTokensDecoder
+
+
+PREFIXES = Method(find=_find, mixin_for=_mixin_for, connect=connect_attention)

@@ -4,14 +4,14 @@
 
 In a causal decoder nothing that comes later changes what the model makes of P_e: at every layer the text sees no more
 of it than its keys and values, the same for each row. So P_e goes through the model alone, once a call, and what it
-leaves stands before the text as a prefix does (`key_values.py`). That is the same function as putting P_e into the
+leaves stands before the text as a prefix does (`attention.py`). That is the same function as putting P_e into the
 batch, and gives the rest for nothing: padding stays in front of the prompt, and ids, mask, labels, logits and the
 cache are about the text alone. It costs P tokens a call instead of P a row. In generation the keys and values stay
 with the cache, as those of ordinary tokens would.
 
 Two things differ from putting it into the batch, as PEFT does. The text's first token is no target (PEFT scores it
 from the prompt's last position; a first label of -100 gives equal losses). And a sliding window never moves past the
-prompt. A text that is read in both directions needs the prompt in the batch: see `prompted_encoders.py`.
+prompt. A text that is read in both directions needs the prompt in the batch: see `encoders.py`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapter import AdapterModule, Method
 from minipeft.config import PeftType, register_method
+from minipeft.virtual.decoders import VirtualTokensDecoder, attention_mixin, connect_attention, decoder_targets
+from minipeft.virtual.encoders import PromptedEncoder, connect_prompt, prompt_mixin, prompt_targets
 from minipeft.virtual.tokens import Sizes, VirtualTokensConfig
 
 
 class PromptTuningInit(str, enum.Enum):
-    """Where a prompt starts: at a text's embeddings, at those of random tokens, or anywhere."""
+    """The start of a prompt: a text's embeddings, those of random tokens, or normal numbers."""
 
     TEXT = "TEXT"
     SAMPLE_VOCAB = "SAMPLE_VOCAB"
@@ -140,7 +143,7 @@ class PromptEncoder(nn.Module):
 
     @property
     def ready(self) -> bool:
-        """Whether the prompt has been through the model in this call."""
+        """True once the prompt has been through the model in this call."""
         return bool(self.key_values)
 
     def forget(self) -> None:
@@ -179,5 +182,21 @@ class PromptEncoder(nn.Module):
 
 
 def _in_use(cache: Any) -> bool:
-    """Whether `cache` holds tokens: one that was emptied begins a new text."""
+    """True if `cache` holds tokens: an emptied cache begins a new text."""
     return bool(cache.get_seq_length() > 0)
+
+
+def _find(model: Any, config: VirtualTokensConfig, skip: list[str]) -> list[str]:
+    return prompt_targets(model, config) or decoder_targets(model, config)
+
+
+def _mixin_for(module: Any) -> type[AdapterModule]:
+    return prompt_mixin(module) or attention_mixin(module) or VirtualTokensDecoder
+
+
+def _connect(model: Any, adapter: str, targets: list[str]) -> None:
+    connect = connect_prompt if isinstance(model.get_submodule(targets[0]), PromptedEncoder) else connect_attention
+    connect(model, adapter, targets)
+
+
+PROMPTS = Method(find=_find, mixin_for=_mixin_for, connect=_connect)

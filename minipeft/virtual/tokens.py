@@ -1,8 +1,8 @@
-"""Where the virtual tokens of prefix and prompt tuning live: what is the same in every kind of model.
+"""The config and the holder that prefix and prompt tuning share, in every kind of model.
 
 An adapter's tensors are one module, its encoder, held by a part of the model as `prompt_encoder.<adapter>` (PEFT's
-name). Which part, and how its layers come to see the virtual tokens, depends on the model: see `virtual_decoders.py`
-(causal decoders), `prefixed_encoders.py` and `prompted_encoders.py` (BERT, T5 and their like).
+name). Which part, and how its layers come to see the virtual tokens, depends on the model: see `decoders.py` (causal
+decoders) and `encoders.py` (BERT, T5 and their like).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Sizes:
 
 @dataclasses.dataclass
 class VirtualTokensConfig(PeftConfig):
-    """What prefix and prompt tuning share: PEFT's `PromptLearningConfig`.
+    """The fields that prefix and prompt tuning share: PEFT's `PromptLearningConfig`.
 
     Args:
         num_virtual_tokens: P, how many virtual tokens stand before the text.

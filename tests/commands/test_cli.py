@@ -24,7 +24,7 @@ from minipeft.commands import cli, others
 from minipeft.commands.cli import main
 from minipeft.nf4 import NF4Linear
 from minipeft.optim import PagingError
-from minipeft.train.rundir import hold_run
+from minipeft.train.run import hold_run
 
 RECORDS = [{"prompt": f"{word}?", "completion": f" {word[::-1]}"} for word in ("abc", "cab", "bca", "acb") * 4]
 QUICK = ["--max-steps", "6", "--lr", "0.02", "--batch-size", "4", "--method-args", "{r: 4, lora_alpha: 8}"]

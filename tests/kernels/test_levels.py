@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.nf4 import NF4Config, NF4Linear, quantize_model
-from minipeft_kernels import dense, native
+from minipeft_kernels import arithmetic, native
 
 pytestmark = [needs_library, pytest.mark.usefixtures("compiled")]
 
@@ -57,7 +57,7 @@ def test_a_training_step_and_a_token_equal_float64(
     monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype, tolerance: float, level: int
 ) -> None:
     # Where oneDNN multiplies, small products too.
-    monkeypatch.setattr(dense, "LEAST", 0)
+    monkeypatch.setattr(arithmetic, "LEAST", 0)
     model = adapted(kind, dtype)
     calls = count_calls(monkeypatch)
     loss, gradients, logits = step(model)

@@ -14,7 +14,7 @@ from native_weights import LEVELS, by_reference, needs_library, random_state
 from processes import run_process
 
 from minipeft.nf4 import NF4Linear
-from minipeft_kernels import arithmetic, dense, native
+from minipeft_kernels import arithmetic, native
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -89,7 +89,7 @@ def _level_unread() -> Iterator[None]:
 def test_a_variable_forces_a_level(monkeypatch: pytest.MonkeyPatch, level: int) -> None:
     monkeypatch.setenv("MINIPEFT_CPU", native.LEVEL_NAMES[level])
     assert native.level() == level and native.describe() == f"native ({native.LEVELS[level]})"
-    assert dense._find_onednn() == (dense.HAS_ONEDNN and level >= native.AVX512)
+    assert arithmetic._find_onednn() == (arithmetic.HAS_ONEDNN and level >= native.AVX512)
     assert arithmetic._native_cpu_dtypes() <= arithmetic.CPU_DTYPES
     assert level == native.AVX512_BF16 or arithmetic._native_cpu_dtypes() == {torch.float32}
 

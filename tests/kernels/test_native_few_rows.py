@@ -1,6 +1,5 @@
 """Products of a few rows in compiled code, alone and with LoRA's update, against float64; and what does not fit."""
 
-import importlib
 from typing import Any
 
 import pytest
@@ -8,14 +7,15 @@ import torch
 from guarded import Guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_weights import LEVELS, become, by_reference, count_calls, needs_library, packed_of, random_state, sizes_of
+from native_weights import LEVELS, become, by_reference, count_calls, needs_library, random_state
 from torch import Tensor
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.nf4 import NF4Linear, NF4Weight
-from minipeft_kernels import native, nf4_native
+from minipeft_kernels import native
+from minipeft_kernels.linear import cpu
+from minipeft_kernels.linear.op import linear_reference
 
-lora = importlib.import_module("minipeft_kernels.lora_matmul")
 pytestmark = needs_library
 needs_products = pytest.mark.skipif(max(LEVELS) < native.AVX512, reason="the compiled products want AVX-512")
 BFLOAT16 = pytest.param(
@@ -45,7 +45,7 @@ def factors(n: int, k: int, rank: int) -> tuple[Tensor, Tensor]:
 def error(y: Tensor, x: Tensor, w: NF4Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
     """The largest distance from the float64 result, in units of the largest sum of the terms' magnitudes."""
     x, dense, a, b = (t.double() for t in (x, by_reference(w, torch.float32), lora_A, lora_B))
-    right = x @ dense.T + scaling * (x @ a.T) @ b.T
+    right = linear_reference(x, dense, lora=(a, b, scaling))
     size = x.abs() @ dense.abs().T + abs(scaling) * (x.abs() @ a.abs().T) @ b.abs().T
     return float((y.double() - right).abs().max() / size.max())
 
@@ -78,8 +78,8 @@ def test_products_with_an_update_equal_float64(
     x = torch.randn(m, w.shape[1]).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         become(which, patch)
-        y = nf4_native.adapted_product(x, packed_of(w), sizes_of(w), to, lora_A, lora_B, -0.7)
-        plain = nf4_native.product(x, packed_of(w), sizes_of(w), to)
+        y = cpu.adapted_product(x, w.packed(), to, lora_A, lora_B, -0.7)
+        plain = cpu.product(x, w.packed(), to)
     if which < (native.AVX512_BF16 if dtype == torch.bfloat16 else native.AVX512):
         assert y is None and plain is None
         return
@@ -102,7 +102,7 @@ def test_threads_change_no_bit(rank: int) -> None:
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            y = nf4_native.adapted_product(x, packed_of(w), sizes_of(w), torch.float32, lora_A, lora_B, 2.0)
+            y = cpu.adapted_product(x, w.packed(), torch.float32, lora_A, lora_B, 2.0)
             assert y is not None
             results.append(y)
     finally:
@@ -120,7 +120,7 @@ def test_a_row_and_a_scale_that_are_no_numbers_stay_where_they_are(dtype: torch.
     lora_A, lora_B = factors(10, 96, 4)
     x = torch.randn(3, 96).to(dtype)
     x[1, 5] = float("inf")
-    y = nf4_native.adapted_product(x, packed_of(w), sizes_of(w), torch.float32, lora_A, lora_B, 1.0)
+    y = cpu.adapted_product(x, w.packed(), torch.float32, lora_A, lora_B, 1.0)
     assert y is not None
     finite = y.isfinite()
     assert not finite[:, 7].any() and not finite[1].any()
@@ -136,7 +136,7 @@ def test_nothing_is_written_beside_the_result(monkeypatch: pytest.MonkeyPatch, n
     x = torch.randn(3, 160).to(dtype)
     buffer = Guarded(3 * n, dtype=dtype)
     monkeypatch.setattr(torch, "empty", lambda shape, dtype: buffer.out.view(shape))
-    y = nf4_native.adapted_product(x, packed_of(w), sizes_of(w), dtype, lora_A, lora_B, 1.0)
+    y = cpu.adapted_product(x, w.packed(), dtype, lora_A, lora_B, 1.0)
     monkeypatch.undo()
     assert y is not None and y.data_ptr() == buffer.out.data_ptr()
     assert error(buffer.check().view(3, n), x, w, lora_A, lora_B, 1.0) < TOLERANCES[dtype]
@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_multiplied_otherwise(level: int) -> None:
     layer = adapted_layer()
     x = torch.randn(2, 192)
     right = layer(x)
-    arguments = (packed_of(layer.nf4_weight()), sizes_of(layer.nf4_weight()), torch.float32)
+    arguments = (layer.packed(), torch.float32)
     lora_A, lora_B = layer.factors("default")
     odd: list[tuple[Tensor, Tensor]] = [
         (lora_A.T.contiguous().T, lora_B),
@@ -182,9 +182,9 @@ def test_what_does_not_fit_is_multiplied_otherwise(level: int) -> None:
         (lora_A[:, :-1].contiguous(), lora_B),
     ]
     for pair in odd:
-        assert nf4_native.adapted_product(x, *arguments, *pair, 1.0) is None
-    assert nf4_native.adapted_product(torch.randn(5, 192), *arguments, lora_A, lora_B, 1.0) is None
-    assert nf4_native.adapted_product(x.double(), *arguments, lora_A, lora_B, 1.0) is None
+        assert cpu.adapted_product(x, *arguments, *pair, 1.0) is None
+    assert cpu.adapted_product(torch.randn(5, 192), *arguments, lora_A, lora_B, 1.0) is None
+    assert cpu.adapted_product(x.double(), *arguments, lora_A, lora_B, 1.0) is None
     layer.lora_A["default"].weight.data = lora_A.T.contiguous().T
     torch.testing.assert_close(layer(x), right)
     with torch.autocast("cpu", torch.bfloat16):

@@ -12,7 +12,7 @@ from processes import run_process
 
 from minipeft import PagedAdamW
 from minipeft.optim import PagingError
-from minipeft.optim.spill import SpillFile
+from minipeft.optim.tiers import SpillFile
 
 
 def paged(params, directory, **settings):

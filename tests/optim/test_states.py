@@ -8,7 +8,7 @@ from optim_cases import PAGE, SHAPES, assert_equal, distance, parameters, set_gr
 from safetensors.torch import load_file, save_file
 
 from minipeft import PagedAdamW
-from minipeft.optim import PagingError, state_files
+from minipeft.optim import PagingError, state_dicts
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
 
@@ -214,7 +214,7 @@ def test_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path, monkeypa
         if len(written) > 9:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state_files, "_write_at", full)
+    monkeypatch.setattr(state_dicts, "_write_at", full)
     train(optimizer, params, 1, first=9)
     with pytest.raises(OSError, match="No space left"):
         optimizer.save_state(file)

@@ -11,17 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minipeft import LoraConfig, get_peft_model
-from minipeft.train import head_loss
+from minipeft.train import loss
 from minipeft.train.batches import Batch
-from minipeft.train.head_loss import head_loss_sum, split_model
-from minipeft.train.loss import token_loss_sum
+from minipeft.train.loss import head_loss_sum, split_model, token_loss_sum
 
 ROWS, HIDDEN, VOCAB = 11, 6, 20
 
 
 @pytest.fixture(autouse=True)
 def three_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss, "CHUNK", 3 * VOCAB)
+    monkeypatch.setattr(loss, "CHUNK", 3 * VOCAB)
 
 
 def case(bias: bool, trained: bool, dtype: torch.dtype) -> tuple[nn.Linear, Tensor, Tensor]:

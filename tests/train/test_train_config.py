@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import SchedulerType
 
-from minipeft.train.config import SCHEDULER_CHOICES, TrainConfig
-from minipeft.train.config_flags import add_config_arguments, config_values
+from minipeft.train.config import SCHEDULER_CHOICES, TrainConfig, add_config_arguments, config_values
 from minipeft.train.errors import ConfigError
 from minipeft.train.schedule import make_optimizer, make_schedule
 

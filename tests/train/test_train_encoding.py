@@ -3,7 +3,7 @@ import torch
 
 from minipeft.train import ConfigError, DataError, encode_pair, encode_prompt, encode_records, make_records
 from minipeft.train.encoding import IGNORE, encode_record, split_examples
-from minipeft.train.positions import resolve_max_length
+from minipeft.train.models import resolve_max_length
 
 PAIRS = [
     ("The film was", " very good"),

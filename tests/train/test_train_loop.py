@@ -20,7 +20,7 @@ from minipeft.train import (
     read_log,
 )
 from minipeft.train.loop import total_steps
-from minipeft.train.signals import StopSignal
+from minipeft.train.run import StopSignal
 
 
 def trainer(output_dir, data=None, model=None, eval_data=None, **settings):
@@ -278,7 +278,7 @@ def test_signal_saves_and_stops(tmp_path, number, at_forward, step):
 
 def test_second_signal_is_not_caught(monkeypatch):
     sent = []
-    monkeypatch.setattr("minipeft.train.signals.os.kill", lambda pid, number: sent.append(number))
+    monkeypatch.setattr("minipeft.train.run.os.kill", lambda pid, number: sent.append(number))
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested and stop.received is signal.SIGTERM and not sent

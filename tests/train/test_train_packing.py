@@ -7,11 +7,10 @@ from tiny_runs import make_data, make_model
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from minipeft.train import Batches, ConfigError, Example
-from minipeft.train.batches import collate, collate_packed
+from minipeft.train.batches import check_isolation, collate, collate_packed, pack_lengths
 from minipeft.train.encoding import IGNORE
 from minipeft.train.loss import token_loss_sum
-from minipeft.train.modes import eval_mode, training_mode
-from minipeft.train.packing import check_isolation, pack_lengths
+from minipeft.train.models import eval_mode, training_mode
 
 
 @settings(max_examples=60, deadline=None)

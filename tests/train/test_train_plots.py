@@ -3,8 +3,8 @@
 import pytest
 from matplotlib.figure import Figure
 
-from minipeft.train import plots
-from minipeft.train.plots import plot_loss_curve, running_mean
+from minipeft.train import report
+from minipeft.train.report import plot_loss_curve, running_mean
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_running_mean_is_centred():
 
 
 def test_a_long_run_shows_its_mean_and_its_rows(drawn, tmp_path):
-    losses = [2 + step % 2 for step in range(plots.FEW_ROWS + 1)]
+    losses = [2 + step % 2 for step in range(report.FEW_ROWS + 1)]
     assert plot_loss_curve(rows(losses, s0=3.0, s21=2.0), tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     every, mean, evaluation = drawn[0].lines
     assert list(every.get_ydata()) == losses

@@ -13,6 +13,7 @@ import torch
 from test_train_loop import interrupt
 from tiny_runs import make_config, make_data, make_model, trained_parameters
 
+from minipeft.files import TEMPORARY_PREFIX
 from minipeft.train import (
     CheckpointError,
     NonFiniteError,
@@ -23,7 +24,6 @@ from minipeft.train import (
     read_log,
 )
 from minipeft.train.checkpoint import read_checkpoint
-from minipeft.train.directories import TEMPORARY_PREFIX
 
 # Batches of 2 over 13 documents: 7 micro-batches an epoch, so steps end mid-epoch and at its end, and one is smaller.
 COUNT = 13

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from minipeft_kernels.nf4_quantize import check_blocksize
+from minipeft_kernels.nf4.quantize import check_blocksize
 
 logger = logging.getLogger("minipeft")
 
@@ -31,7 +31,7 @@ _INT8_DEFAULTS: dict[str, Any] = {
 
 
 class NF4Config(QuantizationConfigMixin):
-    """How `from_pretrained` and `quantize_model` put a model's linear layers into NF4.
+    """Settings for `from_pretrained` and `quantize_model`, which put a model's linear layers into NF4.
 
     Args:
         blocksize: consecutive weights that share one absmax; a power of two from 32 to 4096.
@@ -67,7 +67,7 @@ class NF4Config(QuantizationConfigMixin):
         self.skip_modules = _names(skip_modules)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `config.json` holds: bitsandbytes' form, plus `blocksize`, which bitsandbytes reads from the tensors."""
+        """The entry of `config.json`: bitsandbytes' form, and `blocksize`, which that reads from the tensors."""
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,

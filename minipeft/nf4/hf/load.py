@@ -1,4 +1,4 @@
-"""What happens to one weight while transformers loads a checkpoint: quantize it, or take its packed form.
+"""One weight on its way from a checkpoint into a model: quantized, or taken in its packed form.
 
 transformers hands each weight (and the scale tensors of a packed one) to a `ConversionOps` as it comes from
 disk and drops it afterwards; so no more than one dense weight exists at a time. An exception here would come
@@ -37,7 +37,7 @@ PACKED_NAMES = (
 
 @dataclass
 class LoadRecord:
-    """What became of the weights of one `from_pretrained` call."""
+    """The fates of the weights of one `from_pretrained` call."""
 
     filled: set[str] = field(default_factory=set)
     problems: dict[str, str] = field(default_factory=dict)

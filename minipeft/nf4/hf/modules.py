@@ -1,4 +1,4 @@
-"""Which modules of a model become `NF4Linear`, and the swap itself, there and back.
+"""The choice of the modules that become `NF4Linear`, and the swap itself, there and back.
 
 Converted, as by transformers for bitsandbytes: `nn.Linear` proper and GPT-2's `Conv1D`, whose weight (in_features,
 out_features) is transposed first. Left dense: what transformers leaves dense, and every weight that a second module

@@ -73,6 +73,7 @@ class NF4HfQuantizer(HfQuantizer):
         return isinstance(module, NF4Linear) and name == "weight"
 
     def get_quantize_ops(self) -> NF4Quantize:
+        """transformers asks for the conversion of a dense weight: the one that packs it."""
         config = self.quantization_config
         return NF4Quantize(self.record, config.blocksize, config.double_quant)
 
@@ -131,10 +132,12 @@ class NF4HfQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """True: `save_pretrained` writes the packed weights."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """True: adapters train over the packed weights, as transformers asks here."""
         return True
 
     @property

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from functools import cache
 from typing import Any
 
 import pytest
+from processes import run_process
 
 from minipeft_kernels.emulator.targets import MULTIPROCESSORS, capability_of
 from minipeft_kernels.lab.offline import main
@@ -46,8 +46,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
         more = ["variants", "--against", "bitsandbytes"] if target == "sm_80" else ["shipped"]
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         command = [sys.executable, "-c", COMPILE, target, file, *more]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run_process(command, env=environment, check=True)
         with open(file) as opened:
             return json.load(opened)
 

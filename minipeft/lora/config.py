@@ -17,8 +17,8 @@ _UNSUPPORTED = (
     *("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
 )
 
-# Values of init_lora_weights that minipeft does not make. Adapters of the first kind load, as plain LoRA. With the second
-# kind PEFT changes the base weight, and a reader of the file would have to change it in the same way.
+# Values of init_lora_weights that minipeft does not make. Adapters of the first kind load as plain LoRA. With the
+# second kind PEFT changes the base weight, and a reader of the file would have to change it in the same way.
 _LOADED_STARTS = ("orthogonal",)
 _CHANGE_THE_BASE = ("olora", "corda", "lora_ga")
 # A mark in the files of adapters with "pissa_niter_N": the random numbers were drawn as in `variants.py`, from seed 0.

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from minipeft.commands.arguments import check_device, check_output_path
+from minipeft.methods import METHODS
 from minipeft.train.config import TrainConfig, config_values
 from minipeft.train.errors import ConfigError
-from minipeft.train.methods import METHODS, attach, check_settings, start
+from minipeft.train.methods import attach, check_settings, start
 
 
 def train(args: argparse.Namespace) -> None:

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft_kernels.arithmetic import as_autocast
-from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft_kernels.nf4_matmul import nf4_matmul
-from minipeft_kernels.nf4_quantize import NESTED_BLOCKSIZE, WEIGHT_DTYPES, check_blocksize
+from minipeft.adapter import PackedLayer
+from minipeft.nf4.dense import make_plain
+from minipeft_kernels.linear.op import linear
+from minipeft_kernels.nf4.codebooks import NESTED_BLOCKSIZE, NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4.quantize import WEIGHT_DTYPES, check_blocksize
+from minipeft_kernels.packed import NF4
 
 from .weight import STATE_NAMES, NF4Weight
 
 SCALES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "offset")
 
 
-class NF4Linear(nn.Module):
+class NF4Linear(PackedLayer):
     """y = x W^T + b with W frozen in NF4: (..., in_features) -> (..., out_features), in x's dtype.
 
     Attributes:
@@ -135,23 +137,59 @@ class NF4Linear(nn.Module):
         """W as (out_features, in_features), by default in the dtype it was quantized from."""
         return self.nf4_weight().dequantize(dtype)
 
+    def to_dense(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Module:
+        """The `Linear` or `Conv1D` that this layer replaced, with a dense weight (dtype None: the one it had).
+
+        Args:
+            weight: (out_features, in_features), to hold instead of the dequantized weight.
+        """
+        weight = self.dequantize(dtype) if weight is None else weight
+        bias = self.bias
+        dense: nn.Module
+        with torch.device("meta"):
+            if getattr(self, "from_conv1d", False):
+                from transformers.pytorch_utils import Conv1D
+
+                dense, weight = Conv1D(self.out_features, self.in_features), weight.t().contiguous()
+            else:
+                dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None)
+        dense.weight = nn.Parameter(weight)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=bias.requires_grad)
+        return dense.train(self.training)
+
+    @classmethod
+    def make_dense(cls, model: nn.Module) -> None:
+        """Put a frozen `nn.Linear` in the place of each NF4Linear of `model`, and undo `keep_dense`."""
+        for path, module in list(model.named_modules()):
+            if isinstance(module, NF4Linear):
+                model.set_submodule(path, module.to_dense().requires_grad_(False))
+        make_plain(model)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in x's dtype, or under autocast in autocast's."""
-        return nf4_matmul(as_autocast(x), *self.packed(), *self.sizes(), self.bias, self.compute_dtype)
+        return linear(x, self.packed(), self.bias, compute_dtype=self.compute_dtype)
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The tensors of the weight, in the order in which the operations take them."""
+    def packed(self) -> NF4:
+        """The weight as the operations take it, sharing this module's tensors."""
         # Not as attributes: nn.Module looks for those in three places, six times at every token of every layer.
-        get: Any = self._buffers.get
-        nested = (get("nested_absmax"), get("nested_quant_map"), get("offset"))
         weight: Any = self._parameters["weight"]
-        return weight, get("absmax"), get("quant_map"), *nested
-
-    def sizes(self) -> tuple[int, int, int, int]:
-        """out_features, in_features, blocksize, nested_blocksize: likewise."""
-        return self.out_features, self.in_features, self.blocksize, self.nested_blocksize
+        held: Any = self._buffers
+        return NF4(
+            weight,
+            held["absmax"],
+            held["quant_map"],
+            held["nested_absmax"],
+            held["nested_quant_map"],
+            held["offset"],
+            self.out_features,
+            self.in_features,
+            self.blocksize,
+            self.nested_blocksize,
+        )
 
     def extra_repr(self) -> str:
+        """The sizes, and the bits that a weight takes with its scales."""
         w = self.nf4_weight()
         bits = 8 * (w.nbytes / max(1, w.shape.numel()))
         return (

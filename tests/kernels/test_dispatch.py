@@ -2,14 +2,15 @@
 
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from processes import run_process
 
-from minipeft_kernels import dispatch, native, nf4_quantize
+from minipeft.kernels import nf4_quantize
+from minipeft_kernels import dispatch, native
 
 CPU = torch.zeros(1)
 
@@ -117,7 +118,7 @@ find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
 import torch
 from minipeft.nf4 import NF4Linear
-from minipeft_kernels import adamw_
+from minipeft.kernels import adamw_
 layer = NF4Linear.from_linear(torch.nn.Linear(64, 32))
 layer(torch.randn(2, 64, requires_grad=True)).sum().backward()
 p = torch.ones(3)
@@ -125,7 +126,7 @@ adamw_([p], [torch.ones(3)], [torch.zeros(3)], [torch.zeros(3)], step=1, lr=0.1)
 assert (p < 1).all()
 """
     environment = {k: v for k, v in os.environ.items() if k not in ("MINIPEFT_BACKEND", "TRITON_INTERPRET")}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    run_process([sys.executable, "-c", program], check=True, env=environment)
 
 
 @pytest.mark.usefixtures("compiled")

@@ -3,12 +3,12 @@
 import errno
 import os
 import stat
-import subprocess
 import sys
 
 import pytest
 import torch
 from optim_cases import PAGE, parameters, set_gradients, train
+from processes import run_process
 
 from minipeft import PagedAdamW
 from minipeft.optim import PagingError
@@ -146,5 +146,5 @@ train(optimizer, params, 3)
 assert optimizer.memory_stats()["page_outs"] > 0
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    done = run_process([sys.executable, "-c", code])
     assert done.returncode == -9 and not done.stderr and list(tmp_path.iterdir()) == []

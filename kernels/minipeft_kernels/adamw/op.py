@@ -1,0 +1,171 @@
+"""AdamW's update of many tensors at once, in place: the operations; `reference` has their arithmetic.
+
+`adamw_8bit_` keeps m and v in 8 bits (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"): 2 bytes of
+state a parameter, not 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dispatch import use_triton
+from ..registration import define_op
+from .eight_bit import STATE_BLOCKSIZE
+from .reference import Hyper, adamw_8bit_reference, adamw_reference
+
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    maximize: bool = False,
+) -> None:
+    """Update `params`, and the two moments of each, in place. On a GPU: one launch for each pair of dtypes.
+
+    Args:
+        params: any shapes, float32, bfloat16 or float16, all on one device.
+        grads: of the same shapes; their dtypes may be others of the three.
+        exp_avgs, exp_avg_sqs: m and v, float32, of the same shapes.
+        step: t, from 1, common to all.
+        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
+
+    Raises:
+        ValueError, TypeError: the lists do not fit each other; names the position.
+    """
+    _check(params, grads, step)
+    for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        _check_state(name, params, states, torch.float32, [tuple(p.shape) for p in params])
+    _adamw_op(params, grads, exp_avgs, exp_avg_sqs, step, lr, *betas, eps, weight_decay, maximize)
+
+
+def adamw_8bit_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg_codes: Sequence[Tensor],
+    exp_avg_absmax: Sequence[Tensor],
+    exp_avg_sq_codes: Sequence[Tensor],
+    exp_avg_sq_absmax: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    maximize: bool = False,
+) -> None:
+    """`adamw_` with the moments in blocks of 256 8-bit codes.
+
+    Args:
+        exp_avg_codes, exp_avg_sq_codes: uint8, of the parameters' shapes: entries of the signed and of the unsigned
+            dynamic map, as `eight_bit.initial_state` makes them.
+        exp_avg_absmax, exp_avg_sq_absmax: float32 (ceil(numel/256),), the scale of each block.
+        The rest as `adamw_`.
+    """
+    _check(params, grads, step)
+    for name, codes in (("exp_avg_codes", exp_avg_codes), ("exp_avg_sq_codes", exp_avg_sq_codes)):
+        _check_state(name, params, codes, torch.uint8, [tuple(p.shape) for p in params])
+    for name, scales in (("exp_avg_absmax", exp_avg_absmax), ("exp_avg_sq_absmax", exp_avg_sq_absmax)):
+        _check_state(name, params, scales, torch.float32, [(-(-p.numel() // STATE_BLOCKSIZE),) for p in params])
+    states = (exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax)
+    _adamw_8bit_op(params, grads, *states, step, lr, *betas, eps, weight_decay, maximize)
+
+
+def _check(params: Sequence[Tensor], grads: Sequence[Tensor], step: int) -> None:
+    if step < 1:
+        raise ValueError(f"step counts from 1, got {step}")
+    if len(grads) != len(params):
+        raise ValueError(f"{len(params)} params and {len(grads)} grads: one for each is needed")
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        for name, t in (("params", p), ("grads", g)):
+            if t.dtype not in PARAMETER_DTYPES or t.layout != torch.strided:
+                raise TypeError(f"{name}[{i}] must be dense float32, bfloat16 or float16, got {t.dtype}, {t.layout}")
+        if g.shape != p.shape or g.device != p.device or p.device != params[0].device:
+            raise ValueError(
+                f"grads[{i}] {tuple(g.shape)} on {g.device} does not fit params[{i}] {tuple(p.shape)} on {p.device}, "
+                f"or the params are not all on {params[0].device}"
+            )
+
+
+def _check_state(
+    name: str, params: Sequence[Tensor], states: Sequence[Tensor], dtype: torch.dtype, shapes: list[tuple[int, ...]]
+) -> None:
+    if len(states) != len(params):
+        raise ValueError(f"{len(params)} params and {len(states)} {name}: one for each is needed")
+    for i, (p, s, shape) in enumerate(zip(params, states, shapes, strict=True)):
+        if s.dtype != dtype or tuple(s.shape) != shape or s.device != p.device:
+            raise ValueError(
+                f"{name}[{i}] should be {dtype} {shape} on {p.device}, and is {s.dtype} {tuple(s.shape)} on {s.device}"
+            )
+
+
+def _run_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: int,
+    *hyper: Any,
+) -> None:
+    if not params:
+        return
+    if use_triton(params[0]):
+        from .triton import launch_adamw as update
+    else:
+        update = adamw_reference
+    update(params, grads, exp_avgs, exp_avg_sqs, step, Hyper(*hyper))
+    _mark_changed(params, exp_avgs, exp_avg_sqs)
+
+
+def _run_adamw_8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg_codes: list[Tensor],
+    exp_avg_absmax: list[Tensor],
+    exp_avg_sq_codes: list[Tensor],
+    exp_avg_sq_absmax: list[Tensor],
+    step: int,
+    *hyper: Any,
+) -> None:
+    if not params:
+        return
+    if use_triton(params[0]):
+        from .triton import launch_adamw_8bit as update
+    else:
+        update = adamw_8bit_reference
+    states = (exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax)
+    update(params, grads, *states, step, Hyper(*hyper))
+    _mark_changed(params, *states)
+
+
+def _mark_changed(*written: list[Tensor]) -> None:
+    """Let autograd know: neither a kernel, which writes by address, nor torch's fused loop tells it."""
+    torch.autograd.graph.increment_version([t for tensors in written for t in tensors if not t.is_inference()])
+
+
+_HYPERPARAMETERS = "SymInt step, float lr, float beta1, float beta2, float eps, float weight_decay, bool maximize"
+
+_adamw_op = define_op(
+    f"adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, {_HYPERPARAMETERS})"
+    " -> ()",
+    _run_adamw,
+    fake=lambda *args: None,
+)
+_adamw_8bit_op = define_op(
+    "adamw_8bit_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg_codes, Tensor(c!)[] exp_avg_absmax, "
+    f"Tensor(d!)[] exp_avg_sq_codes, Tensor(e!)[] exp_avg_sq_absmax, {_HYPERPARAMETERS}) -> ()",
+    _run_adamw_8bit,
+    fake=lambda *args: None,
+)

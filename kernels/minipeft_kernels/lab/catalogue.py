@@ -1,0 +1,154 @@
+"""Every kernel that is shipped, in each configuration, described so that it can be compiled without a GPU.
+
+Types and constants are those that the launchers give for a Llama layer: pointers and sizes multiples of 16, doubly
+quantized weights with blocksize 64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton.language as tl
+
+from ..adamw.triton import CHUNK as ADAMW_CHUNK
+from ..adamw.triton import CHUNK_8BIT, STATE_BLOCKSIZE, _adamw_8bit_kernel, _adamw_kernel
+from ..adamw.triton import NUM_WARPS as ADAMW_WARPS
+from ..emulator.lanes import WARP
+from ..linear.direct import _nf4_matmul_direct_kernel
+from ..linear.gpu import NESTED_BLOCKSIZE, RANK_TILE, constants_of
+from ..linear.staged import _nf4_matmul_staged_kernel
+from ..linear.tiles import CHUNK, Tile, tile_for
+from ..nf4.dequantize_triton import NUM_WARPS as DEQUANTIZE_WARPS
+from ..nf4.dequantize_triton import TILE_BYTES, _nf4_dequantize_kernel
+from ..nf4.quantize_triton import NESTED_ROWS, TILE, _nf4_quantize_kernel, _quantize_absmax_kernel
+from ..nf4.quantize_triton import NUM_WARPS as QUANTIZE_WARPS
+
+# A shape of Llama's, for the constants that depend on one.
+TYPICAL_N, TYPICAL_K = 4096, 4096
+BLOCKSIZE = 64
+
+_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel with everything that it is compiled with.
+
+    Attributes:
+        name: for the report. function: the Triton function.
+        types: Triton's type of each argument, such as "*bf16" or "i32". constants: of the constexpr arguments.
+        warps, stages: of a program. options: further ones of the compiler.
+        elements: weights that a thread decodes in a turn of the inner loop, or if the kernel has no loop, elements
+            that a thread handles at all.
+        rows: of x in a tile; 0 if it is no product. grad: it is the input gradient.
+        tensor_cores: whether it must use them.
+    """
+
+    name: str
+    function: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    options: dict[str, Any]
+    elements: float
+    rows: int = 0
+    grad: bool = False
+    tensor_cores: bool = False
+
+
+def shipped(capability: int, dtype: str = "bf16") -> list[Kernel]:
+    """All kernels for a capability (80 for 8.0): products, conversions, optimizer."""
+    return [*matmul_kernels(capability, dtype), *streaming_kernels(dtype)]
+
+
+def matmul_kernels(
+    capability: int, dtype: str = "bf16", double: bool = True, rank: int = 0, blocksize: int = BLOCKSIZE
+) -> list[Kernel]:
+    """The products with a packed weight, forward and backward, in each tile that is shipped for a capability."""
+    kernels = []
+    for grad in (False, True):
+        tiles = {tile_for(m, grad, capability, dtype == "fp32", blocksize): None for m in (1, 16, 32, 64, 128)}
+        kernels += [matmul_kernel(tile, grad, dtype, double, rank, blocksize) for tile in tiles]
+    return kernels
+
+
+def matmul_kernel(
+    tile: Tile, grad: bool, dtype: str = "bf16", double: bool = True, rank: int = 0, blocksize: int = BLOCKSIZE
+) -> Kernel:
+    """One product in one tile, for a weight whose shape the tile divides, four programs to a tile."""
+    constants: dict[str, Any] = dict(constants_of(tile, TYPICAL_N, TYPICAL_K // CHUNK, blocksize, 4, grad))
+    constants |= {"RT": RANK_TILE if rank else 0, "DOUBLE": double, "HAS_BIAS": False}
+    constants |= {"PRMT": dtype != "fp32", "UPCAST": False}
+    floats = ("levels", "nested_absmax", "nested_map", "offset", "low", "up", "workspace")
+    types = dict.fromkeys(("x", "bias", "y"), f"*{dtype}") | dict.fromkeys(floats, "*fp32")
+    types |= {"codes": "*u8", "absmax": "*u8" if double else "*fp32", "counters": "*i32"}
+    types |= dict.fromkeys(("M", "N", "row_chunks", "x_stride", "rank"), "i32")
+    name = f"{'dy W' if grad else 'x W^T'} {dtype} {tile.rows}x{tile.bn}x{CHUNK * tile.nb} {tile.kernel}"
+    name += (f" r={rank}" if rank else "") + ("" if double else " single")
+    name += "" if blocksize == BLOCKSIZE else f" blocks of {blocksize}"
+    return Kernel(
+        name,
+        _nf4_matmul_direct_kernel if tile.kernel == "direct" else _nf4_matmul_staged_kernel,
+        types,
+        constants,
+        tile.warps,
+        tile.stages,
+        options={"enable_fp_fusion": True},
+        elements=tile.bn * CHUNK * tile.nb / (WARP * tile.warps),
+        rows=tile.rows,
+        grad=grad,
+        tensor_cores=dtype != "fp32",
+    )
+
+
+def streaming_kernels(dtype: str = "bf16") -> list[Kernel]:
+    """The kernels that read and write each element once: they have no loop, and bytes bound them."""
+    exact = {"enable_fp_fusion": False}
+    quantize = Kernel(
+        f"quantize {dtype}",
+        _nf4_quantize_kernel,
+        dict.fromkeys(("boundary", "absmax"), "*fp32")
+        | {"w": f"*{dtype}", "lowest": "*i32", "codes": "*u8", "n": "i64", "n_bytes": "i64"},
+        {"BLOCK": BLOCKSIZE, "ROWS": TILE // BLOCKSIZE},
+        *(QUANTIZE_WARPS, 3, exact, TILE / (WARP * QUANTIZE_WARPS)),
+    )
+    quantize_absmax = Kernel(
+        "quantize absmax",
+        _quantize_absmax_kernel,
+        dict.fromkeys(("absmax", "offset", "thresholds", "nested"), "*fp32") | {"codes": "*u8", "blocks": "i32"},
+        {"NESTED": NESTED_BLOCKSIZE, "ROWS": NESTED_ROWS},
+        *(QUANTIZE_WARPS, 3, exact, NESTED_BLOCKSIZE * NESTED_ROWS / (WARP * QUANTIZE_WARPS)),
+    )
+    tile = TILE_BYTES // (4 if dtype == "fp32" else 2)
+    dequantize = Kernel(
+        f"dequantize {dtype}",
+        _nf4_dequantize_kernel,
+        dict.fromkeys(("levels", "nested_absmax", "nested_map", "offset"), "*fp32")
+        | {"out": f"*{dtype}", "codes": "*u8", "absmax": "*u8", "n": "i64", "n_bytes": "i64"},
+        {
+            **{"BLOCK": BLOCKSIZE, "NESTED": NESTED_BLOCKSIZE, "DOUBLE": True, "DTYPE": _DTYPES[dtype]},
+            **{"ROWS": tile // BLOCKSIZE, "COLS": BLOCKSIZE},
+        },
+        *(DEQUANTIZE_WARPS, 3, exact, tile / (WARP * DEQUANTIZE_WARPS)),
+    )
+    numbers = ("beta1", "rest1", "beta2", "rest2", "eps", "decay", "step_size", "bias2_sqrt")
+    types = {"table": "*i64", "chunks": "*i32"} | dict.fromkeys(numbers, "fp32")
+    maps = dict.fromkeys(("m_map", "m_thresholds", "v_map", "v_thresholds"), "*fp32")
+    same = {"PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "ALIGNED": True}
+    adamw = Kernel(
+        f"adamw {dtype}",
+        _adamw_kernel,
+        types,
+        {**same, "CHUNK": ADAMW_CHUNK},
+        *(ADAMW_WARPS, 3, exact, ADAMW_CHUNK / (WARP * ADAMW_WARPS)),
+    )
+    adamw_8bit = Kernel(
+        f"adamw 8-bit {dtype}",
+        _adamw_8bit_kernel,
+        types | maps,
+        {**same, "CHUNK": CHUNK_8BIT, "BLOCK": STATE_BLOCKSIZE},
+        *(ADAMW_WARPS, 3, exact, CHUNK_8BIT / (WARP * ADAMW_WARPS)),
+    )
+    return [quantize, quantize_absmax, dequantize, adamw, adamw_8bit]

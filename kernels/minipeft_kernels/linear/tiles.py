@@ -1,0 +1,139 @@
+"""The tile that a product with a packed weight runs in, the programs that share one, and where fusing stops paying.
+
+**Nothing here was timed.** The tiles were chosen by their machine code (`offline.py`: instructions a weight, registers,
+no spills), the numbers of programs and the crossovers come from the model in kernels/README.md. They wait to be
+measured; this file is the one place to change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import triton
+
+CHUNK = 64
+"""Weights of a row that a tile takes at once: the smallest blocksize that the kernels read."""
+
+SPLITS = (1, 2, 4, 8, 16)
+"""How many programs may share a tile: few values, since each compiles a kernel of its own."""
+
+# Before 3.5 Triton multiplies no fewer than 16 rows.
+SMALLEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One shipped configuration of a kernel.
+
+    Attributes:
+        kernel: "direct" (decoded in the tensor core's registers) or "staged" (through shared memory).
+        rows: rows of x in a tile (BM). bn: rows of W.
+        nb: chunks of 64 weights a step, for "direct".
+        warps, stages: of the program; stages of asynchronous copies.
+    """
+
+    kernel: str
+    rows: int
+    bn: int
+    nb: int
+    warps: int
+    stages: int
+
+
+# Two stages, not three: a third halves the warps that a multiprocessor holds, for the same bytes in flight.
+# Two warps, not four: with four, Hopper's and Blackwell's own matrix instructions are taken, which want the packed
+# bytes in single-byte loads. Counted on sm_90, 16 rows: 5.5 instructions a weight against 4.2.
+_DIRECT = (
+    Tile("direct", rows=8, bn=64, nb=4, warps=2, stages=2),
+    Tile("direct", rows=16, bn=64, nb=4, warps=2, stages=2),
+    Tile("direct", rows=32, bn=64, nb=2, warps=2, stages=2),
+)
+_STAGED_SMALL = (
+    Tile("staged", rows=8, bn=64, nb=1, warps=2, stages=3),
+    Tile("staged", rows=16, bn=64, nb=1, warps=2, stages=3),
+)
+_STAGED_32 = Tile("staged", rows=32, bn=128, nb=1, warps=4, stages=3)
+_STAGED_64 = Tile("staged", rows=64, bn=128, nb=1, warps=4, stages=3)
+# Blackwell's tensor memory costs more than it saves at these sizes: two warps again.
+_BLACKWELL_32 = Tile("staged", rows=32, bn=64, nb=1, warps=2, stages=3)
+_BLACKWELL_64 = Tile("staged", rows=64, bn=64, nb=1, warps=2, stages=2)
+# With 64 rows of W its registers spill.
+_BLACKWELL_GRAD_64 = Tile("staged", rows=64, bn=32, nb=1, warps=2, stages=2)
+
+FORWARD = (*_DIRECT, _STAGED_64)
+INPUT_GRAD = (*_STAGED_SMALL, _STAGED_32, _STAGED_64)
+BLACKWELL_FORWARD = (*_DIRECT, _BLACKWELL_64)
+BLACKWELL_INPUT_GRAD = (*_STAGED_SMALL, _BLACKWELL_32, _BLACKWELL_GRAD_64)
+
+# float32 has no 16-bit levels to permute: the table is read by pointer and the product is on the ordinary cores.
+FLOAT32_FORWARD = (Tile("direct", rows=16, bn=32, nb=1, warps=4, stages=2),)
+FLOAT32_INPUT_GRAD = (Tile("staged", rows=16, bn=32, nb=1, warps=4, stages=2),)
+
+# On other GPUs than NVIDIA's (and in no other case) the portable decode's levels lie in shared memory: with four chunks
+# a step they take 70 of the 64 KB of an MI300, with two 35 to 41 (compiled for gfx942).
+PORTABLE_CHUNKS = 2
+PORTABLE_ROWS = 16
+"""The fewest rows that Triton multiplies wherever it may run."""
+
+# From the model, unmeasured: rows up to which one fused kernel beats one dequantization and the vendor's product.
+# Above, the weight is decoded once into a buffer that is used again. None: at every size, since consumer cards have
+# little bandwidth for their arithmetic, and a dense copy of the weight costs nine times the packed bytes.
+FUSED_MAX_ROWS: dict[int, int | None] = {80: 128, 86: None, 87: 128, 89: None, 90: 64, 100: 64, 103: 64, 120: None}
+DEFAULT_FUSED_MAX_ROWS = 64
+FLOAT32_FUSED_MAX_ROWS = 16
+
+# From the model, unmeasured: warps a multiprocessor should have in flight to cover the latency of its loads.
+WARPS_PER_MULTIPROCESSOR = 8
+
+
+def portable(tile: Tile) -> Tile:
+    """The same tile for GPUs that are not NVIDIA's."""
+    return replace(tile, nb=min(tile.nb, PORTABLE_CHUNKS))
+
+
+def tile_for(rows: int, grad: bool, capability: int, wide: bool, blocksize: int = CHUNK) -> Tile:
+    """The tile for a product of `rows` rows.
+
+    Args:
+        rows: of x or dy. grad: for the input gradient.
+        capability: of the GPU, 80 for 8.0. wide: x is float32.
+        blocksize: weights that share a scale.
+    """
+    table: tuple[Tile, ...]
+    if wide:
+        table = FLOAT32_INPUT_GRAD if grad else FLOAT32_FORWARD
+    elif 100 <= capability < 120:
+        table = BLACKWELL_INPUT_GRAD if grad else BLACKWELL_FORWARD
+    else:
+        table = INPUT_GRAD if grad else FORWARD
+    tile = next((tile for tile in table if max(rows, SMALLEST_ROWS) <= tile.rows), table[-1])
+    if blocksize > CHUNK and tile == _DIRECT[1]:
+        # Finding the scale of a chunk takes registers: with four chunks, or with two stages, eight bytes spill.
+        return replace(tile, nb=2, stages=3)
+    return tile
+
+
+def split_for(tiles: int, steps: int, rows: int, depth: int, warps: int, multiprocessors: int) -> int:
+    """The number of programs that share a tile: enough to fill the GPU, while each keeps two steps or more.
+
+    Args:
+        tiles: of the output. steps: of the loop in one tile. rows: of x. depth: length of what is summed over.
+        warps: a program. multiprocessors: of the GPU.
+    """
+    wanted = WARPS_PER_MULTIPROCESSOR * multiprocessors
+    split = 1
+    for candidate in SPLITS[1:]:
+        # Written and read, `candidate` float32 sums of each of `rows` outputs, against `depth` packed weights of half
+        # a byte: beyond, the partial sums move more bytes than the weight.
+        heavy = 16 * candidate * rows > depth
+        if tiles * split * warps >= wanted or steps // candidate < 2 or heavy:
+            break
+        split = candidate
+    return split
+
+
+def fused_max_rows(capability: int, wide: bool) -> int | None:
+    """Rows up to which the fused kernels are expected to win, None for any number; from the model, unmeasured."""
+    if wide:
+        return FLOAT32_FUSED_MAX_ROWS
+    return FUSED_MAX_ROWS.get(capability, DEFAULT_FUSED_MAX_ROWS)

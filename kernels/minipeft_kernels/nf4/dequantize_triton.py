@@ -1,0 +1,102 @@
+"""NF4 decoding on a GPU in one launch, doubly quantized scales included, bit by bit as `nf4_dequantize.py` does it.
+
+bitsandbytes takes three launches for it (scales, offset, weights) and writes the scales in between. Here each block's
+scale is decoded by the threads that use it: one byte, one table entry, one nested scale for every 64 weights.
+"""
+# Device code has no Python types.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..dispatch import on_device
+from ..packed import NF4
+from ..rounding_triton import _round_to
+
+# Bytes a program writes: 16 a thread at 4 warps, in one access, neighbouring threads neighbouring bytes. (With more,
+# the values would go through shared memory to be stored in this order.) Of a 16-bit dtype that is 1024 weights.
+TILE_BYTES = 2048
+NUM_WARPS = 4
+
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+}
+
+
+@triton.jit
+def _nf4_dequantize_kernel(
+    out,
+    codes,
+    absmax,
+    levels,
+    nested_absmax,
+    nested_map,
+    offset,
+    n,
+    n_bytes,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """ROWS rows of COLS consecutive weights, each row within one block of BLOCK.
+
+        codes          [ w0 w1 | w2 w3 | ...   high nibble first ]          1/2 byte a weight
+        absmax         [ block 0 | block 1 | ... ]  uint8 or float32        1/BLOCK or 4/BLOCK bytes a weight
+        nested_absmax  [ float32 for every NESTED blocks ]                  4/(BLOCK * NESTED) bytes a weight
+        levels (16,), nested_map (256,)  float32, in the first-level cache
+        out            [ w0 | w1 | w2 | ... ]                               2 or 4 bytes a weight
+
+    Bytes a weight (bfloat16, BLOCK 64): 0.5 + 0.016 + 2. Operations a weight: one look-up with its address, one shift
+    or mask, one product, half a conversion. The product is float32 and rounded once; a scale's product and sum are
+    rounded apart, so the kernel is compiled without fused multiply-adds.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row * COLS < n
+    block = row // (BLOCK // COLS)
+    scale = tl.load(absmax + block, mask=inside, other=0)
+    if DOUBLE:
+        nested = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
+        scale = tl.load(nested_map + scale.to(tl.int32)) * nested + tl.load(offset)
+    byte = row[:, None] * (COLS // 2) + tl.arange(0, COLS // 2)[None, :]
+    packed = tl.load(codes + byte, mask=byte < n_bytes, other=0).to(tl.int32)
+    even = tl.load(levels + (packed >> 4)) * scale[:, None]
+    odd = tl.load(levels + (packed & 15)) * scale[:, None]
+    value = tl.join(even, odd).reshape(ROWS, COLS)
+    place = row[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    tl.store(out + place, _round_to(value, DTYPE), mask=place < n)
+
+
+def dequantize_into(out: Tensor, weight: NF4) -> Tensor:
+    """Launch the decoding into contiguous `out`, of any shape and the weight's size, and return it."""
+    n = out.numel()
+    if n == 0:
+        return out
+    assert out.is_contiguous()
+    tile = TILE_BYTES // out.element_size()
+    columns = min(weight.blocksize, tile)
+    constants = {
+        "BLOCK": weight.blocksize,
+        "NESTED": weight.nested_blocksize,
+        "DOUBLE": weight.nested_absmax is not None,
+        "DTYPE": _DTYPES[out.dtype],
+        "ROWS": tile // columns,
+        "COLS": columns,
+    }
+    # Without double quantization the nested tensors are not read, but a pointer is a pointer.
+    tensors = (weight.quant_map.contiguous() if t is None else t.contiguous() for t in weight.tensors())
+    with on_device(out):
+        _nf4_dequantize_kernel[(-(-n // tile),)](
+            *(out, *tensors, n, (n + 1) // 2),
+            **constants,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+    return out

@@ -40,7 +40,7 @@ def kernels(args: argparse.Namespace) -> None:
         options = ["--target", args.target, "--dtype", args.dtype]
         options += ["--against", args.against] if args.against else []
         options += ["--json", args.json] if args.json else []
-        from minipeft_kernels.offline import main
+        from minipeft_kernels.lab.offline import main
 
         print(main(options), end="")
     except (ImportError, RuntimeError, ValueError, OSError) as error:
@@ -57,7 +57,7 @@ def _profile(args: argparse.Namespace) -> None:
         )
     if args.plot is not None and not Path(args.plot).absolute().parent.is_dir():
         raise KernelsError(f"cannot write {args.plot}: its folder does not exist")
-    from minipeft_kernels.emulator.profile import profile, report
+    from minipeft_kernels.lab.profile import profile, report
 
     found = profile(args.profile, [int(part) for part in shape], args.target, args.dtype)
     print(report(found), end="")

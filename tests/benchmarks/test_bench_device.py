@@ -11,7 +11,7 @@ from benchmarks.device import MIB, CpuDevice, CudaDevice, open_device
 from benchmarks.harness import interleave
 from benchmarks.limits import DATASHEET, SAME, Roofline, roofline_of
 from benchmarks.options import BenchError
-from minipeft_kernels.roofline import GPUS
+from minipeft_kernels.lab.roofline import GPUS
 
 
 @pytest.fixture

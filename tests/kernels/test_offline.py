@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from processes import run_process
 
-from minipeft_kernels.offline import capability_of, main
-from minipeft_kernels.roofline import MULTIPROCESSORS
+from minipeft_kernels.emulator.targets import MULTIPROCESSORS, capability_of
+from minipeft_kernels.lab.offline import main
 
 # Instructions a weight that the shipped tiles may take, by (input gradient, rows of x): what was counted and a tenth.
 BUDGETS = {
@@ -23,8 +23,8 @@ TARGETS = ("sm_80", "sm_90")
 COMPILE = """
 import json, sys
 from dataclasses import asdict
-from minipeft_kernels.catalogue import matmul_kernels
-from minipeft_kernels.offline import inspect, main
+from minipeft_kernels.lab.catalogue import matmul_kernels
+from minipeft_kernels.lab.offline import inspect, main
 text = main(["--target", sys.argv[1], "--json", sys.argv[2], *sys.argv[4:]])
 result = json.load(open(sys.argv[2]))
 # The smallest tiles and the largest with an update of low rank, the smallest with other operands.

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from minipeft_kernels.roofline import MULTIPROCESSORS, WARP
+from .lanes import WARP
+from .targets import MULTIPROCESSORS
 
 TRITON_VERSIONS = ("3.8", "3.9")
 MAX_THREADS = 1024

@@ -8,7 +8,7 @@ import numpy as np
 from processes import run_process
 
 from minipeft_kernels.emulator import Memory, Observer, parse, run
-from minipeft_kernels.sass import tool
+from minipeft_kernels.lab.sass import tool
 
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 # The register that holds a value of so many bytes, and what it is loaded and stored as.

@@ -13,7 +13,7 @@ import triton.language as tl
 from processes import run_process
 from triton.runtime import driver
 
-from minipeft_kernels.emulator import AccessError, RaceError, UninitializedError, emulate
+from minipeft.kernels.emulator import AccessError, RaceError, UninitializedError, emulate
 from minipeft_kernels.emulator.arguments import pack
 
 

@@ -10,7 +10,7 @@ import pytest
 import triton
 from processes import run_process
 
-from minipeft_kernels.emulator import emulate
+from minipeft.kernels.emulator import emulate
 from minipeft_kernels.emulator.trace import Trace
 
 DOCS = Path(__file__).parents[4] / "docs"

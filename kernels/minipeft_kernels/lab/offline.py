@@ -16,12 +16,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from . import native
+from .. import native
+from ..dispatch import interpreting
+from ..emulator.lanes import WARP
+from ..emulator.targets import capability_of
+from ..linear.gpu import grid_of
+from ..linear.tiles import CHUNK, split_for, tile_for
 from .catalogue import Kernel, shipped
-from .dispatch import interpreting
-from .linear.gpu import grid_of
-from .linear.tiles import CHUNK, split_for, tile_for
-from .roofline import GPUS, LLAMA_SHAPES, WARP, Floor, budget, capability_of, floor, resident_warps
+from .roofline import GPUS, LLAMA_SHAPES, Floor, budget, floor, resident_warps
 from .sass import MMA, Loop, read_cubin
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")

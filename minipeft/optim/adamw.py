@@ -1,7 +1,8 @@
 """AdamW's update of flat pieces (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2).
 
-`minipeft_kernels.adamw.reference` has the formula. These functions know nothing of pages: they take flat pieces of parameters, gradients and moments, of any lengths.
-Whatever the parameter's dtype, the arithmetic is float32 and the parameter is rounded once.
+`minipeft_kernels.adamw.reference` has the formula. These functions know nothing of pages: they take flat pieces of
+parameters, gradients and moments, of any lengths. Whatever the parameter's dtype, the arithmetic is float32 and the
+parameter is rounded once.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def _pointer(row, i: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     """The address in column i of a row of the table, as a pointer to dtype."""
     pointer = tl.load(row + i).to(tl.pointer_type(dtype))
     if ALIGNED:
-        # What makes 16-byte accesses possible; the launcher looked.
+        # Lets the compiler use accesses of 16 bytes; the launcher checked the addresses.
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
@@ -279,12 +279,12 @@ def _launch(
 
 
 def _by_name(rows: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-    """As the emulator names them."""
+    """The tensors of the table by the names that an emulator's errors give them, such as "params[0]"."""
     return {f"{n}[{i}]": t for i, row in enumerate(rows) for n, t in zip(_NAMES, row, strict=False)}
 
 
 def _is_aligned(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether all accesses can be of 16 bytes. (What is not contiguous will be copied to where it is aligned.)"""
+    """True if all accesses can be of 16 bytes. (What is not contiguous will be copied to where it is aligned.)"""
     return tensors[0].numel() % ALIGNMENT == 0 and all(
         t.data_ptr() % ALIGNMENT == 0 or not t.is_contiguous() for t in tensors
     )
@@ -301,7 +301,7 @@ def _chunk_table(numels: tuple[int, ...], size: int, device: torch.device) -> Te
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor:
-    """Copied without waiting for the GPU where its memory is pinned first."""
+    """The table on `device`; to a GPU it goes from pinned memory, so that nobody waits for the copy."""
     if device.type == "cuda":
         return table.pin_memory().to(device, non_blocking=True)
     return table.to(device)

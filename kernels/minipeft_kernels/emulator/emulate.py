@@ -57,7 +57,7 @@ class EmulatedLaunch:
 
 @dataclass
 class Emulation:
-    """What `emulate` gives: the launches so far, in order.
+    """The value of `with emulate(...) as`: the launches so far, in order.
 
     Attributes:
         target: such as "sm_80". checks, counts, blocks, watch: as `emulate` was told.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What one multiprocessor of a capability holds: registers, bytes of shared memory, warps and blocks."""
+    """The room of one multiprocessor of a capability: registers, bytes of shared memory, warps and blocks."""
 
     registers: int
     shared: int

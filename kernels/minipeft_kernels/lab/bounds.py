@@ -49,7 +49,7 @@ class Bound:
 
 
 def bounds(counts: Counts, gpu: GPU) -> list[Bound]:
-    """What each resource of a GPU needs for a launch, the largest first.
+    """The time that each resource of a GPU needs for a launch, the largest first.
 
     Blocks are spread over as many multiprocessors as there are blocks to give; only those work.
 

@@ -72,7 +72,7 @@ def some_tiles(grid: tuple[int, int, int]) -> list[int]:
 
 
 def counts_of(launch: EmulatedLaunch) -> Counts:
-    """What a launch was counted to do."""
+    """The counts of a launch, of which there must be some."""
     assert launch.counts is not None
     return launch.counts
 

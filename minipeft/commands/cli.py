@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A model may write what the terminal's encoding lacks; better a replacement character than no text.
         sys.stdout.reconfigure(errors="replace")
     try:
-        args = build_parser().parse_args(arguments)
+        args = build_parser(arguments).parse_args(arguments)
         check_not_empty(args)
         # Imported here: a mistyped flag needs none of it.
         module, _, function = args.command.partition(":")
@@ -118,8 +118,8 @@ def _is(error: Exception, module: str, name: str) -> bool:
     return imported is not None and isinstance(error, getattr(imported, name))
 
 
-def build_parser() -> Parser:
-    """The parser of the whole command line."""
+def build_parser(arguments: Sequence[str] = ()) -> Parser:
+    """The parser of the whole command line; of `bench`, only if the arguments are for it, with what it takes."""
     parser = Parser(
         prog="minipeft",
         description="Fine-tune language models by training small adapters, on 16-bit or 4-bit base models.",
@@ -133,6 +133,8 @@ def build_parser() -> Parser:
         *(_add_compare, _add_bench, _add_kernels),
     ):
         add(commands)
+    if next((word for word in arguments if not word.startswith("-")), "") == "bench":
+        add_bench_arguments(commands.choices["bench"])
     return parser
 
 
@@ -287,8 +289,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
-    parser = _add(commands, "bench", "commands.bench:bench", "measure the operations beside their peers")
-    add_bench_arguments(parser)
+    _add(commands, "bench", "commands.bench:bench", "measure the operations beside their peers")
 
 
 def _add_kernels(commands: argparse._SubParsersAction) -> None:

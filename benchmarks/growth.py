@@ -1,4 +1,4 @@
-"""How costs grow: the slope of log(time) over log(number) in each family of cases, said and drawn.
+"""Growth of costs: the slope of log(time) over log(number) in each family of cases, said and drawn.
 
 1 is linear, 0 does not grow, and what is quadratic in a part tends to 2.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import OURS, Row
-from benchmarks.report import duration
+from benchmarks.output import duration
 from minipeft.files import atomic_path
 
 # The candidate that is a part of ours, in a family whose growth it explains.

@@ -1,12 +1,14 @@
-"""`minipeft demo`, `inspect` and `kernels`: arguments handed on to the module that does the work."""
+"""`minipeft demo`, `inspect`, `compare` and `kernels`: arguments handed on to the module that does the work."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from minipeft.commands.paths import check_output_path
+from minipeft.commands.arguments import check_output_path
 from minipeft.train.errors import TrainingError
+
+SOME_FAILED = 1
 
 
 class KernelsError(TrainingError, ValueError):
@@ -27,6 +29,31 @@ def demo(args: argparse.Namespace) -> None:
     from minipeft.demo.demo import DemoConfig, run_demo
 
     run_demo(DemoConfig(output=Path(args.output), model=args.model, data=args.data, steps=args.steps, seed=args.seed))
+
+
+def compare(args: argparse.Namespace) -> int:
+    """`minipeft compare`: several methods on one task; return 0, or 1 when a run failed."""
+    from minipeft.compare.plan import CompareConfig, parse_names, parse_seeds, plan_runs
+
+    output = Path(args.output)
+    runs = plan_runs(None if args.methods is None else parse_names(args.methods), args.runs)
+    config = CompareConfig(
+        output,
+        runs,
+        parse_seeds(args.seeds),
+        **{
+            name: getattr(args, name)
+            for name in ("model", "data", "eval_data", "other_text", "packing", "batch_size", "steps", "max_length")
+        },
+        too_long=args.too_long,
+        dtype=args.dtype,
+        device=args.device,
+    )
+    check_output_path(output, may_exist=True)
+
+    from minipeft.compare.compare import compare as run_comparison
+
+    return SOME_FAILED if run_comparison(config).failures else 0
 
 
 def kernels(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_transfers_in_pieces_are_put_together(tmp_path, monkeypatch):
 def test_killed_process_leaves_nothing_and_a_limited_one_knows_it_at_the_start(tmp_path):
     code = f"""
 import os, resource, signal, sys
-sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
 from test_spill import PagingError, paged, parameters, train
 params = parameters()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

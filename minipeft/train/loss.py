@@ -146,6 +146,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, *trained: Tensor) -> Tensor:
+        """(N, hidden), (N,) int64 -> scalar. `trained` are the head's parameters that need a gradient."""
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grads = [torch.zeros_like(t) for t in trained]
         logits_of, total = _logits_of(head), _zero(hidden)
@@ -168,6 +169,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of `hidden` (N, hidden) and of `trained`, which the forward computed, times `grad`."""
         first, *others = (None if t is None else t * grad.to(t.dtype) for t in ctx.saved_tensors)
         return (first, None, None, *others)
 

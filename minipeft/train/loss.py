@@ -73,7 +73,7 @@ def logits_at(model: Any, inputs: dict[str, Tensor], positions: Tensor) -> Tenso
 def _keeps_logits(model: Any) -> bool:
     """True if the model takes a (B, T) mask of the positions to compute logits for."""
     configs = getattr(model, "peft_config", {}).values()
-    if any(getattr(config, "num_virtual_tokens", None) for config in configs):
+    if any(getattr(config, "is_prompt_learning", False) for config in configs):
         return False
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters

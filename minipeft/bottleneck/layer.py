@@ -82,12 +82,12 @@ class Bottleneck(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
+        """scaling * Up(act(Down(LN?(x)))), (..., in_features) -> (..., out_features) (Houlsby et al. 2019, section 2.1).
+
+        The products are in autocast's dtype under autocast, else in the wider of x's and the network's.
+        """
         # The norm's weight and bias are multiplied into Down and the scaling into Up, rather than into activations,
         # which autograd would keep in the adapter's float32 otherwise.
-        """scaling * Up(act(Down(LN?(x)))): (..., in_features) -> (..., out_features) (Houlsby et al. 2019, section 2.1).
-
-        The product is in autocast's dtype under autocast, else in the wider of x's and the network's.
-        """
         weight, bias = self.down.weight, self.down.bias
         if self.norm is not None:
             x = F.layer_norm(x, self.norm.normalized_shape, eps=self.norm.eps)
@@ -165,11 +165,11 @@ class BottleneckLayer(AdapterModule):
             self.bottleneck_parallel.add(adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """y = h + scaling * Up(act(Down(h))), with h the module's own output, or its input x inside for a parallel adapter.
+        """y = h + scaling * Up(act(Down(h))), h the module's own output; a parallel adapter reads the module's input.
 
         Each adapter that acts adds its network's output in turn; h keeps its dtype.
 
-        Raises TypeError for a module that returns no tensor, and a parallel adapter whose input is not among the arguments.
+        Raises TypeError for a module that returns no tensor, and for a parallel adapter without the module's input.
         """
         out = super().forward(*args, **kwargs)
         if self.merged_adapters:

@@ -67,7 +67,7 @@ class NF4Config(QuantizationConfigMixin):
         self.skip_modules = _names(skip_modules)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry of `config.json`: bitsandbytes' form, plus `blocksize`, which bitsandbytes reads from the tensors."""
+        """The entry of `config.json`: bitsandbytes' form, and `blocksize`, which it reads from the tensors."""
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,

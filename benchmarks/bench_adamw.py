@@ -18,8 +18,8 @@ from benchmarks.harness import OURS, Candidate, Case, Run, Work
 from benchmarks.peers import BITSANDBYTES, Peers
 from benchmarks.reference import adamw_steps, near
 from benchmarks.shapes import RANK, Sizes
-from minipeft_kernels import adamw_, adamw_8bit_
-from minipeft_kernels.adamw_8bit import initial_state
+from minipeft.kernels import adamw_, adamw_8bit_
+from minipeft_kernels.adamw.eight_bit import initial_state
 
 OP = "adamw"
 HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}

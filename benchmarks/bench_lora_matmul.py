@@ -18,8 +18,8 @@ from benchmarks.harness import OURS, Candidate, Case, Run, Work
 from benchmarks.peers import BITSANDBYTES, Peers, bitsandbytes_linear
 from benchmarks.reference import TOLERANCES, decoded, near, packed_weight
 from benchmarks.shapes import RANK, Layer, Sizes, dtype_name
+from minipeft.kernels import lora_matmul
 from minipeft.nf4 import NF4Weight
-from minipeft_kernels import lora_matmul
 
 OP = "lora_matmul"
 SCALING = 2.0
@@ -97,7 +97,7 @@ def _case(layer: Layer, inputs: Inputs, peers: Peers, backward: bool) -> Case:
 
 def _fused(inputs: Inputs) -> Callable[[Tensor], Tensor]:
     layer = ours(inputs.weight)
-    return lambda x: lora_matmul(x, layer.packed(), inputs.lora_A, inputs.lora_B, SCALING, *layer.sizes())
+    return lambda x: lora_matmul(x, layer.packed(), inputs.lora_A, inputs.lora_B, SCALING)
 
 
 def _as_peft(base: Callable[[Tensor], Tensor], inputs: Inputs) -> Callable[[Tensor], Tensor]:

@@ -16,7 +16,7 @@ from benchmarks.peers import BITSANDBYTES, Peers
 from benchmarks.reference import near, quantization_error
 from benchmarks.shapes import BLOCKSIZE, Sizes, dtype_name
 from minipeft.nf4 import NF4Weight
-from minipeft_kernels.codebooks import NF4_LEVELS
+from minipeft_kernels.nf4.codebooks import NF4_LEVELS
 
 OP = "nf4_quantize"
 TOLERANCE = 1.0

@@ -33,13 +33,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.environment import ROOT, describe_environment, device_slug, load
-from benchmarks.harness import OURS, Candidate, Case, Run, Work
+from benchmarks.harness import OURS, Candidate, Case, Run, Work, quantile
 from benchmarks.peers import BITSANDBYTES, Peers
 from benchmarks.reference import adamw_steps, near
 from benchmarks.resident import resident_bytes
 from benchmarks.shapes import RANK, Sizes
 from minipeft import PagedAdamW
-from minipeft.compare.measure import quantile
 from minipeft.files import write_text
 
 OP = "paged_adamw"

@@ -248,7 +248,7 @@ def base_folder(sizes: Sizes) -> Path | None:
         return Path(sizes.model)
     if len(sizes.layers) == 1:
         return None
-    from minipeft.demo.smollm2 import smollm2_folder
+    from minipeft.demo.assets import smollm2_folder
 
     return smollm2_folder()
 

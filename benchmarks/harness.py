@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.device import Device
 from benchmarks.roofline import Roofline
-from minipeft.compare.measure import quantile
 
 Run = Callable[[], Any]
 
@@ -242,6 +242,11 @@ def _fill(entry: _Entry, ours: list[float] | None, roofline: Roofline) -> None:
     row.gflop_per_s = work.flops / middle / 1e9 if work.flops else None
     floor = roofline.floor_seconds(work.nbytes, work.flops, work.dtype)
     row.floor, row.share = 1e6 * floor, floor / middle
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of them lie, between neighbours in proportion."""
+    return float(np.quantile(values, share))
 
 
 def distance(result: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]) -> float:

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
 from minipeft_kernels.emulator import emulate
 from minipeft_kernels.emulator.trace import Entry, Trace, results_of
-from minipeft_kernels.nf4_matmul_triton import nf4_matmul_forward
-from minipeft_kernels.nf4_quantize import nf4_quantize_reference, quantize_absmax_reference
+from minipeft_kernels.linear.gpu import launch_forward
+from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4.quantize import nf4_quantize_reference, quantize_absmax_reference
+from minipeft_kernels.packed import NF4
 
 LESSON = Path(__file__).with_suffix(".md")
 TRITON = "3.9"
@@ -87,9 +88,10 @@ def _run() -> tuple[Tensor, list[Entry]]:
     offset = torch.tensor(0.75)
     stored, nested = quantize_absmax_reference(absmax, offset)
     x = torch.arange(m * k).mul(7919).remainder(33).sub(16).div(16).view(m, k).bfloat16()
+    weight = NF4(codes, stored, NF4_LEVELS.clone(), nested, dynamic_map().clone(), offset, n, k, 64)
     trace = Trace(THREAD)
     with emulate("sm_80", counts=False, watch=[trace]) as run:
-        nf4_matmul_forward(x, codes, stored, NF4_LEVELS.clone(), nested, dynamic_map().clone(), offset, n, k, 64)
+        launch_forward(x, weight)
     assert run.launches[0].grid == (1, 1, 1), run.launches[0].grid
     return codes.view(n, k // 2), trace.entries
 

@@ -66,8 +66,8 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("kind", "name"), [("nf4", "minipeft.lora_matmul"), ("dense", "minipeft.lora_linear")])
-def test_an_adapted_layer_is_one_operation_each_way_and_keeps_x_and_its_projection(kind: str, name: str) -> None:
+@pytest.mark.parametrize("kind", ["nf4", "dense"])
+def test_an_adapted_layer_is_one_operation_each_way_and_keeps_x_and_its_projection(kind: str) -> None:
     layer = llama(kind).model.layers[0].mlp.up_proj
     x = torch.randn(2, TOKENS // 2, HIDDEN, requires_grad=True)
     kept = kept_for_backward(layer, lambda: layer(x))
@@ -77,8 +77,8 @@ def test_an_adapted_layer_is_one_operation_each_way_and_keeps_x_and_its_projecti
         y = layer(x)
     with Operations() as backward:
         torch.autograd.grad(y, [x, *(p for p in layer.parameters() if p.requires_grad)], torch.ones(y.shape))
-    assert forward.names == [name]
-    assert [n for n in backward.names if n != "aten.ones"] == [f"{name}_backward"]
+    assert forward.names == ["minipeft.linear"]
+    assert [n for n in backward.names if n != "aten.ones"] == ["minipeft.linear_backward"]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "dense"])

@@ -11,17 +11,17 @@ from typing import Any
 
 import triton.language as tl
 
-from .adamw_triton import CHUNK as ADAMW_CHUNK
-from .adamw_triton import CHUNK_8BIT, STATE_BLOCKSIZE, _adamw_8bit_kernel, _adamw_kernel
-from .adamw_triton import NUM_WARPS as ADAMW_WARPS
-from .nf4_dequantize_triton import NUM_WARPS as DEQUANTIZE_WARPS
-from .nf4_dequantize_triton import TILE_BYTES, _nf4_dequantize_kernel
-from .nf4_matmul_configs import CHUNK, Tile, tile_for
-from .nf4_matmul_direct import _nf4_matmul_direct_kernel
-from .nf4_matmul_staged import _nf4_matmul_staged_kernel
-from .nf4_matmul_triton import NESTED_BLOCKSIZE, RANK_TILE, constants_of
-from .nf4_quantize_triton import NESTED_ROWS, TILE, _nf4_quantize_kernel, _quantize_absmax_kernel
-from .nf4_quantize_triton import NUM_WARPS as QUANTIZE_WARPS
+from .adamw.triton import CHUNK as ADAMW_CHUNK
+from .adamw.triton import CHUNK_8BIT, STATE_BLOCKSIZE, _adamw_8bit_kernel, _adamw_kernel
+from .adamw.triton import NUM_WARPS as ADAMW_WARPS
+from .linear.direct import _nf4_matmul_direct_kernel
+from .linear.gpu import NESTED_BLOCKSIZE, RANK_TILE, constants_of
+from .linear.staged import _nf4_matmul_staged_kernel
+from .linear.tiles import CHUNK, Tile, tile_for
+from .nf4.dequantize_triton import NUM_WARPS as DEQUANTIZE_WARPS
+from .nf4.dequantize_triton import TILE_BYTES, _nf4_dequantize_kernel
+from .nf4.quantize_triton import NESTED_ROWS, TILE, _nf4_quantize_kernel, _quantize_absmax_kernel
+from .nf4.quantize_triton import NUM_WARPS as QUANTIZE_WARPS
 from .roofline import WARP
 
 # A shape of Llama's, for the constants that depend on one.

@@ -19,8 +19,8 @@ from typing import Any
 from . import native
 from .catalogue import Kernel, shipped
 from .dispatch import interpreting
-from .nf4_matmul_configs import CHUNK, split_for, tile_for
-from .nf4_matmul_triton import grid_of
+from .linear.gpu import grid_of
+from .linear.tiles import CHUNK, split_for, tile_for
 from .roofline import GPUS, LLAMA_SHAPES, WARP, Floor, budget, capability_of, floor, resident_warps
 from .sass import MMA, Loop, read_cubin
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("minipeft", "FRAGMENT")
@@ -19,7 +20,7 @@ def define_op(
     schema: str,
     run: Callable[..., Any],
     fake: Callable[..., Any],
-    autograd: type[torch.autograd.Function] | None = None,
+    autograd: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register an operation, and return it.
 
@@ -27,8 +28,8 @@ def define_op(
         schema: "name(arguments) -> results", in PyTorch's schema language.
         run: computes it, on any device, without autograd.
         fake: gives empty results of the right shapes, dtypes and strides.
-        autograd: its forward calls the operation within `below_autograd()`, its backward others; None if it has no
-            gradient: then it is computed without recording.
+        autograd: computes it with a gradient, by an autograd function that calls the operation within
+            `below_autograd()`; None if it has no gradient: then it is computed without recording.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -49,35 +50,34 @@ def without_autocast() -> Any:
     return torch._C._DisableAutocast()
 
 
-def computes_only(x: Any, *others: Any) -> bool:
-    """Whether an operation on these tensors (or None) would be computed at once, and nothing else be done with it.
+def is_plain_call(x: Tensor) -> bool:
+    """True if nothing but the operation itself would happen in a call with x, a gradient aside.
 
-    No gradient is recorded, nothing traces, compiles or watches the call, and x is a plain tensor that lies as it reads
-    (no view that changes the sign, as of a conjugate's imaginary part). Then its arithmetic
-    may be called directly: going through the dispatcher takes 12 microseconds, more than a small layer's product.
+    Nothing traces, compiles or watches the call, no derivative is taken forward, and x is a plain tensor with data that
+    lies as it reads (no view that changes the sign, as of a conjugate's imaginary part). Then an operation's arithmetic
+    or its autograd function may be called directly: going through the dispatcher takes 12 microseconds, more than a
+    small layer's product.
     """
     if torch.compiler.is_compiling() or (type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in others)):
-        return False
-    return (
+    return not (x.is_meta or x.is_neg()) and (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
-        and not x.is_neg()
+        and forward_ad._current_level < 0
     )
 
 
 def forward_mode() -> bool:
-    """Whether derivatives are taken forward, as they may be where none is recorded. No operation here has any."""
+    """True if derivatives are taken forward, as they may be where none is recorded. No operation here has any."""
     return forward_ad._current_level >= 0
 
 
-def _recorded(op: Callable[..., Any], autograd: type[torch.autograd.Function] | None) -> Callable[..., Any]:
+def _recorded(op: Callable[..., Any], autograd: Callable[..., Any] | None) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if autograd is not None and (torch.is_grad_enabled() or forward_mode()):
-            return autograd.apply(*args)
+            return autograd(*args)
         with below_autograd():
             return op(*args)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minipeft.files import size
 from minipeft.train.errors import TrainingError
 
 BYTES_OF = {
@@ -231,12 +232,3 @@ def _log_rows(file: Path) -> list[dict[str, Any]]:
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people: 1.5 MB (powers of 1000)."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000 or unit == "GB":
-            return f"{nbytes:.0f} bytes" if unit == "bytes" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError

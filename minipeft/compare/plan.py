@@ -1,22 +1,25 @@
-"""What `minipeft compare` trains: the runs, each a method with its settings, and the settings that they share.
+"""The plan of a comparison: its runs, each a method with its settings, and the settings that all runs share.
 
 Data, batches, steps and seeds are shared, so that every run takes the same batches in the same order; a run's own are
-its method and how that is optimized.
+its method and how that is optimized. Runs come from methods' names, with our defaults, or from a YAML file:
+
+    small: {method: lora, method_args: {r: 4}, lr: 2e-3}
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minipeft.compare.entries import check_entry, read_entries
-from minipeft.train.config import SEED_END, TrainConfig
+from minipeft.train.config import SEED_END, TrainConfig, load_yaml, near_settings, setting_names, usual_name
 from minipeft.train.errors import ConfigError
-from minipeft.train.methods import METHODS
+from minipeft.train.methods import METHODS, method_arguments
 
-# Settings of a run, where it does not say otherwise.
+# Settings of a run that gives no others.
 COMMON: dict[str, Any] = {"scheduler": "cosine", "warmup_ratio": 0.06}
 
 # The learning rates are the best of those tried on the demo's task, see docs/comparison.md.
@@ -27,6 +30,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "prefix": {"lr": 1e-2, "method_args": {"num_virtual_tokens": 20}},
     "prompt": {"lr": 3e-2, "method_args": {"num_virtual_tokens": 20}},
 }
+
+
+# The settings that a run may have of its own.
+OWN_SETTINGS = (
+    *("method", "method_args", "quantize", "dtype", "lr", "loraplus_lr_ratio", "optimizer", "optimizer_args"),
+    *("scheduler", "scheduler_args", "warmup_steps", "warmup_ratio", "weight_decay", "beta1", "beta2", "eps"),
+    *("max_grad_norm", "precision", "gradient_checkpointing"),
+)
+
+# The flags of the settings that all runs share, by the names under which a run might give them.
+FLAGS = {
+    **{name: "--" + name.replace("_", "-") for name in ("model", "data", "eval_data", "other_text", "device")},
+    **{name: "--" + name.replace("_", "-") for name in ("max_length", "too_long", "packing", "batch_size", "steps")},
+    **{"max_steps": "--steps", "seed": "--seeds", "seeds": "--seeds", "output": "--output", "output_dir": "--output"},
+}
+
+EXAMPLE = "small: {method: lora, method_args: {r: 4}, lr: 0.002}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +68,17 @@ class Run:
 
     @property
     def is_base(self) -> bool:
-        """Whether there is nothing to train."""
+        """True for the base model without an adapter, where there is nothing to train."""
         return "method" not in self.settings
 
     @property
     def form(self) -> tuple[str | None, str | None]:
-        """`quantize` and `dtype` of the base model, None where nothing is said."""
+        """`quantize` and `dtype` of the run's base model; None where the run gives none."""
         return self.settings.get("quantize"), self.settings.get("dtype")
 
 
 def plan_runs(methods: Sequence[str] | None, path: str | Path | None) -> list[Run]:
-    """The runs by methods' names, with our defaults, and those of a YAML file; without either one of every method.
+    """The runs of `methods`, with our defaults, and those of a YAML file; without either, one run of every method.
 
     Raises:
         ConfigError: an unknown method or setting, a name that is there twice, or nothing to compare.
@@ -110,7 +130,7 @@ def _check_different(runs: Sequence[Run]) -> None:
 
 
 def bases_of(runs: Sequence[Run]) -> list[Run]:
-    """The base model without an adapter, once in every form that the runs have it in."""
+    """Runs of the base model without an adapter, one for each form (4 bits, dtype) in which the runs use it."""
     bases = []
     for quantize, dtype in dict.fromkeys(run.form for run in runs):
         form = ", ".join(part for part in (quantize, dtype) if part)
@@ -144,11 +164,11 @@ def parse_names(text: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-    """What is compared, and on what.
+    """The settings of a comparison.
 
     Attributes:
         output: folder for everything that it writes; one that holds a comparison is gone on with.
-        model, data, eval_data, other_text: see `compare_data.load_task`; without them the demo's.
+        model, data, eval_data, other_text: see `task.load_task`; without them the demo's.
         packing: several texts in a row; None packs the demo's texts and no others.
         batch_size: rows in a step; None is 2 packed or 8 single ones.
         steps: optimizer steps; None is `epochs` passes over the data.
@@ -176,7 +196,7 @@ class CompareConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """What all runs have in common.
+    """The settings that all runs have in common.
 
     Attributes:
         model: directory, hub name or .gguf file.
@@ -220,3 +240,62 @@ def train_config(run: Run, shared: Shared, seed: int, folder: Path, data: Path) 
         log_every=1,
         **settings,
     )
+
+
+def read_entries(path: str | Path) -> dict[str, dict[str, Any]]:
+    """The settings of each run of a YAML file, by the runs' names.
+
+    Raises:
+        ConfigError: the file cannot be read, holds no runs, or a name or a setting that a run cannot have.
+    """
+    what = f"runs file {path}"
+    content = load_yaml(path, what)
+    if content is None or content == {}:
+        raise ConfigError(f"{what} names no run: write one, such as `{EXAMPLE}`")
+    if not isinstance(content, dict):
+        kind = "a list" if isinstance(content, list) else repr(content)
+        raise ConfigError(f"{what} must hold a mapping of runs by their names, such as `{EXAMPLE}`, got {kind}")
+    if all(key in setting_names() for key in content):
+        raise ConfigError(f"{what} holds settings ({', '.join(content)}) and no run's name: write `{EXAMPLE}`")
+    for name, given in content.items():
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"{what}: a run's name must be text, got {name!r} (YAML reads numbers, dates, yes, no and null as "
+                "such): put the name in quotes"
+            )
+        check_entry(f"{what}: run {name!r}", name, given)
+    return content
+
+
+def check_entry(where: str, name: str, given: Any) -> None:
+    """Raise ConfigError for a run without a name or a method, or with settings that are not a run's."""
+    if not name.strip():
+        raise ConfigError(f"{where}: a run needs a name, for its row and its folder")
+    if not isinstance(given, Mapping):
+        got = "nothing" if given is None else repr(given)
+        example = f"{{method: {name if name in METHODS else 'lora'}}}"
+        raise ConfigError(f"{where} must be a mapping of settings, such as {example}, got {got}")
+    method = given.get("method", name)
+    for key, value in given.items():
+        if key not in OWN_SETTINGS:
+            raise ConfigError(f"{where}: {_not_a_runs(key, value, method)}")
+    if "method" not in given and name not in METHODS:
+        raise ConfigError(f"{where} has no method: add `method:` and one of {', '.join(METHODS)}")
+    if not isinstance(method, str) or method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{where}: unknown method {method!r}: known methods are {', '.join(METHODS)}{hint}")
+
+
+def _not_a_runs(key: Any, value: Any, method: Any) -> str:
+    """The reason why a run has no setting `key`, and the place where it may belong."""
+    name = usual_name(str(key))
+    if name in FLAGS:
+        return f"{key!r} is the same for all runs of a comparison: leave it out here, and give {FLAGS[name]}"
+    if name not in OWN_SETTINGS and name in setting_names():
+        return f"a comparison has no {key!r}: leave it out; a run may set {', '.join(OWN_SETTINGS)}"
+    if isinstance(method, str) and method in METHODS and key in method_arguments(method):
+        return f"{key!r} is an argument of the method: write method_args: {{{key}: {json.dumps(value, default=str)}}}"
+    if isinstance(value, Mapping):
+        return f"unknown setting {key!r}: runs stand side by side at the top of the file, such as `{EXAMPLE}`"
+    return f"unknown setting {key!r}; {near_settings(str(key), OWN_SETTINGS)}"

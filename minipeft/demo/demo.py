@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 
+from minipeft import LoraConfig
+from minipeft.demo.assets import smollm2_folder
 from minipeft.demo.data import DemoData, load_demo_data
-from minipeft.demo.exam import ROW_TOKENS, Exam, row_tokens
-from minipeft.demo.report import DemoResult, say_after, say_before, say_data, say_model, say_result
-from minipeft.demo.smollm2 import smollm2_folder
-from minipeft.files import write_text
+from minipeft.demo.exam import ROW_TOKENS, Exam, Measurement, row_tokens, varied
+from minipeft.files import size, write_text
 from minipeft.train.batches import Batches
 from minipeft.train.config import TrainConfig
 from minipeft.train.encoding import EncodedDataset, encode_records
 from minipeft.train.errors import TrainingInterrupted
 from minipeft.train.loop import Trainer
+from minipeft.train.methods import attach
 from minipeft.train.models import load_base_model, load_tokenizer, model_position_limit, seed_everything, without_bars
 from minipeft.train.report import TrainResult, check_matplotlib, plot_loss_curve, read_log
 
@@ -38,13 +39,13 @@ MOST_TOKENS = 512
 LEARNING_RATE = 1e-3
 RANK = 16
 
-# Held-out texts for the curve, measured this often: few, because it takes time from training.
+# Held-out texts measured for the curve, and how often: few, because it takes time from training.
 CURVE_TEXTS, CURVE_POINTS = 100, 6
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demo is run on.
+    """The settings of the demo.
 
     Attributes:
         output: directory for everything that it writes.
@@ -63,6 +64,28 @@ class DemoConfig:
     held_out_rows: int = 400
 
 
+@dataclass(frozen=True)
+class DemoResult:
+    """The findings of the demo; `report.json` holds them too.
+
+    Attributes:
+        majority: accuracy of always answering the commonest label; None without labels.
+        parameters, trainable: of the base model, and of the adapter.
+        bytes_16bit, bytes_4bit: of the base model in either form.
+        adapter_bytes: of the adapter's folder. seconds: for everything.
+    """
+
+    before: Measurement
+    after: Measurement
+    majority: float | None
+    parameters: int
+    trainable: int
+    bytes_16bit: int
+    bytes_4bit: int
+    adapter_bytes: int
+    seconds: float
+
+
 def say_now(line: str) -> None:
     """Print at once, also into a pipe."""
     print(line, flush=True)
@@ -76,7 +99,6 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = say_now) -> DemoRe
     """
     started = time.perf_counter()
     check_matplotlib()
-    cores = Cores(say)
 
     say("[1/6] The data")
     data = load_demo_data(config.data, config.train_rows, config.held_out_rows, config.seed, say)
@@ -90,23 +112,21 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = say_now) -> DemoRe
 
     say("\n[3/6] Before training")
     most = min(MOST_TOKENS, model_position_limit(model) or MOST_TOKENS)
-    cores.share()
     exam = Exam(tokenizer, data, encode_records(data.held_out, tokenizer, most, too_long="drop"))
     before = exam.take(model)
     say_before(before, exam, say)
 
     say("\n[4/6] Training (QLoRA)")
     seed_everything(config.seed)
-    model = attach_lora(model)
+    adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = attach(model, adapter)
     trainable, parameters = model.get_nb_trainable_parameters()
     share = f"{trainable:,} of {parameters:,} parameters ({100 * trainable / parameters:.2f} %)"
     say(f"LoRA of rank {RANK} on all linear layers: {share} are trained, the 4-bit rest stays as it is.")
-    cores.share()
     result = _train(model, exam, data, base, config, say)
     say(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s")
 
     say("\n[5/6] After training")
-    cores.share()
     after = exam.take(model)
     say_after(before, after, exam, say)
 
@@ -129,33 +149,11 @@ def run_demo(config: DemoConfig, say: Callable[[str], None] = say_now) -> DemoRe
     return report
 
 
-class Cores:
-    """Uses half the threads while others keep the machine busy, unless OMP_NUM_THREADS says how many to use.
-
-    Threads meet after every operation, so one that has to wait for a core holds up all: on two cores under a load of
-    5 from others, a step took 22 to 45 s with two threads and 3 s with one.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.all, self.own, self.say = torch.get_num_threads(), 0, say
-
-    def share(self) -> None:
-        """Decide again; between the phases, because others come and go."""
-        if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "getloadavg") or self.all == 1:
-            return
-        others = os.getloadavg()[0] - self.own
-        threads = self.all // 2 if others > 0.9 * (os.cpu_count() or 1) else self.all
-        if threads != torch.get_num_threads():
-            self.say(f"(others load this machine with {max(others, 0):.1f}: {threads} of {self.all} threads from here)")
-            torch.set_num_threads(threads)
-        self.own = threads
-
-
 def load_quantized(base: str) -> Any:
     """The base model in NF4.
 
-    On a CPU what is not 4-bit is float32 unless the processor multiplies bfloat16: emulated, that is many times
-    slower than float32.
+    On a CPU the parts that are not 4-bit are float32, unless the processor multiplies bfloat16: emulated bfloat16 is
+    many times slower than float32.
     """
     from minipeft_kernels.arithmetic import arithmetic_dtype
 
@@ -163,15 +161,6 @@ def load_quantized(base: str) -> Any:
     dtype = arithmetic_dtype(torch.bfloat16, device)
     with without_bars():
         return load_base_model(base, quantize="nf4", dtype=dtype, device=device)
-
-
-def attach_lora(model: Any) -> Any:
-    """LoRA on every linear layer of the 4-bit model."""
-    from minipeft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
 
 
 def _train(
@@ -214,3 +203,69 @@ def _train(
         # The demo is short: it starts anew rather than going on.
         message = f"demo stopped after step {stop.step}; remove {config.output} before starting it again"
         raise TrainingInterrupted(message, stop.checkpoint, stop.step) from None
+
+
+def say_data(data: DemoData, say: Callable[[str], None]) -> None:
+    """Print the task, with some examples."""
+    say(data.about)
+    say(f"{len(data.train)} texts to learn from, {len(data.held_out)} others held out to measure on. Some:")
+    for record in varied(data.train):
+        say(f"    {record.prompt or ''} ->{record.completion or ''}")
+
+
+def say_model(model: Any, is_smollm2: bool, say: Callable[[str], None]) -> tuple[int, int]:
+    """Print the sizes of the model; return its bytes in 16 bits and in 4 bits."""
+    from minipeft.nf4 import NF4Linear
+
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    linear = sum(module.in_features * module.out_features for module in packed)
+    rest = sum(p.numel() for p in model.parameters()) - sum(module.weight.numel() for module in packed)
+    bytes_16bit, bytes_4bit = 2 * (linear + rest), model.get_memory_footprint()
+    if is_smollm2:
+        say("SmolLM2-135M-Instruct. The file it came from holds weights rounded to 4 bits (Q4_1), so it is a little")
+        say("worse than the original.")
+    say(f"in 16 bits    {size(bytes_16bit):>9}   {linear + rest:,} parameters")
+    kept = str(model.dtype).removeprefix("torch.")
+    say(f"in 4 bits     {size(bytes_4bit):>9}   {linear:,} of them in NF4, the embeddings in {kept}")
+    return bytes_16bit, bytes_4bit
+
+
+def say_before(before: Measurement, exam: Exam, say: Callable[[str], None]) -> None:
+    """Print the measurement before training."""
+    if before.accuracy is not None:
+        say(f"accuracy {_percent(before)}; always answering the same label: {100 * (exam.majority or 0):.1f} %")
+    say(f"loss {before.loss:.2f}, perplexity {before.perplexity:.0f}: it does not know what kind of answer is wanted")
+
+
+def say_after(before: Measurement, after: Measurement, exam: Exam, say: Callable[[str], None]) -> None:
+    """Print both measurements side by side."""
+    say(f"{'on the held-out texts':<32}{'before':>16}{'after':>16}")
+    if before.accuracy is not None:
+        say(f"{'accuracy':<32}{_percent(before):>16}{_percent(after):>16}")
+        say(f"{'  always the same label':<32}{100 * (exam.majority or 0):>14.1f} %")
+    say(f"{'loss (nats per answer token)':<32}{before.loss:>16.3f}{after.loss:>16.3f}")
+    say(f"{'perplexity':<32}{before.perplexity:>16.2f}{after.perplexity:>16.2f}")
+    for record, old, new in zip(exam.samples, before.samples, after.samples, strict=True):
+        say(f"\n    prompt   {record.prompt}")
+        say(f"    before   {old}")
+        say(f"    after    {new}")
+        say(f"    wanted  {record.completion}")
+
+
+def say_result(report: DemoResult, result: TrainResult, base: str, example: str, say: Callable[[str], None]) -> None:
+    """Print the places of all results, and the commands that use them."""
+    output = result.adapter_dir.parent
+    say(f"adapter       {result.adapter_dir} ({size(report.adapter_bytes)})")
+    say(f"loss curve    {output / 'loss_curve.png'}")
+    say(f"all numbers   {output / 'report.json'}")
+    say(f"time          {report.seconds:.0f} s, peak memory {size(result.peak_memory)}")
+    adapter = f"--model {shlex.quote(base)} --quantize nf4 --adapter {shlex.quote(str(result.adapter_dir))}"
+    merged = output.with_name(output.name + "-merged")
+    say("\nUse it:")
+    say(f"  minipeft generate {adapter} --raw --prompt {shlex.quote(example)}")
+    say(f"  minipeft eval {adapter} --data {shlex.quote(str(output / 'held_out.jsonl'))}")
+    say(f"  minipeft merge {adapter} --output {shlex.quote(str(merged))}")
+
+
+def _percent(measured: Measurement) -> str:
+    return f"{100 * (measured.accuracy or 0):.1f} % ± {100 * (measured.standard_error or 0):.1f}"

@@ -1,4 +1,4 @@
-"""The demo's exam: how a model does on the held-out texts, before and after."""
+"""The demo's exam: a model is measured on the held-out texts, before and after training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minipeft.train.evaluation import accuracy, classify, evaluate_loss
 from minipeft.train.generation import generate, sampling_config
 from minipeft.train.records import Record
 
-# Texts of about 20 tokens are packed into rows of this many.
+# Tokens of a packed row; the demo's texts have about 20 each.
 ROW_TOKENS = 128
 
 # Tokens that are written after each sample prompt.
@@ -25,7 +25,7 @@ SAMPLE_TOKENS = 12
 
 @dataclass(frozen=True)
 class Measurement:
-    """How good the model is on the held-out texts. Accuracy is None where the answers are no fixed set of labels.
+    """The quality of a model on the held-out texts. Accuracy is None where the answers are no fixed set of labels.
 
     Attributes:
         loss: nats per token of the answers.
@@ -41,7 +41,7 @@ class Measurement:
 
 
 class Exam:
-    """The held-out texts, and how a model does on them."""
+    """The held-out texts, with all that is needed to measure a model on them."""
 
     def __init__(self, tokenizer: Any, data: DemoData, encoded: EncodedDataset) -> None:
         self.tokenizer, self.labels, self.encoded = tokenizer, data.labels, encoded
@@ -75,7 +75,7 @@ class Exam:
         )
 
     def write(self, model: Any) -> list[str]:
-        """What the model writes after the sample prompts, on one line each."""
+        """The texts that the model writes after the sample prompts, each on one line."""
         if not self.samples:
             return []
         prompts = [encode_prompt(self.tokenizer, record.prompt or "") for record in self.samples]

@@ -1,25 +1,23 @@
 """The operations on packed weights and optimizer state: the public names of `minipeft_kernels`, in `kernels/`.
 
-Each is `torch.ops.minipeft.<name>`: PyTorch or compiled C on a CPU, a Triton kernel on a GPU.
+Each is `torch.ops.minipeft.<name>`: PyTorch or compiled C on a CPU, a Triton kernel on a GPU. `linear` is the one
+product with a frozen weight, a tensor or `NF4`; `frozen_linear`, `lora_linear`, `nf4_matmul`, `lora_matmul` and
+`lora_update` are its cases by name.
 """
 
-from minipeft_kernels import (
-    adamw_,
-    adamw_8bit_,
-    frozen_linear,
-    lora_linear,
-    lora_matmul,
-    lora_update,
-    nf4_dequantize,
-    nf4_matmul,
-    nf4_quantize,
-    quantize_absmax,
-)
+from minipeft_kernels.adamw.op import adamw_, adamw_8bit_
+from minipeft_kernels.linear.op import linear
+from minipeft_kernels.linear.shorthands import frozen_linear, lora_linear, lora_matmul, lora_update, nf4_matmul
+from minipeft_kernels.nf4.dequantize import nf4_dequantize
+from minipeft_kernels.nf4.quantize import nf4_quantize, quantize_absmax
+from minipeft_kernels.packed import NF4
 
 __all__ = [
+    "NF4",
     "adamw_",
     "adamw_8bit_",
     "frozen_linear",
+    "linear",
     "lora_linear",
     "lora_matmul",
     "lora_update",

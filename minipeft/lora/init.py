@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minipeft.adapter import base_modules
 from minipeft.lora.config import LoraConfig
-from minipeft_kernels.lora_matmul import lora_update
+from minipeft_kernels.linear.shorthands import lora_update
 
 # More directions than are wanted make the approximate decomposition sharp (Halko et al. 2011, section 4.2: 5 or 10).
 _OVERSAMPLING = 8

@@ -19,7 +19,7 @@ from minipeft.lora.config import LoraConfig
 from minipeft.lora.init import init_factors, is_pissa, pissa_start
 from minipeft.lora.loftq import LoftqBase, LoftQConfig, loftq
 from minipeft.lora.rows import add_row_updates
-from minipeft_kernels.lora_matmul import lora_update
+from minipeft_kernels.linear.shorthands import lora_update
 
 
 class LoraLayer(TrainedBias):

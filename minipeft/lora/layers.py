@@ -18,10 +18,8 @@ from minipeft.lora.layer import LoraLayer, wide
 from minipeft.lora.loftq import LoftQConfig
 from minipeft.nf4 import NF4Linear, NF4Weight
 from minipeft.targets import is_conv1d, match_targets, shortest_names
-from minipeft_kernels.arithmetic import as_autocast
-from minipeft_kernels.lora_linear import frozen_linear, lora_linear
-from minipeft_kernels.lora_matmul import lora_matmul
-from minipeft_kernels.nf4_matmul import Packed, Sizes
+from minipeft_kernels.linear.op import linear
+from minipeft_kernels.packed import NF4
 
 
 class LoraDenseLayer(LoraLayer):
@@ -33,12 +31,12 @@ class LoraDenseLayer(LoraLayer):
         adapter = self.fused_adapter()
         if adapter is None or not _is_frozen(self.weight, x):
             return super().forward(x, *args, **kwargs)
-        return lora_linear(x, self._matrix(), self.bias, *self.factors(adapter), self.scaling[adapter])
+        return linear(x, self._matrix(), self.bias, (*self.factors(adapter), self.scaling[adapter]))
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.lora_base or args or kwargs or not _is_frozen(self.weight, x):
             return super()._base_output(x, *args, **kwargs)
-        return frozen_linear(x, self._matrix(), self.bias)
+        return linear(x, self._matrix(), self.bias)
 
     def dense_weight(self) -> Tensor:
         return wide(self._matrix().detach())
@@ -83,8 +81,7 @@ class LoraNF4Linear(LoraLayer):
     out_features: int
     dense_merged: Tensor | None
     compute_dtype: torch.dtype | None
-    packed: Callable[[], Packed]
-    sizes: Callable[[], Sizes]
+    packed: Callable[[], NF4]
     dequantize: Callable[[torch.dtype], Tensor]
     nf4_weight: Callable[[], NF4Weight]
     set_weight: Callable[[NF4Weight], None]
@@ -104,8 +101,8 @@ class LoraNF4Linear(LoraLayer):
         return F.linear(x.to(merged.dtype), merged, bias).to(x.dtype)
 
     def _fused_forward(self, adapter: str, x: Tensor) -> Tensor:
-        factors = (*self.factors(adapter), self.scaling[adapter])
-        return lora_matmul(as_autocast(x), self.packed(), *factors, *self.sizes(), self.bias, self.compute_dtype)
+        lora = (*self.factors(adapter), self.scaling[adapter])
+        return linear(x, self.packed(), self.bias, lora, self.compute_dtype)
 
     def unmerge(self) -> None:
         super().unmerge()

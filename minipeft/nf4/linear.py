@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft_kernels.arithmetic import as_autocast
-from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft_kernels.nf4_matmul import nf4_matmul
-from minipeft_kernels.nf4_quantize import NESTED_BLOCKSIZE, WEIGHT_DTYPES, check_blocksize
+from minipeft_kernels.linear.op import linear
+from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4.quantize import NESTED_BLOCKSIZE, WEIGHT_DTYPES, check_blocksize
+from minipeft_kernels.packed import NF4
 
 from .weight import STATE_NAMES, NF4Weight
 
@@ -137,19 +137,25 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in x's dtype, or under autocast in autocast's."""
-        return nf4_matmul(as_autocast(x), *self.packed(), *self.sizes(), self.bias, self.compute_dtype)
+        return linear(x, self.packed(), self.bias, compute_dtype=self.compute_dtype)
 
-    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The tensors of the weight, in the order in which the operations take them."""
+    def packed(self) -> NF4:
+        """The weight as the operations take it, sharing this module's tensors."""
         # Not as attributes: nn.Module looks for those in three places, six times at every token of every layer.
-        get: Any = self._buffers.get
-        nested = (get("nested_absmax"), get("nested_quant_map"), get("offset"))
         weight: Any = self._parameters["weight"]
-        return weight, get("absmax"), get("quant_map"), *nested
-
-    def sizes(self) -> tuple[int, int, int, int]:
-        """out_features, in_features, blocksize, nested_blocksize: likewise."""
-        return self.out_features, self.in_features, self.blocksize, self.nested_blocksize
+        held: Any = self._buffers
+        return NF4(
+            weight,
+            held["absmax"],
+            held["quant_map"],
+            held["nested_absmax"],
+            held["nested_quant_map"],
+            held["offset"],
+            self.out_features,
+            self.in_features,
+            self.blocksize,
+            self.nested_blocksize,
+        )
 
     def extra_repr(self) -> str:
         w = self.nf4_weight()

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft_kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize
-from minipeft_kernels.nf4_quantize import (
+from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4.dequantize import nf4_dequantize, scales_of
+from minipeft_kernels.nf4.quantize import (
     NESTED_BLOCKSIZE,
     WEIGHT_DTYPES,
     check_blocksize,
     nf4_quantize,
     quantize_absmax,
 )
+from minipeft_kernels.packed import NF4
 
 QUANT_STATE = "weight.quant_state.bitsandbytes__nf4"
 STATE_NAMES = (
@@ -90,26 +91,26 @@ class NF4Weight:
 
     def scales(self) -> Tensor:
         """The scale of each block, float32 (blocks,)."""
-        if self.nested_absmax is None:
-            return self.absmax
-        assert self.nested_quant_map is not None and self.offset is not None
-        return dequantize_absmax(
-            self.absmax, self.nested_absmax, self.nested_quant_map, self.offset, self.nested_blocksize
-        )
+        return scales_of(self.packed())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in `dtype`, by default the original's; computed in float32 and rounded once."""
-        return nf4_dequantize(
-            self.codes,
-            self.absmax,
-            self.quant_map,
-            self.shape,
-            self.blocksize,
-            dtype or self.dtype,
-            self.nested_absmax,
-            self.nested_quant_map,
-            self.offset,
-            self.nested_blocksize,
+        w = nf4_dequantize(self.packed(), dtype or self.dtype)
+        return w if w.shape == self.shape else w.view(self.shape)
+
+    def packed(self) -> NF4:
+        """The weight as the operations take it, sharing its tensors: a matrix of the last dimension's width."""
+        return NF4(
+            codes=self.codes,
+            absmax=self.absmax,
+            quant_map=self.quant_map,
+            nested_absmax=self.nested_absmax,
+            nested_map=self.nested_quant_map,
+            offset=self.offset,
+            rows=self.shape[:-1].numel(),
+            columns=self.shape[-1] if self.shape else 1,
+            blocksize=self.blocksize,
+            nested_blocksize=self.nested_blocksize,
         )
 
     def to(self, device: torch.device | str) -> "NF4Weight":

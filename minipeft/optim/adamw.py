@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minipeft_kernels import adamw_, adamw_8bit_
-from minipeft_kernels.adamw_reference import fused_update
+from minipeft.kernels import adamw_, adamw_8bit_
+from minipeft_kernels.adamw.reference import fused_update
 
 
 class Hyper(NamedTuple):

@@ -31,7 +31,7 @@ from minipeft.files import atomic_path
 from minipeft.optim.checks import check_group, parameter_name
 from minipeft.optim.pages import LAYOUTS, Field, Segment
 from minipeft.optim.state import PagedState, Views
-from minipeft_kernels.adamw_8bit import dequantize_state, quantize_state
+from minipeft_kernels.adamw.eight_bit import dequantize_state, quantize_state
 
 KEYS = {bits: [field.name for field in layout.fields] for bits, layout in LAYOUTS.items()}
 

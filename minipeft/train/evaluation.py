@@ -26,8 +26,13 @@ class EvalResult:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinity where that overflows."""
-        return math.exp(self.loss) if self.loss < 709 else math.inf
+        """See `perplexity`."""
+        return perplexity(self.loss)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) for a loss in nats a token; infinity where that overflows."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 @torch.no_grad()

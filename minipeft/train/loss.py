@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from minipeft.kernels import frozen_linear
 from minipeft.nf4.dense import DenseLinear
 from minipeft.train.batches import Batch
 from minipeft.train.encoding import IGNORE
-from minipeft_kernels import frozen_linear
 
 # Logits made at a time, tokens by vocabulary: 17 MB in float32.
 CHUNK = 1 << 22

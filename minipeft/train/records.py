@@ -1,4 +1,4 @@
-"""Reading training records: JSON Lines files, checked line by line.
+"""Training records: JSON Lines files, checked line by line as they are read.
 
 A record is a JSON object of one of three shapes:
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minipeft.files import write_text
 from minipeft.train.errors import DataError
 
 SHAPES = '{"text"}, {"prompt", "completion"} or {"messages"}'
@@ -135,3 +136,18 @@ def _check_messages(value: Any, path: str | Path | None, line: int) -> tuple[Map
 def _json_type(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def write_records(path: str | Path, records: Iterable[Record]) -> None:
+    """Write a JSONL file that `read_jsonl` reads."""
+    lines = [json.dumps(as_object(record), ensure_ascii=False) + "\n" for record in records]
+    write_text(path, "".join(lines))
+
+
+def as_object(record: Record) -> dict[str, object]:
+    """The JSON object that the record was read from, without keys that are not its own."""
+    if record.messages is not None:
+        return {"messages": [dict(message) for message in record.messages]}
+    if record.text is not None:
+        return {"text": record.text}
+    return {"prompt": record.prompt, "completion": record.completion}

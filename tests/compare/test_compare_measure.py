@@ -10,17 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import make_data, make_model
 
-from minipeft.compare.data import windows_of
-from minipeft.compare.measure import (
+from minipeft.compare.plan import parse_names, parse_seeds
+from minipeft.compare.run import (
     Losses,
     change,
-    deviation,
     measure_losses,
-    quantile,
     ratio_error,
-    share_error,
 )
-from minipeft.compare.plan import parse_names, parse_seeds
+from minipeft.compare.table import deviation, share_error
+from minipeft.compare.task import windows_of
 from minipeft.train.batches import Batches
 from minipeft.train.evaluation import accuracy, evaluate_loss
 
@@ -48,11 +46,6 @@ def test_the_error_over_texts_of_many_lengths_is_what_drawing_again_gives():
 def test_the_error_of_an_accuracy_is_the_binomial_one(right):
     expected = accuracy(right, [True] * len(right))
     assert share_error(right) == pytest.approx(expected.standard_error, abs=1e-12)
-
-
-@given(VALUES, st.floats(0, 1))
-def test_quantiles_are_numpys(values, share):
-    assert quantile(values, share) == pytest.approx(np.quantile(values, share), abs=1e-9)
 
 
 @given(VALUES)

@@ -9,8 +9,7 @@ from tiny_folder import save_model, write_jsonl
 from minipeft.commands.cli import main
 from minipeft.compare import compare as comparing
 from minipeft.compare.compare import compare
-from minipeft.compare.entries import FLAGS, OWN_SETTINGS, read_entries
-from minipeft.compare.plan import CompareConfig, plan_runs
+from minipeft.compare.plan import FLAGS, OWN_SETTINGS, CompareConfig, plan_runs, read_entries
 from minipeft.compare.run import attempt
 from minipeft.train.config import setting_names
 from minipeft.train.errors import ConfigError

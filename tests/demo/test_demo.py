@@ -15,13 +15,6 @@ from minipeft.demo.demo import DemoConfig, run_demo
 from minipeft.train.errors import TrainingInterrupted
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _threads_as_they_were():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("models") / "base")
@@ -114,36 +107,6 @@ def test_the_command_runs_it(base, data, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["config"]["seed"] == 3
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
     assert "not empty" in capsys.readouterr().err
-
-
-@pytest.fixture
-def two_cores(monkeypatch):
-    """A machine whose load the test decides; what torch is told."""
-    machine = {"load": 0.0, "threads": 2}
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.getloadavg", lambda: (machine["load"], 9.0, 9.0))
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: machine["threads"])
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: machine.update(threads=threads))
-    return machine
-
-
-def test_threads_give_way_to_others_and_come_back(two_cores):
-    said = []
-    cores = demo.Cores(said.append)
-    # The load of other programs, and of our own threads from the second look on.
-    for load, used in ((1.5, 2), (3.5, 2), (4.5, 1), (3.5, 1), (1.5, 2)):
-        two_cores["load"] = load
-        cores.share()
-        assert two_cores["threads"] == used, load
-    assert len(said) == 2
-
-
-def test_threads_that_the_user_chose_are_kept(two_cores, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    two_cores["load"] = 9.0
-    demo.Cores(print).share()
-    assert two_cores["threads"] == 2
 
 
 def test_bfloat16_is_used_only_where_the_processor_has_it(base, monkeypatch):

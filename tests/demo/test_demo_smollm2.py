@@ -9,13 +9,13 @@ import torch
 from tiny_folder import CHAT_TEMPLATE, byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minipeft.demo import smollm2
+from minipeft.demo import assets
 from minipeft.train.errors import MissingExtraError
 
 gguf = pytest.importorskip("gguf")
 
 HIDDEN, INNER, HEADS, KV_HEADS, LAYERS = 64, 96, 4, 2, 2
-FILE = smollm2.SMOLLM2_GGUF.members[0].name
+FILE = assets.SMOLLM2_GGUF.members[0].name
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def fetched(source, tmp_path, monkeypatch):
     """The calls of `fetch`; the cache is new."""
     calls = []
     monkeypatch.setenv("MINIPEFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(smollm2, "fetch", lambda asset, say: calls.append(asset) or source)
+    monkeypatch.setattr(assets, "fetch", lambda asset, say: calls.append(asset) or source)
     return calls
 
 
@@ -85,7 +85,7 @@ def silent(line):
 
 
 def test_the_folder_is_an_ordinary_bfloat16_model(fetched):
-    folder = smollm2.smollm2_folder(silent)
+    folder = assets.smollm2_folder(silent)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.bfloat16
     config = json.loads((folder / "config.json").read_text())
@@ -94,7 +94,7 @@ def test_the_folder_is_an_ordinary_bfloat16_model(fetched):
 
 
 def test_the_tokenizer_splits_numbers_and_keeps_the_rest(fetched):
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.smollm2_folder(silent))
+    tokenizer = AutoTokenizer.from_pretrained(assets.smollm2_folder(silent))
     assert tokenizer.tokenize("a12 3") == ["a", "1", "2", "Ġ", "3"]
     text = "Café 1984?\n<ok> it's\t7"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -103,28 +103,28 @@ def test_the_tokenizer_splits_numbers_and_keeps_the_rest(fetched):
 
 
 def test_it_is_converted_once_and_again_when_damaged(fetched):
-    folder = smollm2.smollm2_folder(silent)
-    assert smollm2.smollm2_folder(silent) == folder and len(fetched) == 1
+    folder = assets.smollm2_folder(silent)
+    assert assets.smollm2_folder(silent) == folder and len(fetched) == 1
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert not smollm2.is_whole(folder)
-    smollm2.smollm2_folder(silent)
+    assert not assets.is_whole(folder)
+    assets.smollm2_folder(silent)
     assert weights.read_bytes() == whole and len(fetched) == 2
 
 
 @pytest.mark.parametrize("sums", [None, "{}", "[1]", "not json", '{"config.json": "0"}'])
 def test_a_folder_without_its_sums_is_not_whole(sums, fetched):
-    folder = smollm2.smollm2_folder(silent)
-    (folder / smollm2.SUMS).unlink()
+    folder = assets.smollm2_folder(silent)
+    (folder / assets.SUMS).unlink()
     if sums is not None:
-        (folder / smollm2.SUMS).write_text(sums)
-    assert not smollm2.is_whole(folder)
+        (folder / assets.SUMS).write_text(sums)
+    assert not assets.is_whole(folder)
 
 
 def test_without_gguf_it_says_what_to_install_before_downloading(fetched, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gguf" else found(name))
     with pytest.raises(MissingExtraError, match=r"needs gguf: run pip install 'minipeft\[demo\]'"):
-        smollm2.smollm2_folder(silent)
+        assets.smollm2_folder(silent)
     assert not fetched

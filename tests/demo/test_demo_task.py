@@ -5,8 +5,17 @@ from collections import Counter
 
 import pytest
 
-from minipeft.demo.data import own_data, sentiment_data
-from minipeft.demo.task_sentiment import LABELS, MAX_LENGTH, MIN_LENGTH, Snippet, make_task, prompt, read_snippets
+from minipeft.demo.data import (
+    LABELS,
+    MAX_LENGTH,
+    MIN_LENGTH,
+    Snippet,
+    make_task,
+    own_data,
+    prompt,
+    read_snippets,
+    sentiment_data,
+)
 from minipeft.train.errors import DataError
 
 RATINGS = {"terrible": -3.0, "bad": -1.0, "neutral": 0.0, "good": 1.0, "great": 3.0}

@@ -1,29 +1,17 @@
 """What the tests of the compiled CPU code share: weights in any state, and what the reference makes of them."""
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor
 
 from minipeft.nf4 import NF4Weight
 from minipeft_kernels import native
-from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft_kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize_reference
+from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4.dequantize import nf4_dequantize_reference
 
-module = importlib.import_module("minipeft_kernels.nf4_matmul")
 needs_library = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle())
 # Of the compiled code, what this processor has the instructions for.
 LEVELS = [native.SCALAR] if native.obstacle() else list(range(native.level() + 1))
-
-
-def packed_of(w: NF4Weight) -> module.Packed:
-    return w.codes, w.absmax, w.quant_map, w.nested_absmax, w.nested_quant_map, w.offset
-
-
-def sizes_of(w: NF4Weight) -> module.Sizes:
-    rows, columns = w.shape if len(w.shape) == 2 else (w.shape.numel(), 1)
-    return rows, columns, w.blocksize, w.nested_blocksize
 
 
 def random_state(n: int, blocksize: int, double: bool, exponents: tuple[float, float] = (-3, 3)) -> NF4Weight:
@@ -40,10 +28,7 @@ def random_state(n: int, blocksize: int, double: bool, exponents: tuple[float, f
 
 
 def by_reference(w: NF4Weight, dtype: torch.dtype) -> Tensor:
-    scales = w.absmax
-    if w.nested_absmax is not None:
-        scales = dequantize_absmax(w.absmax, w.nested_absmax, w.nested_quant_map, w.offset, w.nested_blocksize)
-    return nf4_dequantize_reference(w.codes, scales, w.quant_map, w.shape.numel(), w.blocksize, dtype).view(w.shape)
+    return nf4_dequantize_reference(w.packed(), dtype).view(w.shape)
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:

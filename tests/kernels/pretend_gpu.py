@@ -13,9 +13,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from minipeft.kernels import adamw_, adamw_8bit_, lora_matmul, nf4_dequantize, nf4_matmul
 from minipeft.nf4 import NF4Weight
-from minipeft_kernels import adamw_, adamw_8bit_, dispatch, lora_matmul, nf4_dequantize, nf4_matmul
-from minipeft_kernels.adamw_8bit import initial_state
+from minipeft_kernels import dispatch
+from minipeft_kernels.adamw.eight_bit import initial_state
 from minipeft_kernels.sass import read_cubin
 
 SHARED_MEMORY = 232448  # bytes a program may have on an H100
@@ -63,18 +64,16 @@ def train_step(rows: int, dtype: torch.dtype, double: bool, features: tuple[int,
     out_features, in_features = features
     with patch.dict("os.environ", MINIPEFT_BACKEND="reference"):
         w = NF4Weight.quantize(torch.randn(out_features, in_features), 64, double)
-    packed = (w.codes, w.absmax, w.quant_map, w.nested_absmax, w.nested_quant_map, w.offset)
     x = torch.randn(rows, in_features, dtype=dtype, requires_grad=True)
     lora_A, lora_B = torch.randn(8, in_features, requires_grad=True), torch.randn(out_features, 8, requires_grad=True)
     bias = torch.zeros(out_features, requires_grad=True)
-    sizes = (out_features, in_features, 64, 256)
-    nf4_matmul(x, *packed, *sizes, bias).sum().backward()
-    lora_matmul(x, packed, lora_A, lora_B, 0.5, *sizes, bias).sum().backward()
-    nf4_dequantize(*packed[:3], (out_features, in_features), 64, dtype, *packed[3:])
+    nf4_matmul(x, w.packed(), bias).sum().backward()
+    lora_matmul(x, w.packed(), lora_A, lora_B, 0.5, bias).sum().backward()
+    nf4_dequantize(w.packed(), dtype)
 
 
 def quantize(dtype: torch.dtype) -> None:
-    from minipeft_kernels.nf4_quantize_triton import quantize_absmax_into, quantize_into
+    from minipeft_kernels.nf4.quantize_triton import quantize_absmax_into, quantize_into
 
     codes, absmax, nested = torch.empty(2048, dtype=torch.uint8), torch.rand(64), torch.empty(1)
     quantize_into(torch.randn(4096).to(dtype), codes, absmax, 64)
@@ -89,7 +88,7 @@ def optimize(dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    import minipeft_kernels.nf4_matmul_triton as matmul
+    import minipeft_kernels.linear.gpu as matmul
 
     assert not dispatch.interpreting()
     driver.set_active(PretendDriver())

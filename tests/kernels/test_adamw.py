@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minipeft_kernels import adamw_, adamw_8bit_
-from minipeft_kernels.adamw_8bit import dequantize_state, initial_state, quantize_state
-from minipeft_kernels.adamw_reference import AdamWNumbers, adamw_update
-from minipeft_kernels.codebooks import dynamic_map
+from minipeft.kernels import adamw_, adamw_8bit_
+from minipeft_kernels.adamw.eight_bit import dequantize_state, initial_state, quantize_state
+from minipeft_kernels.adamw.reference import AdamWNumbers, adamw_update
+from minipeft_kernels.nf4.codebooks import dynamic_map
 
-module = importlib.import_module("minipeft_kernels.adamw_reference")
+module = importlib.import_module("minipeft_kernels.adamw.reference")
 
 # The interpreter computes in numpy, which warns where a GPU says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -101,7 +101,7 @@ def test_the_kernel_writes_all_of_its_tensors_and_nothing_else(
 def test_places_beyond_32_bits_are_found() -> None:
     import triton.language as tl
 
-    from minipeft_kernels.adamw_triton import CHUNK, _adamw_kernel
+    from minipeft_kernels.adamw.triton import CHUNK, _adamw_kernel
 
     # The last chunk of a tensor of more than 2^32 elements, of which only that chunk exists.
     chunk, n = (1 << 32) // CHUNK, 100

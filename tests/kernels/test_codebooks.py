@@ -4,7 +4,7 @@ import pytest
 import torch
 from nf4_golden import golden
 
-from minipeft_kernels.codebooks import NF4_BOUNDARIES, NF4_LEVELS, NF4_ZERO_CODE, dynamic_map
+from minipeft_kernels.nf4.codebooks import NF4_BOUNDARIES, NF4_LEVELS, NF4_ZERO_CODE, dynamic_map
 
 
 @pytest.mark.parametrize(

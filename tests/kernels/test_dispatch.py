@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from minipeft_kernels import dispatch, native, nf4_quantize
+from minipeft.kernels import nf4_quantize
+from minipeft_kernels import dispatch, native
 
 CPU = torch.zeros(1)
 
@@ -117,7 +118,7 @@ find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
 import torch
 from minipeft.nf4 import NF4Linear
-from minipeft_kernels import adamw_
+from minipeft.kernels import adamw_
 layer = NF4Linear.from_linear(torch.nn.Linear(64, 32))
 layer(torch.randn(2, 64, requires_grad=True)).sum().backward()
 p = torch.ones(3)

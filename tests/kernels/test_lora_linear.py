@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCES
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minipeft_kernels import arithmetic, dense, frozen_linear, lora_linear
-from minipeft_kernels.lora_linear import _run_frozen_linear, _run_lora_linear, _run_lora_linear_backward
+from minipeft.kernels import frozen_linear, lora_linear
+from minipeft_kernels import arithmetic
+from minipeft_kernels.linear.op import _run, _run_backward, linear_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -21,32 +21,32 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @settings(max_examples=30, deadline=None)
 @pytest.mark.parametrize("least", [1, 1 << 40])
 def test_product_is_the_same_in_both_libraries(least: int, m: int, n: int, k: int, flips: tuple[bool, bool]) -> None:
-    before, dense.LEAST = dense.LEAST, least
+    before, arithmetic.LEAST = arithmetic.LEAST, least
     try:
         a, w = (
             torch.randn(k, rows).T if flip else torch.randn(rows, k) for rows, flip in zip((m, n), flips, strict=True)
         )
-        y = dense.product(a, w)
+        y = arithmetic.dense_product(a, w)
     finally:
-        dense.LEAST = before
+        arithmetic.LEAST = before
     torch.testing.assert_close(y, (a.double() @ w.double().T).float(), **TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0)])
 def test_product_of_nothing(shape: tuple[int, int, int]) -> None:
     m, n, k = shape
-    y = dense.product(torch.randn(m, k), torch.randn(n, k))
+    y = arithmetic.dense_product(torch.randn(m, k), torch.randn(n, k))
     assert y.shape == (m, n) and not y.any()
 
 
 def test_large_float32_products_go_to_onednn_where_it_is_wider(monkeypatch: pytest.MonkeyPatch) -> None:
     a = torch.randn(64, 1024)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        dense.product(a, torch.randn(64, 1024))
-        dense.product(a[:1], torch.randn(64, 1024))
-        dense.product(a.double(), torch.randn(64, 1024).double())
-        monkeypatch.setattr(dense, "HAS_ONEDNN", False)
-        dense.product(a, torch.randn(64, 1024))
+        arithmetic.dense_product(a, torch.randn(64, 1024))
+        arithmetic.dense_product(a[:1], torch.randn(64, 1024))
+        arithmetic.dense_product(a.double(), torch.randn(64, 1024).double())
+        monkeypatch.setattr(arithmetic, "HAS_ONEDNN", False)
+        arithmetic.dense_product(a, torch.randn(64, 1024))
     calls = {event.key: event.count for event in profile.key_averages()}
     expected = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
     assert calls.get("mkldnn::_linear_pointwise", 0) == int(expected)
@@ -60,7 +60,7 @@ def layer(dtype: torch.dtype, bias: bool = True, n: int = 6, k: int = 8) -> dict
 
 
 def exact(weight: Tensor, bias: Tensor | None, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    return F.linear(x, weight, bias) + scaling * F.linear(F.linear(x, lora_A), lora_B)
+    return linear_reference(x, weight, bias, (lora_A, lora_B, scaling))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -103,11 +103,12 @@ def test_sixteen_bits_are_multiplied_in_float32_where_the_cpu_would_emulate_them
 
     with Watch():
         # Below the operations' own registration, which hides what they call.
-        y = _run_lora_linear(own["x"], own["weight"], None, own["lora_A"], own["lora_B"], 0.5, torch.float32)[0]
+        numbers = (0.5, torch.bfloat16, torch.float32)
+        y = _run(own["x"], None, own["lora_A"], own["lora_B"], *numbers, own["weight"])[0]
         dy = torch.randn_like(y)
-        rest = (own["lora_A"], own["lora_B"], torch.randn(10, 3), 0.5, torch.float32, [True, True, True])
-        _run_lora_linear_backward(dy, own["x"], own["weight"], *rest)
-        _run_frozen_linear(own["x"], own["weight"], own["bias"])
+        rest = (own["lora_A"], own["lora_B"], torch.randn(10, 3), *numbers, [True, True, True])
+        _run_backward(dy, own["x"], *rest, own["weight"])
+        _run(own["x"], own["bias"], None, None, *numbers, own["weight"])
     assert dtypes == {torch.float32} and y.dtype == torch.bfloat16
 
 

@@ -10,8 +10,9 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from minipeft import LoraConfig, inject_adapter_in_model
+from minipeft.kernels import lora_matmul, lora_update
 from minipeft.nf4 import NF4Linear, NF4Weight
-from minipeft_kernels import lora_matmul, lora_update
+from minipeft_kernels.linear.op import linear, linear_reference
 
 # The interpreter computes in numpy, which warns where a GPU says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -59,15 +60,14 @@ class Layer:
 
     def __init__(self, n: int, k: int, r: int, blocksize: int = 64, double: bool = True) -> None:
         w = NF4Weight.quantize(torch.randn(n, k) / max(k, 1) ** 0.5, blocksize, double)
-        self.packed = (w.codes, w.absmax, w.quant_map, w.nested_absmax, w.nested_quant_map, w.offset)
-        self.sizes = (n, k, blocksize, 256)
+        self.packed = w.packed()
         self.dense = w.dequantize(torch.float64)
         self.lora_A = (torch.randn(r, k) / max(k, 1) ** 0.5).requires_grad_()
         self.lora_B = (torch.randn(n, r) / r**0.5).requires_grad_()
         self.bias = torch.randn(n).requires_grad_()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return lora_matmul(x, self.packed, self.lora_A, self.lora_B, 0.5, *self.sizes, self.bias)
+        return lora_matmul(x, self.packed, self.lora_A, self.lora_B, 0.5, self.bias)
 
     def assert_equals_float64(self, x: Tensor) -> None:
         """y and every gradient."""
@@ -75,7 +75,8 @@ class Layer:
         y = self(x)
         dy = torch.randn_like(y)
         exact = [t.detach().double().requires_grad_() for t in inputs]
-        y64 = exact[0] @ self.dense.t() + 0.5 * (exact[0] @ exact[1].t()) @ exact[2].t() + exact[3]
+        x64, lora_A, lora_B, bias = exact
+        y64 = linear_reference(x64, self.packed, bias, (lora_A, lora_B, 0.5))
         ours, right = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(y64, exact, dy.double())
         assert y.dtype == x.dtype
         for a, b, t in zip((y, *ours), (y64, *right), (y, *inputs), strict=True):
@@ -142,7 +143,7 @@ def kept_by(layer: Layer, x: Tensor) -> list[Tensor]:
 
 def test_only_x_and_its_image_under_A_are_kept_beside_the_weights() -> None:
     layer, x = Layer(64, 128, 4), torch.randn(1000, 128).bfloat16().requires_grad_()
-    weights = [t for t in (*layer.packed, layer.lora_A, layer.lora_B) if t is not None]
+    weights = [t for t in (*layer.packed.tensors(), layer.lora_A, layer.lora_B) if t is not None]
     own = [t for t in kept_by(layer, x) if not any(t.data_ptr() == w.data_ptr() for w in weights)]
     assert [(t.data_ptr() == x.data_ptr(), tuple(t.shape)) for t in own] == [(True, (1000, 128)), (False, (1000, 4))]
 
@@ -181,7 +182,7 @@ def test_a_second_derivative_is_refused() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_layer_fuses_its_adapter_unless_dropout_acts(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
     calls: list[int] = []
-    monkeypatch.setattr("minipeft.lora.layers.lora_matmul", lambda *args: calls.append(1) or lora_matmul(*args))
+    monkeypatch.setattr("minipeft.lora.layers.linear", lambda *args: calls.append(1) or linear(*args))
     model = torch.nn.Sequential()
     model.add_module("q_proj", NF4Linear.from_linear(torch.nn.Linear(64, 32)))
     model = inject_adapter_in_model(

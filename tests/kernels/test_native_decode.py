@@ -5,12 +5,13 @@ import torch
 from guarded import Guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_weights import LEVELS, by_reference, needs_library, packed_of, random_state, sizes_of
+from native_weights import LEVELS, by_reference, needs_library, random_state
 from nf4_golden import golden
 
 from minipeft.nf4 import NF4Weight
-from minipeft_kernels import native, nf4_native
-from minipeft_kernels.codebooks import NF4_LEVELS
+from minipeft_kernels import native
+from minipeft_kernels.nf4.codebooks import NF4_LEVELS
+from minipeft_kernels.nf4.cpu import decode_range
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = [needs_library, pytest.mark.usefixtures("compiled")]
@@ -33,7 +34,7 @@ def test_any_part_decodes_to_the_references_bits(
     buffer = Guarded(last - first, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "level", lambda: which)
-        nf4_native.decode_into(buffer.out, packed_of(w), sizes_of(w), first, last)
+        decode_range(buffer.out, w.packed(), first, last)
     assert torch.equal(buffer.check(), by_reference(w, dtype)[first:last])
 
 

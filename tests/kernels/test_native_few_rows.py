@@ -1,6 +1,5 @@
 """Products of a few rows in compiled code, alone and with LoRA's update, against float64; and what does not fit."""
 
-import importlib
 from typing import Any
 
 import pytest
@@ -8,14 +7,15 @@ import torch
 from guarded import Guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_weights import by_reference, count_calls, packed_of, random_state, sizes_of
+from native_weights import by_reference, count_calls, random_state
 from torch import Tensor
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.nf4 import NF4Linear, NF4Weight
-from minipeft_kernels import native, nf4_native
+from minipeft_kernels import native
+from minipeft_kernels.linear import cpu
+from minipeft_kernels.linear.op import linear_reference
 
-lora = importlib.import_module("minipeft_kernels.lora_matmul")
 pytestmark = pytest.mark.skipif(
     bool(native.obstacle()) or native.level() < native.AVX512, reason="the compiled products want AVX-512"
 )
@@ -49,7 +49,7 @@ def factors(n: int, k: int, rank: int) -> tuple[Tensor, Tensor]:
 def error(y: Tensor, x: Tensor, w: NF4Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
     """The largest distance from the float64 result, in units of the largest sum of the terms' magnitudes."""
     x, dense, a, b = (t.double() for t in (x, by_reference(w, torch.float32), lora_A, lora_B))
-    right = x @ dense.T + scaling * (x @ a.T) @ b.T
+    right = linear_reference(x, dense, lora=(a, b, scaling))
     size = x.abs() @ dense.abs().T + abs(scaling) * (x.abs() @ a.abs().T) @ b.abs().T
     return float((y.double() - right).abs().max() / size.max())
 
@@ -71,14 +71,14 @@ def test_products_with_an_update_equal_float64(
     w = weight(n, blocks * blocksize, blocksize, nested is not None, nested or 256)
     lora_A, lora_B = factors(*w.shape, rank)
     x = torch.randn(m, w.shape[1]).to(dtype)
-    y = nf4_native.adapted_product(x, packed_of(w), sizes_of(w), to, lora_A, lora_B, -0.7)
+    y = cpu.adapted_product(x, w.packed(), to, lora_A, lora_B, -0.7)
     if dtype == torch.bfloat16 and native.level() < native.AVX512_BF16:
         assert y is None
         return
     assert y is not None and y.dtype == to and y.shape == (m, n)
     tolerance = max(TOLERANCES[dtype], TOLERANCES[to])
     assert error(y, x, w, lora_A, lora_B, -0.7) < tolerance
-    plain = nf4_native.product(x, packed_of(w), sizes_of(w), to)
+    plain = cpu.product(x, w.packed(), to)
     assert plain is not None
     assert error(plain, x, w, lora_A[:0], lora_B[:, :0], 0.0) < tolerance
 
@@ -94,7 +94,7 @@ def test_threads_change_no_bit(rank: int) -> None:
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            y = nf4_native.adapted_product(x, packed_of(w), sizes_of(w), torch.float32, lora_A, lora_B, 2.0)
+            y = cpu.adapted_product(x, w.packed(), torch.float32, lora_A, lora_B, 2.0)
             assert y is not None
             results.append(y)
     finally:
@@ -111,7 +111,7 @@ def test_a_row_and_a_scale_that_are_no_numbers_stay_where_they_are(dtype: torch.
     lora_A, lora_B = factors(10, 96, 4)
     x = torch.randn(3, 96).to(dtype)
     x[1, 5] = float("inf")
-    y = nf4_native.adapted_product(x, packed_of(w), sizes_of(w), torch.float32, lora_A, lora_B, 1.0)
+    y = cpu.adapted_product(x, w.packed(), torch.float32, lora_A, lora_B, 1.0)
     assert y is not None
     finite = y.isfinite()
     assert not finite[:, 7].any() and not finite[1].any()
@@ -126,7 +126,7 @@ def test_nothing_is_written_beside_the_result(monkeypatch: pytest.MonkeyPatch, n
     x = torch.randn(3, 160).to(dtype)
     buffer = Guarded(3 * n, dtype=dtype)
     monkeypatch.setattr(torch, "empty", lambda shape, dtype: buffer.out.view(shape))
-    y = nf4_native.adapted_product(x, packed_of(w), sizes_of(w), dtype, lora_A, lora_B, 1.0)
+    y = cpu.adapted_product(x, w.packed(), dtype, lora_A, lora_B, 1.0)
     monkeypatch.undo()
     assert y is not None and y.data_ptr() == buffer.out.data_ptr()
     assert error(buffer.check().view(3, n), x, w, lora_A, lora_B, 1.0) < TOLERANCES[dtype]
@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_multiplied_otherwise() -> None:
     layer = adapted_layer()
     x = torch.randn(2, 192)
     right = layer(x)
-    arguments = (packed_of(layer.nf4_weight()), sizes_of(layer.nf4_weight()), torch.float32)
+    arguments = (layer.packed(), torch.float32)
     lora_A, lora_B = layer.factors("default")
     odd: list[tuple[Tensor, Tensor]] = [
         (lora_A.T.contiguous().T, lora_B),
@@ -172,9 +172,9 @@ def test_what_does_not_fit_is_multiplied_otherwise() -> None:
         (lora_A[:, :-1].contiguous(), lora_B),
     ]
     for pair in odd:
-        assert nf4_native.adapted_product(x, *arguments, *pair, 1.0) is None
-    assert nf4_native.adapted_product(torch.randn(5, 192), *arguments, lora_A, lora_B, 1.0) is None
-    assert nf4_native.adapted_product(x.double(), *arguments, lora_A, lora_B, 1.0) is None
+        assert cpu.adapted_product(x, *arguments, *pair, 1.0) is None
+    assert cpu.adapted_product(torch.randn(5, 192), *arguments, lora_A, lora_B, 1.0) is None
+    assert cpu.adapted_product(x.double(), *arguments, lora_A, lora_B, 1.0) is None
     layer.lora_A["default"].weight.data = lora_A.T.contiguous().T
     torch.testing.assert_close(layer(x), right)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,19 +1,17 @@
 """Products with NF4 weights in compiled CPU code: against float64, and what they allocate, keep and call."""
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
-from native_weights import LEVELS, by_reference, count_calls, needs_library, packed_of, sizes_of
+from native_weights import LEVELS, by_reference, count_calls, needs_library
 from torch import Tensor
 
 from minipeft.nf4 import NF4Linear, NF4Weight
 from minipeft_kernels import native
+from minipeft_kernels.linear import cpu
 
-module = importlib.import_module("minipeft_kernels.nf4_matmul")
 # Of the terms' magnitudes: float32's rounding of some sums, and terms and results rounded to bfloat16.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
 pytestmark = [needs_library, pytest.mark.usefixtures("compiled")]
@@ -49,8 +47,8 @@ def test_products_equal_float64(
     x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "level", lambda: which)
-        y = module.multiply(x, packed_of(w), sizes_of(w), dtype)
-        dx = module.multiply_back(dy, packed_of(w), sizes_of(w), torch.float32)
+        y = cpu.multiply(x, w.packed(), dtype)
+        dx = cpu.multiply_back(dy, w.packed(), torch.float32)
     assert y.dtype == dtype and dx.dtype == torch.float32
     assert error_of_product(y, x, dense.T) < TOLERANCES[dtype]
     assert error_of_product(dx, dy, dense) < TOLERANCES[dtype]
@@ -80,10 +78,10 @@ def test_nothing_is_allocated_but_the_result(m: int) -> None:
     w = NF4Weight.quantize(torch.randn(256, 1024))
     x, dy = torch.randn(m, 1024), torch.randn(m, 256)
     with LargestTensor() as largest:
-        module.multiply(x, packed_of(w), sizes_of(w), torch.float32)
+        cpu.multiply(x, w.packed(), torch.float32)
     assert largest.nbytes == 4 * m * 256
     with LargestTensor() as largest:
-        module.multiply_back(dy, packed_of(w), sizes_of(w), torch.float32)
+        cpu.multiply_back(dy, w.packed(), torch.float32)
     assert largest.nbytes == 4 * m * 1024
 
 
@@ -93,7 +91,7 @@ def test_the_packed_weight_alone_is_kept_for_backward() -> None:
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer(x)
-    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in layer.packed()]
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in layer.packed().tensors()]
 
 
 def test_threads_and_rows_beside_change_no_bit() -> None:
@@ -104,13 +102,13 @@ def test_threads_and_rows_beside_change_no_bit() -> None:
         results = []
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append((module.multiply(x, packed_of(w), sizes_of(w), torch.float32), w.dequantize()))
+            results.append((cpu.multiply(x, w.packed(), torch.float32), w.dequantize()))
     finally:
         torch.set_num_threads(before)
     for y, dense in results[1:]:
         assert torch.equal(y, results[0][0]) and torch.equal(dense, results[0][1])
     if native.level() >= native.AVX512:
-        assert torch.equal(module.multiply(x[7:20], packed_of(w), sizes_of(w), torch.float32), results[0][0][7:20])
+        assert torch.equal(cpu.multiply(x[7:20], w.packed(), torch.float32), results[0][0][7:20])
 
 
 def test_compiled_graphs_hold_the_operation(level: int) -> None:
@@ -122,33 +120,34 @@ def test_compiled_graphs_hold_the_operation(level: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("index", "tensor", "message"),
+    ("name", "tensor", "message"),
     [
         (
-            0,
+            "codes",
             torch.zeros(10, 1, dtype=torch.uint8),
             r"codes of the NF4 weight must be 4096 of torch.uint8 .* got 10 of torch.uint8",
         ),
-        (1, torch.zeros(128), r"absmax of .* must be 128 of torch.uint8 .* got 128 of torch.float32"),
-        (2, torch.zeros(16).double(), "quant_map of .* must be 16 of torch.float32"),
-        (3, torch.zeros(0), "nested_absmax of .* must be 1 of"),
-        (4, None, "nested_map of .* must be 256 of .* got None"),
+        ("absmax", torch.zeros(128), r"absmax of .* must be 128 of torch.uint8 .* got 128 of torch.float32"),
+        ("quant_map", torch.zeros(16).double(), "quant_map of .* must be 16 of torch.float32"),
+        ("nested_absmax", torch.zeros(0), "nested_absmax of .* must be 1 of"),
+        ("nested_map", None, "nested_map of .* must be 256 of .* got None"),
     ],
 )
-def test_a_weight_that_is_not_whole_is_refused(index: int, tensor: Tensor | None, message: str) -> None:
+def test_a_weight_that_is_not_whole_is_refused(name: str, tensor: Tensor | None, message: str) -> None:
     w = NF4Weight.quantize(torch.randn(64, 128))
-    packed = list(packed_of(w))
-    packed[index] = tensor
+    packed = w.packed()._replace(**{name: tensor})
     with pytest.raises(ValueError, match=message):
-        module.multiply(torch.randn(2, 128), packed, sizes_of(w), torch.float32)
+        cpu.multiply(torch.randn(2, 128), packed, torch.float32)
 
 
 @pytest.mark.parametrize(("blocksize", "nested"), [(-64, 256), (0, 256), (64, -1), (64, 0)])
 @pytest.mark.parametrize("rows", [2, 6])
 def test_empty_blocks_are_refused(rows: int, blocksize: int, nested: int) -> None:
-    packed = packed_of(NF4Weight.quantize(torch.randn(64, 128)))
+    packed = NF4Weight.quantize(torch.randn(64, 128)).packed()
     with pytest.raises(ValueError, match=rf"blocksize \({blocksize}\) .* \({nested}\) must be at least 1"):
-        module.multiply(torch.randn(rows, 128), packed, (64, 128, blocksize, nested), torch.float32)
+        cpu.multiply(
+            torch.randn(rows, 128), packed._replace(blocksize=blocksize, nested_blocksize=nested), torch.float32
+        )
 
 
 @pytest.mark.parametrize("rows", [1, 4, 6])

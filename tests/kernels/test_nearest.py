@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minipeft_kernels.codebooks import NF4_BOUNDARIES, dynamic_map, exact_thresholds
-from minipeft_kernels.nearest import count_below, upper_half_tables
+from minipeft_kernels.nf4.codebooks import NF4_BOUNDARIES, count_below, dynamic_map, exact_thresholds, upper_half_tables
 
 THRESHOLDS = {
     "nf4": NF4_BOUNDARIES,

@@ -5,8 +5,8 @@ import pytest
 import torch
 from inline_asm import run
 
-from minipeft_kernels import nf4_decode_triton as decode
-from minipeft_kernels.codebooks import NF4_LEVELS
+from minipeft_kernels.linear import decode
+from minipeft_kernels.nf4.codebooks import NF4_LEVELS
 
 TABLES = {torch.bfloat16: decode._TABLE_BF16, torch.float16: decode._TABLE_FP16}
 

@@ -1,16 +1,14 @@
 """Decoding: every byte, every dtype, ragged ends."""
 
-import importlib
-
 import numpy as np
 import pytest
 import torch
 from nf4_golden import golden
 
-from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft_kernels.nf4_dequantize import dequantize_absmax, level_pairs, nf4_dequantize
-
-module = importlib.import_module("minipeft_kernels.nf4_dequantize")
+from minipeft_kernels.nf4 import dequantize
+from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4.dequantize import dequantize_absmax, level_pairs, nf4_dequantize
+from minipeft_kernels.packed import NF4
 
 
 def slow(codes: torch.Tensor, absmax: torch.Tensor, n: int, blocksize: int) -> torch.Tensor:
@@ -21,7 +19,8 @@ def slow(codes: torch.Tensor, absmax: torch.Tensor, n: int, blocksize: int) -> t
 @pytest.mark.parametrize("name", ["decode_all_1", "decode_all_pi"])
 def test_every_byte_decodes_as_bitsandbytes(name: str) -> None:
     packed, absmax = golden(f"{name}.packed"), golden(f"{name}.absmax")
-    out = nf4_dequantize(packed.view(-1, 1), absmax, NF4_LEVELS, torch.Size((8, 64)), 64, torch.float32)
+    weight = NF4(packed.view(-1, 1), absmax, NF4_LEVELS, None, None, None, 8, 64, 64)
+    out = nf4_dequantize(weight, torch.float32)
     assert torch.equal(out, golden(f"{name}.out"))
 
 
@@ -31,10 +30,10 @@ def test_decoding_equals_one_weight_at_a_time(monkeypatch: pytest.MonkeyPatch, n
     codes = torch.randint(0, 256, ((n + 1) // 2, 1), dtype=torch.uint8)
     absmax = torch.rand(-(-n // 64))
     expected = slow(codes, absmax, n, 64).to(dtype)
-    for chunk in (4096, module.CHUNK):
-        monkeypatch.setattr(module, "CHUNK", chunk)
-        out = nf4_dequantize(codes, absmax, NF4_LEVELS, torch.Size((n,)), 64, dtype)
-        assert out.dtype == dtype and torch.equal(out, expected)
+    for chunk in (4096, dequantize.CHUNK):
+        monkeypatch.setattr(dequantize, "CHUNK", chunk)
+        out = nf4_dequantize(NF4(codes, absmax, NF4_LEVELS, None, None, None, 1, n, 64), dtype)
+        assert out.dtype == dtype and torch.equal(out, expected.view(1, n))
 
 
 def test_a_pair_holds_the_high_level_first() -> None:

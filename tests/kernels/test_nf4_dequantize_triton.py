@@ -9,36 +9,39 @@ from nf4_golden import golden
 from torch import Tensor
 
 from minipeft.nf4 import NF4Weight
-from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft_kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize, nf4_dequantize_reference
-from minipeft_kernels.nf4_dequantize_triton import dequantize_into
-from minipeft_kernels.nf4_quantize import BLOCKSIZES
+from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4.dequantize import nf4_dequantize, nf4_dequantize_reference
+from minipeft_kernels.nf4.dequantize_triton import dequantize_into
+from minipeft_kernels.nf4.quantize import BLOCKSIZES
+from minipeft_kernels.packed import NF4
 
 # The interpreter computes in numpy, which warns where a GPU says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-Nested = tuple[Tensor | None, Tensor | None, Tensor | None]
-NONE: Nested = (None, None, None)
 
 
-def some_weight(n: int, blocksize: int, double: bool) -> tuple[Tensor, Tensor, Nested, Tensor]:
-    """Codes, scales as stored, what decodes them, and the scales in float32."""
+def plain(codes: Tensor, absmax: Tensor, blocksize: int = 64) -> NF4:
+    """A weight with float32 scales, as one row."""
+    return NF4(codes, absmax, NF4_LEVELS, None, None, None, 1, 2 * codes.numel(), blocksize)
+
+
+def some_weight(n: int, blocksize: int, double: bool) -> NF4:
+    """One row of n weights: codes, scales as stored, and what decodes them."""
     codes = torch.randint(0, 256, ((n + 1) // 2, 1), dtype=torch.uint8)
     blocks = -(-n // blocksize)
     if not double:
-        absmax = torch.rand(blocks)
-        return codes, absmax, NONE, absmax
+        return plain(codes, torch.rand(blocks), blocksize)._replace(columns=n)
     stored = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
     nested = (torch.rand(-(-blocks // 256)), dynamic_map(), torch.tensor(0.7))
-    return codes, stored, nested, dequantize_absmax(stored, *nested)
+    return NF4(codes, stored, NF4_LEVELS, *nested, 1, n, blocksize)
 
 
 def assert_equals_reference(n: int, blocksize: int, double: bool, dtype: torch.dtype, offset: int = 0) -> None:
-    codes, absmax, nested, scales = some_weight(n, blocksize, double)
+    weight = some_weight(n, blocksize, double)
     out = Guarded(n, dtype=dtype, offset=offset)
-    dequantize_into(out.out, codes, absmax, NF4_LEVELS, *nested, blocksize)
-    assert torch.equal(out.check(), nf4_dequantize_reference(codes, scales, NF4_LEVELS, n, blocksize, dtype))
+    dequantize_into(out.out, weight)
+    assert torch.equal(out.check(), nf4_dequantize_reference(weight, dtype).view(-1))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -68,7 +71,7 @@ def test_scales_that_cross_a_nested_block() -> None:
 @pytest.mark.parametrize("name", ["decode_all_1", "decode_all_pi"])
 def test_every_byte_decodes_as_bitsandbytes(name: str) -> None:
     out = Guarded(8, 64, dtype=torch.float32)
-    dequantize_into(out.out, golden(f"{name}.packed"), golden(f"{name}.absmax"), NF4_LEVELS, *NONE, 64)
+    dequantize_into(out.out, plain(golden(f"{name}.packed"), golden(f"{name}.absmax")))
     assert torch.equal(out.check(), golden(f"{name}.out"))
 
 
@@ -80,20 +83,17 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
     )
     codes = torch.full((32 * len(scales), 1), 0xFF, dtype=torch.uint8)
     out = Guarded(64 * len(scales), dtype=torch.bfloat16)
-    dequantize_into(out.out, codes, scales, NF4_LEVELS, *NONE, 64)
+    dequantize_into(out.out, plain(codes, scales))
     assert torch.equal(out.check(), scales.bfloat16().repeat_interleave(64))
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("double", [True, False])
 def test_the_operation_takes_strided_and_offset_tensors(double: bool) -> None:
-    codes, absmax, nested, scales = some_weight(1000, 64, double)
-    scattered = tuple(None if t is None or t.ndim == 0 else strided(t) for t in nested[:2])
-    out = nf4_dequantize(
-        strided(codes), strided(absmax), strided(NF4_LEVELS), (8, 125), 64, torch.float16, *scattered, nested[2]
-    )
-    expected = nf4_dequantize_reference(codes, scales, NF4_LEVELS, 1000, 64, torch.float16)
-    assert torch.equal(out, expected.view(8, 125))
+    weight = some_weight(1000, 64, double)._replace(rows=8, columns=125)
+    scattered = (t if t is None or t.ndim == 0 else strided(t) for t in weight.tensors())
+    out = nf4_dequantize(NF4(*scattered, 8, 125, 64), torch.float16)  # type: ignore[arg-type]
+    assert torch.equal(out, nf4_dequantize_reference(weight, torch.float16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,5 @@
 """The product with a packed weight and its gradients against float64, and the dtype that it is computed in."""
 
-import importlib
 import logging
 
 import pytest
@@ -8,41 +7,33 @@ import torch
 from largest_tensor import LargestTensor
 from tolerances import TOLERANCES
 
+from minipeft.kernels import nf4_matmul
+from minipeft.nf4 import NF4Weight
+from minipeft_kernels import arithmetic
 from minipeft_kernels.arithmetic import arithmetic_dtype
-from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft_kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize
-from minipeft_kernels.nf4_matmul import nf4_matmul
-from minipeft_kernels.nf4_quantize import nf4_quantize, quantize_absmax
+from minipeft_kernels.linear import reference
+from minipeft_kernels.linear.op import linear_reference
 
-arithmetic = importlib.import_module("minipeft_kernels.arithmetic")
-module = importlib.import_module("minipeft_kernels.nf4_matmul")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 class Weight:
-    """A random (n, k) weight: the arguments of nf4_matmul, and the dense float64 matrix they stand for."""
+    """A random (n, k) weight, packed, and the dense float64 matrix that it stands for."""
 
     def __init__(self, n: int, k: int, blocksize: int = 64, double: bool = True) -> None:
-        codes, absmax = nf4_quantize(torch.randn(n, k) / max(k, 1) ** 0.5, blocksize)
-        nested = [None, None, None]
-        scales = stored = absmax
-        if double:
-            stored, nested_absmax, offset = quantize_absmax(absmax)
-            nested = [nested_absmax, dynamic_map(), offset]
-            scales = dequantize_absmax(stored, nested_absmax, dynamic_map(), offset)
-        self.arguments = (codes, stored, NF4_LEVELS, *nested, n, k, blocksize)
-        self.dense = nf4_dequantize(codes, scales, NF4_LEVELS, torch.Size((n, k)), blocksize, torch.float64)
+        w = NF4Weight.quantize(torch.randn(n, k) / max(k, 1) ** 0.5, blocksize, double)
+        self.packed, self.dense = w.packed(), w.dequantize(torch.float64)
 
 
 def assert_equals_dense(x: torch.Tensor, w: Weight, bias: torch.Tensor | None) -> None:
     """y, dx and db against the float64 product."""
-    y = nf4_matmul(x, *w.arguments, bias=bias)
+    y = nf4_matmul(x, w.packed, bias=bias)
     dy = torch.randn_like(y)
     inputs = [x] if bias is None else [x, bias]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    y64 = linear_reference(exact[0], w.packed, *exact[1:])
     gradients = torch.autograd.grad(y, inputs, dy)
-    expected = [x.double() @ w.dense.t() + (0 if bias is None else bias.double()), dy.double() @ w.dense]
-    if bias is not None:
-        expected.append(dy.double().reshape(y.shape[:-1].numel(), len(bias)).sum(0))
+    expected = [y64, *torch.autograd.grad(y64, exact, dy.double())]
     for ours, right in zip([y, *gradients], expected, strict=True):
         assert ours.dtype == x.dtype and ours.shape == right.shape
         torch.testing.assert_close(ours.double(), right, **TOLERANCES[x.dtype])
@@ -78,7 +69,7 @@ def test_a_weight_of_no_elements(n: int, k: int) -> None:
 def test_rows_decoded_a_few_at_a_time_need_not_end_with_a_block(
     monkeypatch: pytest.MonkeyPatch, rows: int, k: int, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(module, "CHUNK", rows * k)
+    monkeypatch.setattr(reference, "CHUNK", rows * k)
     assert_equals_dense(torch.randn(4, k).to(dtype).requires_grad_(), Weight(50, k), None)
 
 
@@ -86,14 +77,14 @@ def test_a_strided_input_and_an_expanded_gradient() -> None:
     w = Weight(48, 128)
     x = torch.randn(128, 6).t().requires_grad_()
     assert_equals_dense(x, w, None)
-    (dx,) = torch.autograd.grad(nf4_matmul(x, *w.arguments).sum(), x)  # its gradient is one number, expanded
+    (dx,) = torch.autograd.grad(nf4_matmul(x, w.packed).sum(), x)  # its gradient is one number, expanded
     torch.testing.assert_close(dx.double(), w.dense.sum(0).expand(6, 128), **TOLERANCES[torch.float32])
 
 
 def test_a_bias_of_another_dtype_gets_a_gradient_in_its_own() -> None:
     w = Weight(48, 128)
     bias = torch.randn(48, requires_grad=True)
-    y = nf4_matmul(torch.randn(4, 128).bfloat16(), *w.arguments, bias=bias)
+    y = nf4_matmul(torch.randn(4, 128).bfloat16(), w.packed, bias=bias)
     y.sum().backward()
     assert y.dtype == torch.bfloat16
     assert bias.grad is not None and bias.grad.dtype == torch.float32 and (bias.grad == 4).all()
@@ -104,8 +95,8 @@ def test_only_the_packed_weight_is_kept_for_backward() -> None:
     kept: list[torch.Tensor] = []
     x, bias = torch.randn(1000, 128, requires_grad=True), torch.randn(64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = nf4_matmul(x, *w.arguments, bias=bias)
-    tensors = [t for t in w.arguments if isinstance(t, torch.Tensor)]
+        y = nf4_matmul(x, w.packed, bias=bias)
+    tensors = [t for t in w.packed if isinstance(t, torch.Tensor)]
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in tensors]
     assert not any(t.is_floating_point() and t.numel() > 256 for t in kept)
     y.sum().backward()
@@ -113,13 +104,12 @@ def test_only_the_packed_weight_is_kept_for_backward() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_weight_never_exists_whole(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    monkeypatch.setattr(module, "CHUNK", 1 << 14)
+    monkeypatch.setattr(reference, "CHUNK", 1 << 14)
     w = Weight(256, 1024)
-    packed, sizes = w.arguments[:6], (256, 1024, 64, 256)
     # The reference itself: within an operation a mode sees nothing.
     with LargestTensor() as largest:
-        y = module.multiply_reference(torch.randn(2, 1024).to(dtype), packed, sizes)
-        module.multiply_back_reference(y, packed, sizes)
+        y = reference.multiply_reference(torch.randn(2, 1024).to(dtype), w.packed)
+        reference.multiply_back_reference(y, w.packed)
     assert largest.nbytes <= 4 * ((1 << 14) + 2 * 64)
 
 
@@ -128,14 +118,14 @@ def test_nothing_is_kept_when_x_needs_no_gradient() -> None:
     kept: list[torch.Tensor] = []
     bias = torch.randn(64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        nf4_matmul(torch.randn(4, 128), *w.arguments, bias=bias).sum().backward()
+        nf4_matmul(torch.randn(4, 128), w.packed, bias=bias).sum().backward()
     assert kept == []
     assert torch.equal(bias.grad, torch.full((64,), 4.0))
 
 
 def test_a_second_derivative_is_refused() -> None:
     x = torch.randn(4, 128, requires_grad=True)
-    (dx,) = torch.autograd.grad(nf4_matmul(x, *Weight(64, 128).arguments).pow(2).sum(), x, create_graph=True)
+    (dx,) = torch.autograd.grad(nf4_matmul(x, Weight(64, 128).packed).pow(2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
@@ -143,21 +133,21 @@ def test_a_second_derivative_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
 def test_another_input_dtype_is_refused(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"got {dtype}"):
-        nf4_matmul(torch.ones(4, 128, dtype=dtype), *Weight(64, 128).arguments)
+        nf4_matmul(torch.ones(4, 128, dtype=dtype), Weight(64, 128).packed)
 
 
 def test_an_input_of_the_wrong_width_is_refused() -> None:
     with pytest.raises(ValueError, match=r"last dimension \(64\) must be in_features \(128\)"):
-        nf4_matmul(torch.ones(4, 64), *Weight(64, 128).arguments)
+        nf4_matmul(torch.ones(4, 64), Weight(64, 128).packed)
 
 
 def test_what_the_cpu_multiplies_is_multiplied_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "CPU_DTYPES", frozenset({torch.float32, torch.bfloat16}))
     w = Weight(48, 128)
     x, dense = torch.randn(4, 128).bfloat16(), w.dense.bfloat16()
-    assert torch.equal(nf4_matmul(x, *w.arguments), x @ dense.t())
+    assert torch.equal(nf4_matmul(x, w.packed), x @ dense.t())
     # Asked for bfloat16 with a float32 input: rounded on the way in, float32 on the way out.
-    wide = nf4_matmul(x.float(), *w.arguments, compute_dtype=torch.bfloat16)
+    wide = nf4_matmul(x.float(), w.packed, compute_dtype=torch.bfloat16)
     assert torch.equal(wide, (x @ dense.t()).float())
 
 
@@ -171,9 +161,9 @@ def test_what_the_cpu_would_emulate_is_float32_and_said_once(
     x = torch.randn(4, 128).to(asked).requires_grad_()
     exact = (x.float() @ w.dense.float().t()).to(asked)  # W is not rounded to `asked`
     with caplog.at_level(logging.WARNING, logger="minipeft"):
-        y = nf4_matmul(x, *w.arguments)
+        y = nf4_matmul(x, w.packed)
         (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-        nf4_matmul(x.float(), *w.arguments, compute_dtype=asked)
+        nf4_matmul(x.float(), w.packed, compute_dtype=asked)
     torch.testing.assert_close(y, exact, rtol=torch.finfo(asked).eps, atol=0)
     assert dx.dtype == asked
     assert [str(asked) in record.message for record in caplog.records] == [True]

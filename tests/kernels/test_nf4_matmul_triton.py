@@ -10,29 +10,21 @@ from hypothesis import strategies as st
 from tolerances import TOLERANCES
 from triton.runtime.interpreter import InterpreterBuilder
 
-from minipeft_kernels import nf4_matmul_configs as configs
-from minipeft_kernels import nf4_matmul_triton as module
-from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
-from minipeft_kernels.nf4_dequantize import dequantize_absmax, nf4_dequantize
-from minipeft_kernels.nf4_quantize import nf4_quantize, quantize_absmax
+from minipeft.nf4 import NF4Weight
+from minipeft_kernels.linear import gpu as module
+from minipeft_kernels.linear import tiles as configs
+from minipeft_kernels.packed import NF4, TENSORS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GUARD = 64
 
 
 class Weight:
-    """A random (n, k) weight: the tensors that the launchers take, and the dense float64 matrix they stand for."""
+    """A random (n, k) weight, packed, and the dense float64 matrix that it stands for."""
 
     def __init__(self, n: int, k: int, blocksize: int = 64, double: bool = True) -> None:
-        codes, absmax = nf4_quantize(torch.randn(n, k) / max(k, 1) ** 0.5, blocksize)
-        self.tensors: list[torch.Tensor | None] = [codes, absmax, NF4_LEVELS.clone(), None, None, None]
-        scales = absmax
-        if double:
-            stored, nested, offset = quantize_absmax(absmax)
-            scales = dequantize_absmax(stored, nested, dynamic_map(), offset)
-            self.tensors[1:] = [stored, NF4_LEVELS.clone(), nested, dynamic_map().clone(), offset]
-        self.sizes = (n, k, blocksize)
-        self.dense = nf4_dequantize(codes, scales, NF4_LEVELS, torch.Size((n, k)), blocksize, torch.float64)
+        w = NF4Weight.quantize(torch.randn(n, k) / max(k, 1) ** 0.5, blocksize, double)
+        self.packed, self.dense = w.packed(), w.dequantize(torch.float64)
 
 
 @pytest.fixture
@@ -50,13 +42,13 @@ def permutes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check(m: int, weight: Weight, dtype: torch.dtype, bias: bool = False, rank: int = 0) -> None:
     """y and dx against float64, each operand as the kernel rounds it."""
-    n, k, _ = weight.sizes
+    n, k = weight.dense.shape
     x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
     b = torch.randn(n).to(dtype) if bias else None
     low, up, down = torch.randn(m, rank) * 0.3, torch.randn(n, rank) * 0.3, torch.randn(rank, k) * 0.3
     low, up, down = (t.to(dtype).float() for t in (low, up, down))
-    y = module.nf4_matmul_forward(x, *weight.tensors, *weight.sizes, bias=b, lora=(low, up) if rank else None)
-    dx = module.nf4_matmul_input_grad(dy, *weight.tensors, *weight.sizes, lora=(low, down) if rank else None)
+    y = module.launch_forward(x, weight.packed, bias=b, update=(low, up) if rank else None)
+    dx = module.launch_input_gradient(dy, weight.packed, update=(low, down) if rank else None)
     right_y = x.double() @ weight.dense.t() + low.double() @ up.t().double() + (0 if b is None else b.double())
     right_dx = dy.double() @ weight.dense + low.double() @ down.double()
     for ours, right in ((y, right_y), (dx, right_dx)):
@@ -96,8 +88,8 @@ def test_the_order_of_programs_does_not_change_a_bit(few_processors: Any) -> Non
     weight = Weight(64, 2048)
     x = torch.randn(2, 2048)
     few_processors(64)
-    first = module.nf4_matmul_forward(x, *weight.tensors, *weight.sizes)
-    assert torch.equal(first, module.nf4_matmul_forward(x, *weight.tensors, *weight.sizes))
+    first = module.launch_forward(x, weight.packed)
+    assert torch.equal(first, module.launch_forward(x, weight.packed))
 
 
 def test_counters_are_zero_again_after_a_launch(few_processors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,19 +116,17 @@ def test_any_shape_equals_float64(data: st.DataObject) -> None:
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 3, 64), (2, 0, 64), (0, 0, 128)])
 def test_empty_products_have_the_right_shape(m: int, n: int, k: int) -> None:
     weight = Weight(n, k)
-    assert module.nf4_matmul_forward(torch.randn(m, k), *weight.tensors, *weight.sizes).shape == (m, n)
-    assert module.nf4_matmul_input_grad(torch.randn(m, n), *weight.tensors, *weight.sizes).shape == (m, k)
+    assert module.launch_forward(torch.randn(m, k), weight.packed).shape == (m, n)
+    assert module.launch_input_gradient(torch.randn(m, n), weight.packed).shape == (m, k)
 
 
 def test_a_sum_of_nothing_is_the_bias() -> None:
     """No columns at all forward, no rows of W backward."""
     bias = torch.randn(5)
     empty = Weight(5, 0)
-    assert torch.equal(
-        module.nf4_matmul_forward(torch.randn(3, 0), *empty.tensors, *empty.sizes, bias=bias), bias.expand(3, 5)
-    )
+    assert torch.equal(module.launch_forward(torch.randn(3, 0), empty.packed, bias=bias), bias.expand(3, 5))
     empty = Weight(0, 64)
-    assert not module.nf4_matmul_input_grad(torch.randn(3, 0), *empty.tensors, *empty.sizes).any()
+    assert not module.launch_input_gradient(torch.randn(3, 0), empty.packed).any()
 
 
 def guarded(t: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +146,7 @@ def test_nothing_outside_the_tensors_is_read_or_written(
     """Outputs and workspace start as NaN, all tensors stand between guards, at addresses of any alignment."""
     few_processors(32)
     weight = Weight(67, 320)
-    pairs = [guarded(t, offset) for t in weight.tensors if t is not None]
+    pairs = [guarded(t, offset) for t in weight.packed.tensors() if t is not None]
     x, x_buffer = guarded(torch.randn(m, 320).bfloat16(), offset)
     dy, dy_buffer = guarded(torch.randn(m, 67).bfloat16(), offset)
     buffers = [b for _, b in pairs] + [x_buffer, dy_buffer]
@@ -170,9 +160,9 @@ def test_nothing_outside_the_tensors_is_read_or_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(module.torch, "empty", nan_empty)
-        tensors = [view for view, _ in pairs]
-        y = module.nf4_matmul_forward(x, *tensors, *weight.sizes)
-        dx = module.nf4_matmul_input_grad(dy, *tensors, *weight.sizes)
+        packed = NF4(*(view for view, _ in pairs), *weight.packed[TENSORS:])
+        y = module.launch_forward(x, packed)
+        dx = module.launch_input_gradient(dy, packed)
     torch.testing.assert_close(y.double(), x.double() @ weight.dense.t(), **TOLERANCES[torch.bfloat16])
     torch.testing.assert_close(dx.double(), dy.double() @ weight.dense, **TOLERANCES[torch.bfloat16])
     for now, then in zip(buffers, before, strict=True):
@@ -187,7 +177,7 @@ def test_rows_may_lie_anywhere() -> None:
     wide = torch.randn(6, 200)
     right = weight.dense.t()
     for x in (wide[:, 40:168], torch.randn(128, 6).t(), wide.flatten()[7 : 7 + 3 * 128].view(3, 128), wide[::2, :128]):
-        y = module.nf4_matmul_forward(x, *weight.tensors, *weight.sizes)
+        y = module.launch_forward(x, weight.packed)
         torch.testing.assert_close(y.double(), x.double() @ right, **TOLERANCES[torch.float32])
 
 
@@ -210,7 +200,7 @@ def test_what_cannot_be_fused_is_named(dtype: torch.dtype, k: int, blocksize: in
 def test_a_product_that_cannot_be_fused_raises() -> None:
     weight = Weight(3, 96, 32)
     with pytest.raises(ValueError, match=r"blocksize \(32\) must be at least 64"):
-        module.nf4_matmul_forward(torch.randn(2, 96), *weight.tensors, *weight.sizes)
+        module.launch_forward(torch.randn(2, 96), weight.packed)
 
 
 def test_tiles_are_shared_until_the_gpu_is_full_and_no_further() -> None:

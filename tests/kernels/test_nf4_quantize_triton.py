@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minipeft_kernels.codebooks import NF4_BOUNDARIES, dynamic_map, exact_thresholds
-from minipeft_kernels.nf4_quantize import (
+from minipeft_kernels.nf4.codebooks import NF4_BOUNDARIES, dynamic_map, exact_thresholds
+from minipeft_kernels.nf4.quantize import (
     BLOCKSIZES,
     nf4_quantize,
     nf4_quantize_reference,
     quantize_absmax,
     quantize_absmax_reference,
 )
-from minipeft_kernels.nf4_quantize_triton import quantize_absmax_into, quantize_into
+from minipeft_kernels.nf4.quantize_triton import quantize_absmax_into, quantize_into
 
 # The interpreter computes in numpy, which warns where a GPU says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -12,11 +12,12 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from minipeft import LoraConfig, get_peft_model
+from minipeft.kernels import adamw_, adamw_8bit_, lora_matmul, nf4_quantize
 from minipeft.nf4 import NF4Config, NF4Weight, quantize_model
-from minipeft_kernels import adamw_, adamw_8bit_, lora_matmul, nf4_quantize
-from minipeft_kernels.adamw_8bit import initial_state
+from minipeft_kernels.adamw.eight_bit import initial_state
 from minipeft_kernels.dispatch import interpreting
-from minipeft_kernels.nf4_quantize import BLOCKSIZES, nf4_quantize_reference, quantize_absmax_reference
+from minipeft_kernels.linear.op import linear_reference
+from minipeft_kernels.nf4.quantize import BLOCKSIZES, nf4_quantize_reference, quantize_absmax_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a GPU, uninterpreted")
 
@@ -63,7 +64,6 @@ def test_double_quantization_and_decoding_are_bit_identical(
 @pytest.mark.parametrize("rows", [1, 5, 16, 33, 64, 65, 300])
 def test_products_equal_float64(rows: int, n: int, k: int, double: bool, dtype: torch.dtype) -> None:
     w = NF4Weight.quantize(torch.randn(n, k, device=DEVICE) / k**0.5, 64, double)
-    packed = (w.codes, w.absmax, w.quant_map, w.nested_absmax, w.nested_quant_map, w.offset)
     shapes: list[tuple[Tensor, torch.dtype]] = [
         (torch.randn(rows, k), dtype),
         (torch.randn(8, k) / k**0.5, torch.float32),
@@ -73,8 +73,9 @@ def test_products_equal_float64(rows: int, n: int, k: int, double: bool, dtype: 
     inputs = [t.to(DEVICE, d).requires_grad_() for t, d in shapes]
     x, lora_A, lora_B, bias = inputs
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    y = lora_matmul(x, packed, lora_A, lora_B, 0.5, n, k, 64, 256, bias)
-    y64 = exact[0] @ w.dequantize(torch.float64).t() + 0.5 * (exact[0] @ exact[1].t()) @ exact[2].t() + exact[3]
+    y = lora_matmul(x, w.packed(), lora_A, lora_B, 0.5, bias)
+    x64, A64, B64, bias64 = exact
+    y64 = linear_reference(x64, w.packed(), bias64, (A64, B64, 0.5))
     dy = torch.randn_like(y)
     gradients = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(y64, exact, dy.double())
     for ours, right in zip((y, *gradients[0]), (y64, *gradients[1]), strict=True):

@@ -1,5 +1,6 @@
 """The operations as torch's own: opcheck, torch.compile without graph breaks, names."""
 
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.autograd import forward_ad
 import minipeft.kernels
 from minipeft import LoraConfig, get_peft_model, inject_adapter_in_model
 from minipeft.nf4 import NF4Config, NF4Linear, NF4Weight, quantize_model
-from minipeft_kernels.adamw_8bit import initial_state
+from minipeft_kernels.adamw.eight_bit import initial_state
 
 # The interpreter computes in numpy, which warns where a GPU says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -20,13 +21,13 @@ HYPER = (1, 1e-2, 0.9, 0.99, 1e-8, 0.1, False)
 
 
 def some_arguments(dtype: torch.dtype, double: bool) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every operation; those that are differentiable need gradients."""
+    """Arguments of every operation, in each of its forms; those that are differentiable need gradients."""
     w = NF4Weight.quantize(torch.randn(48, 128), 64, double)
-    packed = (w.codes, w.absmax, w.quant_map, w.nested_absmax, w.nested_quant_map, w.offset)
-    sizes = (48, 128, 64, 256)
+    dense = torch.randn(48, 128).to(dtype)
     x, dy = torch.randn(2, 3, 128, dtype=dtype), torch.randn(2, 3, 48, dtype=dtype)
     lora_A, lora_B, low, bias = torch.randn(4, 128), torch.randn(48, 4), torch.randn(6, 4), torch.randn(48)
-    trained = [t.clone().requires_grad_() for t in (x, lora_A, lora_B, bias)]
+    trained = [t.clone().requires_grad_() for t in (x, bias, lora_A, lora_B)]
+    numbers = (0.5, dtype, torch.float32)
     params = [torch.randn(5, 7).to(dtype), torch.randn(300).to(dtype)]
     grads = [torch.randn_like(p) for p in params]
     wide = [[torch.zeros(p.shape) for p in params] for _ in range(2)]
@@ -34,42 +35,45 @@ def some_arguments(dtype: torch.dtype, double: bool) -> dict[str, tuple[Any, ...
     return {
         "nf4_quantize": (torch.randn(7, 9).to(dtype), 64),
         "quantize_absmax": (torch.rand(300),),
-        "nf4_dequantize": (*packed, (48, 128), 64, 256, dtype),
-        "nf4_matmul": (trained[0], trained[3], *packed, *sizes, dtype),
-        "nf4_matmul_input_grad": (dy, *packed, *sizes, dtype, dtype),
-        "lora_matmul": (*trained, 0.5, *packed, *sizes, dtype, torch.float32),
-        "lora_matmul_backward": (
-            *(dy, x, lora_A, lora_B, low, 0.5, *packed, *sizes, dtype, torch.float32, [True, False, True]),
-        ),
-        "frozen_linear": (trained[0], torch.randn(48, 128).to(dtype), trained[3]),
-        "lora_linear": (
-            *(trained[0], torch.randn(48, 128).to(dtype), trained[3], trained[1], trained[2], 0.5, torch.float32),
-        ),
-        "lora_linear_backward": (
-            *(dy, x, torch.randn(48, 128).to(dtype), lora_A, lora_B, low, 0.5, torch.float32, [True, False, True]),
+        "nf4_dequantize": (dtype, *w.packed()),
+        "linear of NF4": (*trained[:2], None, None, *numbers, *w.packed()),
+        "linear_backward of NF4": (dy, None, None, None, None, *numbers, [True, False, False], *w.packed()),
+        "linear of NF4 with LoRA": (*trained, *numbers, *w.packed()),
+        "linear_backward of NF4 with LoRA": (dy, x, lora_A, lora_B, low, *numbers, [True, False, True], *w.packed()),
+        "linear": (*trained[:2], None, None, *numbers, dense),
+        "linear_backward": (dy, None, None, None, None, *numbers, [True, False, False], dense),
+        "linear with LoRA": (*trained, *numbers, dense),
+        "linear_backward with LoRA": (dy, x, lora_A, lora_B, low, *numbers, [True, False, True], dense),
+        "linear, the update alone": (trained[0], None, *trained[2:], *numbers, None),
+        "linear_backward, the update alone": (
+            *(dy.float(), x, lora_A, lora_B, low, *numbers, [True, True, True], None),
         ),
         "adamw_": (params, grads, *wide, *HYPER),
         "adamw_8bit_": (params, grads, *narrow, *HYPER),
     }
 
 
+def operation(name: str) -> Any:
+    return getattr(torch.ops.minipeft, re.split(r"[ ,]", name)[0]).default
+
+
 @pytest.mark.parametrize("name", some_arguments(torch.float32, True))
 @pytest.mark.parametrize(("dtype", "double"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_opcheck(name: str, dtype: torch.dtype, double: bool) -> None:
-    torch.library.opcheck(getattr(torch.ops.minipeft, name).default, some_arguments(dtype, double)[name])
+    torch.library.opcheck(operation(name), some_arguments(dtype, double)[name])
 
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", some_arguments(torch.float32, True))
 def test_fake_results_are_shaped_as_the_kernels_results(name: str) -> None:
-    op = getattr(torch.ops.minipeft, name).default
-    torch.library.opcheck(op, some_arguments(torch.bfloat16, True)[name], test_utils=["test_schema", "test_faketensor"])
+    torch.library.opcheck(
+        operation(name), some_arguments(torch.bfloat16, True)[name], test_utils=["test_schema", "test_faketensor"]
+    )
 
 
 def test_every_public_operation_is_exported() -> None:
-    assert set(some_arguments(torch.float32, True)) - set(minipeft.kernels.__all__) == {
-        *("nf4_matmul_input_grad", "lora_matmul_backward", "lora_linear_backward"),  # what backward calls
-    }
+    names = {re.split(r"[ ,]", name)[0] for name in some_arguments(torch.float32, True)}
+    assert names - set(minipeft.kernels.__all__) == {"linear_backward"}
 
 
 def test_an_operation_without_a_gradient_is_not_recorded() -> None:

@@ -8,8 +8,8 @@ from tiny import randomize, some_ids, tiny_llama
 from torch import Tensor
 
 from minipeft import LoraConfig, get_peft_model
+from minipeft.kernels import adamw_
 from minipeft.nf4 import NF4Config, quantize_model
-from minipeft_kernels import adamw_
 
 # The interpreter computes in numpy, which warns where a GPU says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

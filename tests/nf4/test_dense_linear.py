@@ -1,7 +1,6 @@
 """The layers that stay dense in a quantized model: what `nn.Linear` would have given, whatever multiplies."""
 
 import copy
-import importlib
 from typing import Any
 
 import pytest
@@ -12,7 +11,8 @@ from torch.nn.utils import prune
 
 from minipeft import LoraConfig, NF4Config, get_peft_model, quantize_model
 from minipeft.nf4.dense import DenseLinear
-from minipeft_kernels import dense
+from minipeft_kernels import arithmetic
+from minipeft_kernels.linear import dense
 
 
 def pair(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[nn.Linear, DenseLinear]:
@@ -31,9 +31,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
 
     def product(a: Tensor, w: Tensor) -> Tensor:
         made.append(a.dtype)
-        return dense.product(a, w)
+        return arithmetic.dense_product(a, w)
 
-    monkeypatch.setattr(importlib.import_module("minipeft_kernels.lora_linear"), "product", product)
+    monkeypatch.setattr(dense, "dense_product", product)
     return made
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minipeft_kernels.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
+from minipeft_kernels.packed import NF4
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
@@ -53,49 +54,55 @@ def case(operation: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
     return make(shape, dtype)
 
 
-def _packed(n: int, k: int) -> tuple[Tensor, ...]:
+def _packed(n: int, k: int) -> NF4:
     blocks = -(-n * k // BLOCKSIZE)
     codes = torch.randint(0, 256, ((n * k + 1) // 2, 1), dtype=torch.uint8)
     absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
     nested = torch.rand(-(-blocks // NESTED_BLOCKSIZE)) + 0.5
-    return codes, absmax, NF4_LEVELS.clone(), nested, dynamic_map().clone(), torch.tensor(2.0)
+    return NF4(codes, absmax, NF4_LEVELS.clone(), nested, dynamic_map().clone(), torch.tensor(2.0), n, k, BLOCKSIZE)
 
 
-def _bytes(*tensors: Tensor) -> int:
-    return sum(t.nbytes for t in tensors)
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.nbytes for t in tensors if t is not None)
 
 
 def _matmul(shape: tuple[int, ...], dtype: torch.dtype, grad: bool, rank: int = 0) -> Case:
-    from minipeft_kernels.nf4_route_triton import is_fused, multiply, multiply_back
+    from minipeft_kernels.linear import gpu
 
     m, n, k = shape[:3]
     depth, width = (n, k) if grad else (k, n)
-    packed, sizes = _packed(n, k), (n, k, BLOCKSIZE, NESTED_BLOCKSIZE)
+    weight = _packed(n, k)
     rows = torch.randn(m, depth).to(dtype)
     up = torch.randn(*((rank, width) if grad else (width, rank)))
-    lora = (torch.randn(m, rank), up) if rank else None
-    product = multiply_back if grad else multiply
-    least = _bytes(*packed, rows, *(lora or ())) + m * width * rows.element_size()
-    fused = is_fused(rows, sizes)
+    update = (torch.randn(m, rank), up) if rank else None
+    least = _bytes(*weight.tensors(), rows, *(update or ())) + m * width * rows.element_size()
+
+    def run() -> Tensor:
+        if grad:
+            return gpu.input_gradient(rows, weight, update, dtype)
+        return gpu.forward(rows, weight, None, update, dtype)
+
     return Case(
-        lambda: product(rows, packed, sizes, lora=lora),
+        run,
         n * k,
         2 * m * (n * k + rank * width),
         least,
-        "" if fused else "decoded by this launch, and then multiplied by the vendor's library, which is not counted",
+        ""
+        if gpu.is_fused(rows, weight)
+        else "decoded by this launch, and then multiplied by the vendor's library, which is not counted",
     )
 
 
 def _dequantize(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
-    from minipeft_kernels.nf4_dequantize_triton import dequantize_into
+    from minipeft_kernels.nf4.dequantize_triton import dequantize_into
 
-    packed, out = _packed(*shape), torch.empty(*shape, dtype=dtype)
-    run = lambda: dequantize_into(out, *packed, BLOCKSIZE, NESTED_BLOCKSIZE)  # noqa: E731
-    return Case(run, out.numel(), out.numel(), _bytes(*packed, out))
+    weight, out = _packed(*shape), torch.empty(*shape, dtype=dtype)
+    run = lambda: dequantize_into(out, weight)  # noqa: E731
+    return Case(run, out.numel(), out.numel(), _bytes(*weight.tensors(), out))
 
 
 def _quantize(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
-    from minipeft_kernels.nf4_quantize_triton import quantize_absmax_into, quantize_into
+    from minipeft_kernels.nf4.quantize_triton import quantize_absmax_into, quantize_into
 
     w = torch.randn(*shape).to(dtype)
     codes = torch.empty((w.numel() + 1) // 2, 1, dtype=torch.uint8)
@@ -111,19 +118,16 @@ def _quantize(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
 
 
 def _adamw(shape: tuple[int, ...], dtype: torch.dtype, eight_bits: bool) -> Case:
-    from minipeft_kernels.adamw_8bit import initial_state
-    from minipeft_kernels.adamw_reference import AdamWNumbers
-    from minipeft_kernels.adamw_triton import launch_adamw, launch_adamw_8bit
+    from minipeft_kernels.adamw.eight_bit import initial_state
+    from minipeft_kernels.adamw.reference import AdamWNumbers
+    from minipeft_kernels.adamw.triton import launch_adamw, launch_adamw_8bit
 
     p, g = torch.randn(shape[0]).to(dtype), torch.randn(shape[0]).to(dtype)
     numbers = AdamWNumbers(10, 1e-3, 0.9, 0.999, 1e-8, 0.01, False)
-    if eight_bits:
-        state = initial_state(p)
-        launch = lambda: launch_adamw_8bit([p], [g], *([t] for t in state), numbers)  # noqa: E731
-    else:
-        state = (torch.zeros(shape), torch.zeros(shape))
-        launch = lambda: launch_adamw([p], [g], *([t] for t in state), numbers)  # noqa: E731
-    return Case(launch, p.numel(), 11 * p.numel(), _bytes(g) + 2 * _bytes(p, *state))
+    state: tuple[Tensor, ...] = initial_state(p) if eight_bits else (torch.zeros(shape), torch.zeros(shape))
+    launch: Callable[..., None] = launch_adamw_8bit if eight_bits else launch_adamw
+    tensors = [[t] for t in (p, g, *state)]
+    return Case(lambda: launch(*tensors, numbers), p.numel(), 11 * p.numel(), _bytes(g) + 2 * _bytes(p, *state))
 
 
 OPERATIONS: dict[str, tuple[str, Callable[[tuple[int, ...], torch.dtype], Case]]] = {

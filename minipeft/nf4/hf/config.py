@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from minipeft_kernels.nf4_quantize import check_blocksize
+from minipeft_kernels.nf4.quantize import check_blocksize
 
 logger = logging.getLogger("minipeft")
 
@@ -67,7 +67,7 @@ class NF4Config(QuantizationConfigMixin):
         self.skip_modules = _names(skip_modules)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry of `config.json`: bitsandbytes' form, and `blocksize`, which it reads from the tensors."""
+        """The entry of `config.json`: bitsandbytes' form, and `blocksize`, which that reads from the tensors."""
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,

@@ -195,14 +195,16 @@ def test_a_scalar_that_does_not_fit_is_refused() -> None:
 def test_the_operations_run_by_an_environment_variable() -> None:
     """A process of its own, as a user would: MINIPEFT_BACKEND=ptx."""
     program = (
-        "import torch; from minipeft_kernels import nf4_quantize, nf4_dequantize, dispatch\n"
-        "from minipeft_kernels.codebooks import NF4_LEVELS\n"
+        "import torch; from minipeft.kernels import NF4, nf4_quantize, nf4_dequantize\n"
+        "from minipeft_kernels import dispatch\n"
+        "from minipeft_kernels.nf4.codebooks import NF4_LEVELS\n"
         "w = torch.randn(8, 64); codes, absmax = nf4_quantize(w, 64)\n"
-        "out = nf4_dequantize(codes, absmax, NF4_LEVELS, w.shape, 64, torch.float32)\n"
+        "weight = NF4(codes, absmax, NF4_LEVELS, None, None, None, 8, 64, 64)\n"
+        "out = nf4_dequantize(weight, torch.float32)\n"
         "import os; os.environ['MINIPEFT_BACKEND'] = 'reference'\n"
         "right_codes, right = nf4_quantize(w, 64)\n"
         "assert torch.equal(codes, right_codes) and torch.equal(absmax, right)\n"
-        "assert torch.equal(out, nf4_dequantize(codes, absmax, NF4_LEVELS, w.shape, 64, torch.float32))\n"
+        "assert torch.equal(out, nf4_dequantize(weight, torch.float32))\n"
         "print(dispatch.capability(torch.device('cpu')))\n"
         "os.environ['MINIPEFT_BACKEND'] = 'ptx'; print(dispatch.capability(torch.device('cpu')))\n"
     )

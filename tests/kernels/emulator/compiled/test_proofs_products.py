@@ -54,9 +54,9 @@ def test_shared_tiles_give_the_same_bits_every_time(target: str, dtype: torch.dt
     weight = Weight(33, 1024)
     x = torch.randn(2, 1024).to(dtype)
     from minipeft_kernels.emulator import emulate
-    from minipeft_kernels.nf4_matmul_triton import nf4_matmul_forward
+    from minipeft_kernels.linear.gpu import launch_forward
 
     with emulate(target, counts=False) as run:
-        outs = [nf4_matmul_forward(x, *weight.tensors, *weight.sizes) for _ in range(2)]  # type: ignore[arg-type]
+        outs = [launch_forward(x, weight.packed) for _ in range(2)]
     assert run.launches[0].constants["SPLIT"] > 1
     assert torch.equal(*outs)

@@ -8,14 +8,14 @@ from guarded import Guarded
 from nf4_weights import Weight
 from torch import Tensor
 
-from minipeft_kernels.adamw_8bit import initial_state
-from minipeft_kernels.adamw_reference import AdamWNumbers, adamw_8bit_reference, adamw_reference
-from minipeft_kernels.adamw_triton import launch_adamw, launch_adamw_8bit
+from minipeft_kernels.adamw.eight_bit import initial_state
+from minipeft_kernels.adamw.reference import AdamWNumbers, adamw_8bit_reference, adamw_reference
+from minipeft_kernels.adamw.triton import launch_adamw, launch_adamw_8bit
 from minipeft_kernels.emulator import emulate
-from minipeft_kernels.nf4_dequantize import nf4_dequantize_reference
-from minipeft_kernels.nf4_dequantize_triton import dequantize_into
-from minipeft_kernels.nf4_quantize import nf4_quantize_reference, quantize_absmax_reference
-from minipeft_kernels.nf4_quantize_triton import quantize_absmax_into, quantize_into
+from minipeft_kernels.nf4.dequantize import nf4_dequantize_reference
+from minipeft_kernels.nf4.dequantize_triton import dequantize_into
+from minipeft_kernels.nf4.quantize import nf4_quantize_reference, quantize_absmax_reference
+from minipeft_kernels.nf4.quantize_triton import quantize_absmax_into, quantize_into
 
 TARGETS = ("sm_80", "sm_90")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -57,13 +57,10 @@ def test_scales_bit_by_bit(target: str, blocks: int) -> None:
 @pytest.mark.parametrize("shape", [(32, 64), (7, 151)])
 def test_decoding_bit_by_bit(target: str, dtype: torch.dtype, double: bool, shape: tuple[int, int]) -> None:
     weight = Weight(*shape, 64, double)
-    codes, scales, levels = weight.tensors[0], weight.scales, weight.tensors[2]
-    assert codes is not None and levels is not None
     out = Guarded(*shape, dtype=dtype)
     with emulate(target):
-        dequantize_into(out.out, *weight.tensors, 64)  # type: ignore[arg-type]
-    n = out.out.numel()
-    assert torch.equal(out.check().view(-1), nf4_dequantize_reference(codes, scales, levels, n, 64, dtype))
+        dequantize_into(out.out, weight.packed)
+    assert torch.equal(out.check(), nf4_dequantize_reference(weight.packed, dtype))
 
 
 def guarded(tensors: list[Tensor]) -> list[Guarded]:
@@ -90,7 +87,7 @@ def test_adamw(target: str, dtype: torch.dtype) -> None:
         launch_adamw(ours[0], grads, *ours[1:], NUMBERS)
     assert {launch.constants["ALIGNED"] for launch in run.launches} == {True, False}
     exact = [[t.double() for t in ts] for ts in (params, grads, *moments)]
-    from minipeft_kernels.adamw_reference import adamw_update
+    from minipeft_kernels.adamw.reference import adamw_update
 
     for tensors in zip(*exact, strict=True):
         adamw_update(*tensors, NUMBERS)

@@ -1,4 +1,4 @@
-"""AdamW's update of many tensors at once, in place: the operations; `adamw_reference.py` is their arithmetic.
+"""AdamW's update of many tensors at once, in place: the operations; `reference` has their arithmetic.
 
 `adamw_8bit_` keeps m and v in 8 bits (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"): 2 bytes of
 state a parameter, not 8.
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adamw_8bit import STATE_BLOCKSIZE
-from .adamw_reference import AdamWNumbers, adamw_8bit_reference, adamw_reference
-from .dispatch import use_triton
-from .registration import define_op
+from ..dispatch import use_triton
+from ..registration import define_op
+from .eight_bit import STATE_BLOCKSIZE
+from .reference import AdamWNumbers, adamw_8bit_reference, adamw_reference
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -70,7 +70,7 @@ def adamw_8bit_(
 
     Args:
         exp_avg_codes, exp_avg_sq_codes: uint8, of the parameters' shapes: entries of the signed and of the unsigned
-            dynamic map, as `adamw_8bit.initial_state` makes them.
+            dynamic map, as `eight_bit.initial_state` makes them.
         exp_avg_absmax, exp_avg_sq_absmax: float32 (ceil(numel/256),), the scale of each block.
         The rest as `adamw_`.
     """
@@ -122,7 +122,7 @@ def _run_adamw(
         return
     numbers = AdamWNumbers(*hyperparameters)
     if use_triton(params[0]):
-        from .adamw_triton import launch_adamw as update
+        from .triton import launch_adamw as update
     else:
         update = adamw_reference
     update(params, grads, exp_avgs, exp_avg_sqs, numbers)
@@ -142,7 +142,7 @@ def _run_adamw_8bit(
         return
     numbers = AdamWNumbers(*hyperparameters)
     if use_triton(params[0]):
-        from .adamw_triton import launch_adamw_8bit as update
+        from .triton import launch_adamw_8bit as update
     else:
         update = adamw_8bit_reference
     states = (exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax)

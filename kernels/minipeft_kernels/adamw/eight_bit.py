@@ -11,8 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .codebooks import dynamic_map, exact_thresholds
-from .nearest import Tables, count_below, upper_half_tables
+from ..nf4.codebooks import Tables, count_below, dynamic_map, exact_thresholds, upper_half_tables
 
 STATE_BLOCKSIZE = 256
 SMALLEST = 2.0**-149  # of float32

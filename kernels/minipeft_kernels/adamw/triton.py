@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adamw_8bit import STATE_BLOCKSIZE, state_map
-from .adamw_reference import AdamWNumbers
-from .dispatch import on_device
-from .nf4_quantize_triton import _magnitude, _nearest_entry
-from .rounding_triton import _round_to
+from ..dispatch import on_device
+from ..nf4.quantize_triton import _magnitude, _nearest_entry
+from ..rounding_triton import _round_to
+from .eight_bit import STATE_BLOCKSIZE, state_map
+from .reference import AdamWNumbers
 
 # Elements a program: 16 a thread at 4 warps, and 8 where the search for codes takes registers.
 CHUNK = 2048

@@ -8,10 +8,17 @@ import functools
 import torch
 from torch import Tensor
 
-from .codebooks import NF4_BOUNDARIES, NF4_ZERO_CODE, dynamic_map, exact_thresholds
-from .dispatch import use_triton
-from .nearest import Tables, count_below, upper_half_tables
-from .registration import define_op
+from ..dispatch import use_triton
+from ..registration import define_op
+from .codebooks import (
+    NF4_BOUNDARIES,
+    NF4_ZERO_CODE,
+    Tables,
+    count_below,
+    dynamic_map,
+    exact_thresholds,
+    upper_half_tables,
+)
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
@@ -70,7 +77,7 @@ def _empty_codes(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 def _run_nf4_quantize(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     if use_triton(w):
-        from .nf4_quantize_triton import quantize_into
+        from .quantize_triton import quantize_into
 
         codes, absmax = _empty_codes(w, blocksize)
         quantize_into(w.contiguous(), codes, absmax, blocksize)
@@ -184,7 +191,7 @@ def _run_quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         )
     if not use_triton(absmax):
         return *quantize_absmax_reference(absmax, offset), offset
-    from .nf4_quantize_triton import quantize_absmax_into
+    from .quantize_triton import quantize_absmax_into
 
     codes, nested, _ = _fake_quantize_absmax(absmax)
     quantize_absmax_into(absmax.contiguous(), offset, codes, nested)

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import on_device
-from .rounding_triton import _round_to
+from ..dispatch import on_device
+from ..packed import NF4
+from ..rounding_triton import _round_to
 
 # Bytes a program writes: 16 a thread at 4 warps, in one access, neighbouring threads neighbouring bytes. (With more,
 # the values would go through shared memory to be stored in this order.) Of a 16-bit dtype that is 1024 weights.
@@ -73,40 +74,27 @@ def _nf4_dequantize_kernel(
     tl.store(out + place, _round_to(value, DTYPE), mask=place < n)
 
 
-def dequantize_into(
-    out: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    quant_map: Tensor,
-    nested_absmax: Tensor | None,
-    nested_map: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    nested_blocksize: int = 256,
-) -> Tensor:
-    """Launch the decoding into contiguous `out`, of any shape and the weight's size, and return it.
-
-    The tensors are those of `nf4_matmul`: absmax is uint8 with the three nested ones, or float32 without.
-    """
+def dequantize_into(out: Tensor, weight: NF4) -> Tensor:
+    """Launch the decoding into contiguous `out`, of any shape and the weight's size, and return it."""
     n = out.numel()
     if n == 0:
         return out
     assert out.is_contiguous()
     tile = TILE_BYTES // out.element_size()
-    columns = min(blocksize, tile)
+    columns = min(weight.blocksize, tile)
     constants = {
-        "BLOCK": blocksize,
-        "NESTED": nested_blocksize,
-        "DOUBLE": nested_absmax is not None,
+        "BLOCK": weight.blocksize,
+        "NESTED": weight.nested_blocksize,
+        "DOUBLE": weight.nested_absmax is not None,
         "DTYPE": _DTYPES[out.dtype],
         "ROWS": tile // columns,
         "COLS": columns,
     }
     # Without double quantization the nested tensors are not read, but a pointer is a pointer.
-    nested = (quant_map if t is None else t.contiguous() for t in (nested_absmax, nested_map, offset))
+    tensors = (weight.quant_map.contiguous() if t is None else t.contiguous() for t in weight.tensors())
     with on_device(out):
         _nf4_dequantize_kernel[(-(-n // tile),)](
-            *(out, codes.contiguous(), absmax.contiguous(), quant_map.contiguous(), *nested, n, (n + 1) // 2),
+            *(out, *tensors, n, (n + 1) // 2),
             **constants,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,

@@ -9,7 +9,8 @@ x, so that one row of x costs half of what it would on the other side.
 import triton
 import triton.language as tl
 
-from .nf4_decode_triton import (
+from ..rounding_triton import _round_to
+from .decode import (
     _add_low_rank,
     _block_scales,
     _byte_planes,
@@ -19,7 +20,6 @@ from .nf4_decode_triton import (
     _store_or_reduce,
     _unpack_pairs,
 )
-from .rounding_triton import _round_to
 
 
 @triton.jit

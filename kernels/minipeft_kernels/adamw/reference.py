@@ -1,4 +1,4 @@
-"""AdamW's update (Loshchilov and Hutter 2019, algorithm 2) in PyTorch, in place: the reference of `adamw.py`.
+"""AdamW's update (Loshchilov and Hutter 2019, algorithm 2) in PyTorch, in place: the reference of `op`.
 
     m <- beta1 m + (1 - beta1) g                       first moment
     v <- beta2 v + (1 - beta2) g^2                     second moment
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .adamw_8bit import STATE_BLOCKSIZE, dequantize_state, quantize_state
+from .eight_bit import STATE_BLOCKSIZE, dequantize_state, quantize_state
 
 # Elements updated at a time by the reference, so that its passes over them stay in the cache.
 CHUNK = 1 << 16

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import on_device
 from .codebooks import NF4_BOUNDARIES, dynamic_map, exact_thresholds
-from .dispatch import on_device
-from .nf4_quantize import MIN_ABSMAX, NESTED_BLOCKSIZE
+from .quantize import MIN_ABSMAX, NESTED_BLOCKSIZE
 
 # Weights a program: 16 a thread at 4 warps, two 16-byte loads of bfloat16 each.
 TILE = 2048

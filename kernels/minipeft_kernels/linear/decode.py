@@ -13,7 +13,7 @@ interpreter, for other GPUs and for float32, whose levels do not fit two planes.
 import triton
 import triton.language as tl
 
-from .rounding_triton import _round_to
+from ..rounding_triton import _round_to
 
 # A selector nibble of prmt is three bits of a byte's index and a mode bit that must be zero.
 INDEX_MASK = 0x77777777

@@ -1,7 +1,7 @@
 """The task of a comparison: texts to train on, texts held out, and a text of another kind.
 
-What a model forgets shows on a text that has nothing to do with the task. Without a text of the user's it is a part
-of the Constitution of the United States, which comes with the package and which any language model has met.
+Forgetting shows on a text that has nothing to do with the task. Unless the user gives one, it is a part of the
+Constitution of the United States, which comes with the package and which any language model has met.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from minipeft.compare.plan import Shared
-from minipeft.demo.data import labels_of, load_demo_data, write_records
+from minipeft.demo.data import labels_of, load_demo_data
 from minipeft.files import write_text
 from minipeft.train.encoding import EncodedDataset, Example, encode_prompt, encode_record, encode_records
 from minipeft.train.errors import ConfigError, DataError
-from minipeft.train.records import Record, read_jsonl
+from minipeft.train.records import Record, read_jsonl, write_records
 
-# Of the demo's snippets; of a user's file all are used, and a fifth of them is held out.
+# Rows of the demo's snippets. Of a user's file all records are used, and a fifth of them is held out.
 TRAIN_ROWS, HELD_OUT_ROWS = 1000, 400
 
-# Tokens of the other text that are seen at once.
+# Tokens of a piece of the other text; each piece is measured by itself.
 WINDOW = 128
 
 FILES = ("train.jsonl", "held_out.jsonl", "other.txt")
@@ -33,7 +33,7 @@ FILES = ("train.jsonl", "held_out.jsonl", "other.txt")
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is learned and what is measured.
+    """The texts of a comparison, those to learn from and those to measure on.
 
     Attributes:
         labels: the answers to choose from; empty where the answers are free text, which is measured by perplexity.
@@ -90,7 +90,7 @@ def load_task(
 
 
 def _split(records: Sequence[Record], path: str) -> tuple[list[Record], list[Record]]:
-    """Repeated records taken once, shuffled; a fifth is held out."""
+    """The different records, shuffled: those to train on, and a fifth held out."""
     different = list({_text(record): record for record in records}.values())
     held = min(HELD_OUT_ROWS, len(different) // 5)
     if held < 2:
@@ -101,7 +101,7 @@ def _split(records: Sequence[Record], path: str) -> tuple[list[Record], list[Rec
 
 
 def _labels(records: Sequence[Record]) -> tuple[str, ...]:
-    """The answers where they are a few that come again and again."""
+    """The answers to choose from, if there are few and each comes again and again; else none."""
     labels = labels_of(records)
     return labels if len(records) >= 2 * len(labels) else ()
 
@@ -130,7 +130,7 @@ def _text(record: Record) -> str:
 
 def _other_text(path: str | None) -> tuple[str, str]:
     if path is None:
-        text = (importlib.resources.files("minipeft.train") / "constitution.txt").read_text(encoding="utf-8")
+        text = (importlib.resources.files("minipeft.compare") / "constitution.txt").read_text(encoding="utf-8")
         return text, "Other text: preamble and articles II, III, V and VI of the Constitution of the United States."
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -1,0 +1,188 @@
+"""Products with an NF4 weight on a CPU: in compiled code where that has them, else decoded in PyTorch and multiplied.
+
+`kernels/native` has the compiled code, kernels/README.md says how it works. It wants AVX-512 and rows of W that are
+whole blocks; what does not fit is answered with None, and multiplied by torch after decoding, which is compiled for
+every processor and every size.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..arithmetic import arithmetic_dtype, cast
+from ..dispatch import use_native
+from ..nf4.cpu import as_numbers
+from ..packed import NF4
+from .low_rank import Lora, LowRank
+from .reference import multiply_back_reference, multiply_reference
+
+# As in kernels/native/nf4.h: how many rows of x are multiplied by W where it lies.
+THIN_ROWS = 4
+_THIN_CALL = struct.Struct("19qd")
+_RESULTS = (torch.float32, torch.bfloat16)
+
+
+def at_once(x: Tensor, weight: NF4, bias: Tensor | None, lora: Lora | None) -> Tensor | None:
+    """x W^T + s (x A^T) B^T + b in one call of the compiled code, or None where that does not have it.
+
+    Args:
+        x: (..., K), float32 or bfloat16, which is also the arithmetic.
+
+    Returns:
+        (..., N) in x's dtype.
+    """
+    dtype = x.dtype if bias is None else torch.float32  # the bias is added before the sum is rounded
+    if lora is None:
+        y = product(x, weight, dtype)
+    else:
+        # The compiled update is in float32, and autocast asks for another dtype.
+        y = None if torch._C._is_any_autocast_enabled() else adapted_product(x, weight, dtype, *lora)
+    return y if y is None or bias is None else y.add_(bias).to(x.dtype)
+
+
+def forward(
+    rows: Tensor, weight: NF4, bias: Tensor | None, update: LowRank | None, compute_dtype: torch.dtype
+) -> Tensor:
+    """rows W^T + low up^T + b: (M, K) -> (M, N), computed in `compute_dtype`, or in float32 if the CPU lacks it.
+
+    The result is in the dtype of rows, rounded once, after the bias was added; with an update it is in the update's
+    dtype, and not rounded yet.
+    """
+    dtype = rows.dtype
+    rows = cast(rows, arithmetic_dtype(compute_dtype, rows.device))
+    if update is None:
+        if bias is None:
+            return multiply(rows, weight, dtype)
+        return multiply(rows, weight, torch.float32).add_(bias).to(dtype)
+    low, up = update
+    y = multiply(rows, weight, low.dtype)
+    y.addmm_(low, up.to(low.dtype).T)
+    if bias is not None:
+        y += bias.to(y.dtype)
+    return y
+
+
+def input_gradient(rows: Tensor, weight: NF4, update: LowRank | None, compute_dtype: torch.dtype) -> Tensor:
+    """rows W + low up: (M, N) -> (M, K), likewise."""
+    dtype = rows.dtype
+    rows = cast(rows, arithmetic_dtype(compute_dtype, rows.device))
+    if update is None:
+        return multiply_back(rows, weight, dtype)
+    low, up = update
+    return multiply_back(rows, weight, low.dtype).addmm_(low, up.to(low.dtype))
+
+
+def multiply(rows: Tensor, weight: NF4, dtype: torch.dtype) -> Tensor:
+    """rows W^T, computed in the dtype of `rows`: (M, K) -> (M, N) in `dtype`; compiled, or by the reference."""
+    y = product(rows, weight, dtype) if use_native(rows) else None
+    return cast(multiply_reference(rows, weight), dtype) if y is None else y
+
+
+def multiply_back(rows: Tensor, weight: NF4, dtype: torch.dtype) -> Tensor:
+    """rows W, likewise: (M, N) -> (M, K) in `dtype`."""
+    dx = product(rows, weight, dtype, backward=True) if use_native(rows) else None
+    return cast(multiply_back_reference(rows, weight), dtype) if dx is None else dx
+
+
+def product(a: Tensor, weight: NF4, dtype: torch.dtype, backward: bool = False) -> Tensor | None:
+    """a W^T, or backward a W, or None where the compiled code has no such product.
+
+    Args:
+        a: (..., K) or backward (..., N), float32 or bfloat16, which is also the arithmetic; sums are float32 in both.
+        dtype: of the result, float32 or bfloat16; rounded to it once.
+
+    Returns:
+        (..., N) or backward (..., K).
+
+    Raises:
+        ValueError: a tensor of `weight` is too small for its sizes, or of another dtype or device; or a block is empty.
+    """
+    if not _fits(a.dtype, weight, dtype, backward) or not _has_memory(a):
+        return None
+    to, of = (weight.columns, weight.rows) if backward else (weight.rows, weight.columns)
+    if not backward and 0 < a.numel() <= THIN_ROWS * of:
+        return _thin_product(a, weight, dtype, a.numel() // of)
+    out = torch.empty((*a.shape[:-1], to), dtype=dtype)
+    rows = a.numel() // of
+    if rows == 0:
+        return out
+    if not a.is_contiguous():
+        a = a.contiguous()
+    kept, numbers = as_numbers(weight)
+    dtypes = native.DTYPES
+    call = (a.data_ptr(), out.data_ptr(), rows, backward, dtypes[a.dtype], dtypes[dtype], native.threads())
+    native.library().minipeft_product(native.packer(17).pack(*numbers, *call))
+    del kept
+    return out
+
+
+def adapted_product(
+    x: Tensor, weight: NF4, dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor | None:
+    """x W^T + s (x A^T) B^T for up to THIN_ROWS rows of x, or None where the compiled code has no such product.
+
+    In one call: of a small layer and one row, each call of torch's takes as long as the whole.
+
+    Args:
+        x, dtype: as `product`'s.
+        lora_A, lora_B: (r, K) and (N, r), float32, in which the update is computed and added before rounding.
+        scaling: s.
+
+    Returns:
+        (..., N).
+
+    Raises:
+        ValueError: as `product`.
+    """
+    n, k = weight.rows, weight.columns
+    rows = x.numel() // k if k else 0
+    if not 0 < rows <= THIN_ROWS or not _fits(x.dtype, weight, dtype, backward=False) or not _has_memory(x):
+        return None
+    rank = lora_A.shape[0]
+    if not _is_matrix(lora_A, (rank, k)) or not _is_matrix(lora_B, (n, rank)):
+        return None
+    return _thin_product(x, weight, dtype, rows, (lora_A.data_ptr(), lora_B.data_ptr(), rank), scaling)
+
+
+def _is_matrix(t: Tensor, shape: tuple[int, int]) -> bool:
+    return t.dtype == torch.float32 and t.shape == shape and t.is_cpu and t.is_contiguous() and _has_memory(t)
+
+
+def _has_memory(t: Tensor) -> bool:
+    """False while a sharded model has freed the tensor's storage, which is then not needed."""
+    return t.data_ptr() != 0 or t.numel() == 0
+
+
+def _thin_product(
+    x: Tensor,
+    weight: NF4,
+    dtype: torch.dtype,
+    rows: int,
+    update: tuple[int, int, int] = (0, 0, 0),
+    scaling: float = 0.0,
+) -> Tensor | None:
+    """`adapted_product` of arguments that fit; update: the addresses of A and B, and the rank."""
+    x = x if x.is_contiguous() else x.contiguous()
+    out = torch.empty((*x.shape[:-1], weight.rows), dtype=dtype)
+    kept, numbers = as_numbers(weight)
+    dtypes = native.DTYPES
+    call = (x.data_ptr(), out.data_ptr(), rows, dtypes[x.dtype], dtypes[dtype], native.threads(), *update, scaling)
+    done = native.library().minipeft_thin(_THIN_CALL.pack(*numbers, *call))
+    del kept
+    return out if done else None
+
+
+def _fits(a: torch.dtype, weight: NF4, dtype: torch.dtype, backward: bool) -> bool:
+    """True if the compiled code has the product of an `a` of that dtype and `weight` with a result of `dtype`."""
+    n, k, blocksize = weight.rows, weight.columns, weight.blocksize
+    # Blocks are powers of two wherever they come from a checked weight.
+    if n == 0 or k == 0 or blocksize < 32 or k % blocksize or blocksize & (blocksize - 1) or dtype not in _RESULTS:
+        return False
+    if a == torch.bfloat16:
+        # Its instruction adds two terms at a time, backward two rows of W.
+        return native.level() == native.AVX512_BF16 and not (backward and n % 2)
+    return a == torch.float32 and native.level() >= native.AVX512

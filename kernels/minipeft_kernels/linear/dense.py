@@ -1,0 +1,58 @@
+"""Products with a frozen dense weight, and the update alone, which has none.
+
+Autograd through `F.linear` and two small products would multiply by whatever `torch.mm` takes (see `dense_product`) and
+keep the input once more, cast to the adapter's dtype. Where base and update have one dtype, the update is added where
+the base product lies; a 16-bit base under a float32 adapter is added to it in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import arithmetic_dtype, dense_product
+from .low_rank import LowRank
+
+
+def forward(
+    rows: Tensor, weight: Tensor | None, bias: Tensor | None, update: LowRank | None, compute_dtype: torch.dtype
+) -> Tensor:
+    """rows W^T + b + low up^T: (M, K) -> (M, N), in the dtype of the arithmetic or in the wider one of the update.
+
+    Without W the result is low up^T alone. The product is in the dtype of rows, whatever `compute_dtype` is.
+    """
+    if weight is None:
+        assert update is not None and bias is None
+        low, up = update
+        return dense_product(low, up.to(low.dtype))
+    y = _base_product(rows, weight)
+    if bias is not None:
+        y.add_(bias.to(y.dtype))
+    if update is None:
+        return y
+    low, up = update
+    return _add_product(y, low, up.to(low.dtype).T)
+
+
+def input_gradient(rows: Tensor, weight: Tensor | None, update: LowRank | None, compute_dtype: torch.dtype) -> Tensor:
+    """rows W + low up: (M, N) -> (M, K), likewise."""
+    if weight is None:
+        assert update is not None
+        low, up = update
+        return dense_product(low, up.to(low.dtype).T)
+    dx = _base_product(rows, weight.T)
+    if update is None:
+        return dx
+    low, up = update
+    return _add_product(dx, low, up.to(low.dtype))
+
+
+def _base_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows W^T, computed and given in the dtype of the arithmetic."""
+    dtype = arithmetic_dtype(rows.dtype, rows.device)
+    return dense_product(rows.to(dtype), weight.to(dtype))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b: in place where the dtypes agree, else in the wider of them."""
+    return total.addmm_(a, b) if total.dtype == a.dtype else total + a @ b

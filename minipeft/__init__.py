@@ -53,10 +53,16 @@ _HOME = {
 
 __all__ = sorted(_HOME)
 
+# Modules that are imported beside another one. Importing minipeft.nf4.hf lets transformers read 4-bit checkpoints, so
+# that a script that uses adapters can load its base model.
+_WITH = {"minipeft.auto": "minipeft.nf4.hf", "minipeft.model": "minipeft.nf4.hf"}
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'minipeft' has no attribute {name!r}")
+    if _HOME[name] in _WITH:
+        importlib.import_module(_WITH[_HOME[name]])
     value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
     return value
 

@@ -42,7 +42,7 @@ def mix_out(obj: Any) -> None:
 
 
 class Mixin(_Base):
-    """What every mixin has: an object whose class was put together at run time can be pickled and copied."""
+    """The base of every mixin: an object whose class was put together at run time can be pickled and copied."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls, mixins = type(self), []
@@ -61,7 +61,7 @@ def _put_together(plain: Any, mixins: list[tuple[type, str]]) -> Any:
 
 
 def own_attributes(module: Any) -> tuple[str, ...]:
-    """What adapting has added to `module`, by all the mixins in front of it."""
+    """The names of the attributes that the mixins in front of `module` have added to it."""
     adapted: Any = type(module)
     return _own_attributes_of(adapted)
 
@@ -73,11 +73,11 @@ def _own_attributes_of(adapted: type) -> tuple[str, ...]:
 
 @dataclasses.dataclass
 class Switch:
-    """Which adapters act, shared by reference by a model and all its adapted modules."""
+    """The adapters that act, shared by reference by a model and all its adapted modules."""
 
     active: tuple[str, ...] = ()
     enabled: bool = True
-    # Set while each row of a batch goes through an adapter of its own (see `lora_rows.py`).
+    # Set while each row of a batch goes through an adapter of its own (`Registration.rows`).
     by_row: Any = None
 
     @property
@@ -87,16 +87,50 @@ class Switch:
 
     @property
     def rows(self) -> Any:
-        """The `RowAdapters` that change the rows of the model's output now, if any."""
+        """The assignment of adapters to the rows of the model's output, if there is one now."""
         return self.by_row if self.enabled else None
+
+
+class AdaptedModel(Mixin):
+    """A model that carries adapters, as the functions of the core see it; `PeftModel` is its public face.
+
+    Attributes:
+        peft_config: adapter name -> its config.
+        _switch: the switch that its adapted modules share.
+        _row_functions: adapter name -> its method's `Registration.rows`, looked up when the adapter is attached:
+            torch.compile cannot follow the look-up during a call.
+    """
+
+    peft_config: dict[str, Any]
+    _switch: Switch
+    _row_functions: dict[str, Callable[..., Any]]
+
+
+class PackedLayer(nn.Module):
+    """A linear layer whose frozen weight is packed into fewer bits than its numbers have.
+
+    Attributes:
+        weight: The packed codes, of any shape.
+        weight_dtype: The dtype that the weight had before it was packed.
+    """
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    weight_dtype: torch.dtype
+
+    @classmethod
+    def make_dense(cls, model: nn.Module) -> None:
+        """Put dense layers in the places of all such layers of `model`, in the dtypes they had before packing."""
+        raise NotImplementedError
 
 
 class AdapterModule(Mixin):
     """A module that holds the tensors of some adapters, and can be asked about them.
 
-    A subclass says which tensors are an adapter's (`adapter_state`), how one comes and goes (`add_adapter`,
-    `delete_adapter`) and, where the method can, how it is folded into the base tensors (`merge`). Two mixins may stand
-    in front of one module, for adapters of two methods: so every method here passes on to `super()`.
+    A subclass says which tensors are an adapter's (`adapter_state`), how an adapter is added and removed
+    (`add_adapter`, `delete_adapter`) and, where the method can, how it is folded into the base tensors (`merge`). Two
+    mixins may stand in front of one module, for adapters of two methods: so every method here passes on to `super()`.
 
     Merging never writes into a base tensor: it puts a new one in its place and keeps the original, so `unmerge` is
     exact in every dtype, and a tensor that another module shares (tied embeddings) is left alone.
@@ -104,7 +138,7 @@ class AdapterModule(Mixin):
 
     # An adapted `Linear` is shown as `<name_prefix>Linear`.
     name_prefix: ClassVar[str]
-    # Whether this mixin stands in front of those that come after it, too.
+    # True if this mixin stays in front of those that are put in later.
     outermost: ClassVar[bool] = False
     # Attributes that this class adds to the module, removed when it becomes plain again.
     _own_attributes: ClassVar[tuple[str, ...]] = ("switch", "merged_adapters", "_originals")
@@ -114,17 +148,17 @@ class AdapterModule(Mixin):
     _originals: dict[str, nn.Parameter | None]
 
     def attach(self, switch: Switch) -> None:
-        """Set up what is not there yet, right after the module's class was changed."""
+        """Set up the attributes that are not there yet, right after the module's class was changed."""
         if not hasattr(self, "switch"):
             self.switch = switch
             self.merged_adapters = ()
             self._originals = {}
 
     def detach(self) -> None:
-        """Make the module plain again, whatever was in front of it. What was merged stays; adapters are gone."""
+        """Make the module plain again: every mixin goes, and all adapters with them. Merged weights stay."""
         for name in own_attributes(self):
             delattr(self, name)
-        # What is no adapter's (the model's own mixin, on a model that is one adapted module) stays.
+        # PeftModel's mixin stays, on a model that is itself one adapted module.
         while "_plain_class" in vars(type(self)) and issubclass(type(self).__mro__[1], AdapterModule):
             mix_out(self)
 
@@ -149,11 +183,22 @@ class AdapterModule(Mixin):
         return {}
 
     def stored_state(self, adapter: str, values: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the adapter's file holds of `adapter_state`, with `values(tensor)` in the place of each live tensor.
+        """The tensors in the adapter's file, with `values(tensor)` in the place of each live tensor.
 
-        A method whose file holds something else than the tensors that it trains says here what.
+        By default those of `adapter_state`. A method whose file holds something else than what it trains overrides it.
         """
         return {name: values(tensor) for name, tensor in self.adapter_state(adapter).items()}
+
+    def plain_state(self, adapter: str, values: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As `stored_state`, of the plain adapter that acts alike on the base model itself (`PeftConfig.plain`)."""
+        return self.stored_state(adapter, values)
+
+    def stored_beside(self, adapter: str) -> bool:
+        """True if the file of `adapter` holds the base weight of this module as well, should it be an embedding.
+
+        PEFT writes it then under a name of its own, which says that the embedding is adapted.
+        """
+        return False
 
     def replaced_tensors(self, adapter: str) -> list[str]:
         """The base parameters that `adapter` replaces by its own: two adapters that do so cannot act together."""
@@ -173,6 +218,20 @@ class AdapterModule(Mixin):
             owner._parameters[name] = self._originals.pop(path)
         self.merged_adapters = ()
 
+    def merged_finite(self, adapters: tuple[str, ...]) -> bool:
+        """True if merging `adapters` would leave no weight here infinite or NaN. Nothing is changed."""
+        return True
+
+    def dense_form(self) -> nn.Module | None:
+        """The module to put in the place of this one when all adapters go; None if this one, made plain, will do.
+
+        A packed layer whose merged weight is dense gives a dense layer.
+        """
+        return None
+
+    def requantize(self) -> None:
+        """Pack a merged weight again as the base weight was; nothing happens if it was not packed."""
+
     def _install(self, path: str, tensor: torch.Tensor) -> None:
         """Put `tensor` in the place of the base parameter `path`, keeping the original for `unmerge`."""
         owner, name = self._owner_of(path)
@@ -185,7 +244,7 @@ class AdapterModule(Mixin):
         return self.get_submodule(prefix), name
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # The originals are not registered while something stands in their place: move them along.
+        # The originals are not registered while merged tensors stand in their place: move them along.
         for original in self._originals.values():
             if original is not None:
                 original.data = fn(original.data)

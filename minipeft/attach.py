@@ -1,6 +1,7 @@
 """Adapting a model in place: freeze it, put a method's mixins in front of its modules, create an adapter's tensors.
 
-`methods/` says how a method finds its modules and what it does there; here is what all of them share.
+A method says which modules it adapts and how (`adapter.Method`, found in the table of methods); this file does what is
+the same for all methods.
 """
 
 from __future__ import annotations
@@ -13,22 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from minipeft.adapter import AdapterModule, Method, Switch, base_modules, mix_in, mix_out
-from minipeft.bottleneck.layer import BOTTLENECK
-from minipeft.config import PeftConfig, PeftType
+from minipeft.adapter import AdaptedModel, AdapterModule, Method, PackedLayer, Switch, base_modules, mix_in, mix_out
+from minipeft.config import PeftConfig
 from minipeft.copies import TrainedBias, TrainedModule
-from minipeft.lora.layers import LORA
-from minipeft.nf4 import NF4Linear
+from minipeft.methods import method_of
 from minipeft.targets import check_unused_names, modules_to_save, plain_module_names
-from minipeft.virtual.prefix import PREFIXES
-from minipeft.virtual.prompt import PROMPTS
-
-METHODS: dict[Any, Method] = {
-    PeftType.LORA: LORA,
-    PeftType.BOTTLENECK: BOTTLENECK,
-    PeftType.PREFIX_TUNING: PREFIXES,
-    PeftType.PROMPT_TUNING: PROMPTS,
-}
 
 
 def adapter_modules(model: nn.Module) -> list[tuple[str, AdapterModule]]:
@@ -49,10 +39,10 @@ def attach_adapter(
     autocast_adapter_dtype: bool = True,
     init: bool = True,
 ) -> None:
-    """Add `adapter` to `model`: mix what is missing into its modules and create the tensors, trainable.
+    """Add `adapter` to `model`: put the method's mixins in front of its modules and create the tensors, trainable.
 
-    What `config` left open (targets, modules to save) is filled in. Nothing is changed when a name does not match: all
-    checks come first.
+    Targets and modules to save that `config` left open are filled in. Nothing is changed when a name does not match:
+    all checks come first.
 
     Args:
         autocast_adapter_dtype: Hold the tensors in float32 over 16-bit and 4-bit modules.
@@ -63,7 +53,7 @@ def attach_adapter(
     check_adapter_name(adapter)
     if init:
         config.check_start()
-    method = METHODS[config.peft_type]
+    method: Method = method_of(str(config.type_name)).load("attach")
     saved = modules_to_save(model, config)
     _check_saved(model, saved)
     targets = method.find(model, config, saved)
@@ -87,9 +77,67 @@ def attach_adapter(
             _train_all_biases(model, adapter, switch, autocast_adapter_dtype)
 
 
+def add_adapter(
+    model: AdaptedModel, adapter: str, config: PeftConfig, autocast_adapter_dtype: bool = True, init: bool = True
+) -> None:
+    """`attach_adapter`, and enter it in the model's list; it acts if there was no other. Merged weights are unmerged.
+
+    Raises as `attach_adapter`.
+    """
+    unmerge(model)
+    attach_adapter(model, config, adapter, model._switch, autocast_adapter_dtype, init)
+    model.peft_config[adapter] = config
+    by_row = method_of(str(config.type_name)).load("rows")
+    if by_row is not None:
+        model._row_functions[adapter] = by_row
+    if not model._switch.active:
+        model._switch.active = (adapter,)
+
+
+def delete_adapter(model: AdaptedModel, adapter: str) -> None:
+    """Remove an adapter and its tensors; if it was the only one to act, the first of the others acts.
+
+    Raises ValueError for an unknown adapter.
+    """
+    config_of(model, adapter)
+    unmerge(model)
+    for _, module in adapter_modules(model):
+        module.delete_adapter(adapter)
+    del model.peft_config[adapter]
+    model._row_functions.pop(adapter, None)
+    left = tuple(name for name in model._switch.active if name != adapter)
+    model._switch.active = left or tuple(model.peft_config)[:1]
+
+
+def config_of(model: AdaptedModel, adapter: str) -> PeftConfig:
+    """The config of `adapter`.
+
+    Raises ValueError for an unknown adapter.
+    """
+    if adapter not in model.peft_config:
+        raise ValueError(f"there is no adapter called {adapter!r}; there are {sorted(model.peft_config)}")
+    config: PeftConfig = model.peft_config[adapter]
+    return config
+
+
+def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
+    """Turn the gradients of an adapter's floating-point tensors on or off."""
+    for _, module in adapter_modules(model):
+        for tensor in module.adapter_state(adapter).values():
+            if tensor.is_floating_point():
+                tensor.requires_grad_(trainable)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the original base weights back. Nothing happens if nothing is merged."""
+    for _, module in adapter_modules(model):
+        if module.merged_adapters:
+            module.unmerge()
+
+
 @contextlib.contextmanager
 def _undone_on_error(model: nn.Module, adapter: str) -> Iterator[None]:
-    """If the block fails (out of memory, most likely), what it made of `adapter` goes."""
+    """If the block fails (out of memory, most likely), remove the tensors of `adapter` that it made."""
     try:
         yield
     except BaseException:
@@ -99,7 +147,7 @@ def _undone_on_error(model: nn.Module, adapter: str) -> Iterator[None]:
 
 
 def become(module: Any, mixin: type[AdapterModule], switch: Switch) -> None:
-    """Make `module` an instance of `mixin`, in front of what other adapters have put there (see `outermost`)."""
+    """Make `module` an instance of `mixin`, in front of other adapters' mixins but for the `outermost` ones."""
     if isinstance(module, mixin):
         return
     lifted: list[Any] = []
@@ -112,7 +160,7 @@ def become(module: Any, mixin: type[AdapterModule], switch: Switch) -> None:
 
 
 def tell_quantizer(model: nn.Module, attached: bool) -> None:
-    """transformers trains a quantized model only when its quantizer says it is trainable: with an adapter it is."""
+    """Tell transformers' quantizer if there is an adapter: only then may a quantized model be trained."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer._minipeft_attached = attached
@@ -163,6 +211,6 @@ def _train_all_biases(model: nn.Module, adapter: str, switch: Switch, autocast: 
 
 def _adapter_dtype(module: nn.Module, autocast: bool) -> torch.dtype:
     """float32 over a 16-bit or 4-bit module, unless `autocast` is off: then the module's own."""
-    packed = next((m for _, m in base_modules(module) if isinstance(m, NF4Linear)), None)
+    packed = next((m for _, m in base_modules(module) if isinstance(m, PackedLayer)), None)
     own = packed.weight_dtype if packed is not None else next(p.dtype for p in module.parameters())
     return torch.float32 if autocast and own in (torch.float16, torch.bfloat16) else own

@@ -10,24 +10,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
-import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from minipeft.files import write_text
+from minipeft.methods import METHODS, method_of, type_of
 
 CONFIG_NAME = "adapter_config.json"
 
 # The PEFT release whose fields, names and file format the configs follow; written as `peft_version`.
 PEFT_FORMAT = "0.21.2"
 
-ConfigClass = TypeVar("ConfigClass", bound=type)
-
 
 class PeftType(str, enum.Enum):
-    """The methods that minipeft has, under PEFT's names where PEFT has them."""
+    """minipeft's own methods, under PEFT's names where PEFT has them. Others go by the name they register."""
 
     LORA = "LORA"
     BOTTLENECK = "BOTTLENECK"
@@ -36,7 +34,7 @@ class PeftType(str, enum.Enum):
 
 
 class TaskType(str, enum.Enum):
-    """What the model is for. It decides which head modules are trained and saved whole, besides the adapter."""
+    """The task of the model. It decides which head modules are trained and saved whole, besides the adapter."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -46,25 +44,9 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-_CONFIG_OF_METHOD: dict[PeftType, Any] = {}
-
-# Whose import registers a config class: a config may be read before any method is used.
-_HOMES = ("minipeft.lora.config", "minipeft.bottleneck.config", "minipeft.virtual.prefix", "minipeft.virtual.prompt")
-
-
-def register_method(peft_type: PeftType) -> Callable[[ConfigClass], ConfigClass]:
-    """Class decorator: the config class that `peft_type` reads its JSON with."""
-
-    def register(config_class: ConfigClass) -> ConfigClass:
-        _CONFIG_OF_METHOD[peft_type] = config_class
-        return config_class
-
-    return register
-
-
 @dataclasses.dataclass
 class PeftConfig:
-    """What every method's configuration has (PEFT's `PeftConfig`).
+    """The fields of every method's configuration (PEFT's `PeftConfig`), and the verbs that a method may override.
 
     Raises ValueError for a field value that asks for something minipeft lacks, and for an unknown `task_type`.
     """
@@ -77,38 +59,72 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
-    # Whether an adapter of this method can be folded into the base weights.
+    # True if an adapter of this method can be folded into the base weights.
     mergeable: ClassVar[bool] = False
-    # What the names of modules start with in the adapter's file.
+    # True if the method gives the model virtual tokens (PEFT's word for that).
+    is_prompt_learning: ClassVar[bool] = False
+    # The first part of every tensor's name in the adapter's file, before the module's name.
     key_prefix: ClassVar[str] = "base_model.model."
-    # Field -> the values under which it asks for nothing. Filled in by each method.
+    # Fields that minipeft lacks -> the values that ask for nothing. Filled in by each method.
     unsupported: ClassVar[Mapping[str, tuple]] = {}
 
     def __post_init__(self) -> None:
         self.task_type = _enum(TaskType, self.task_type, "task_type")
-        own_type = _type_of(type(self))
-        if self.peft_type is not None and _enum(PeftType, self.peft_type, "peft_type") is not own_type:
-            raise ValueError(
-                f"{type(self).__name__} is for peft_type {own_type and own_type.value!r}, got {self.peft_type!r}"
-            )
+        own_type = _as_peft_type(type_of(type(self)))
+        if self.peft_type is not None and _as_peft_type(self.peft_type) != own_type:
+            known = [*dict.fromkeys(method.peft_type for method in METHODS.values())]
+            if self.peft_type not in known:
+                raise ValueError(f"peft_type must be one of {known}, got {self.peft_type!r}")
+            raise ValueError(f"{type(self).__name__} is for peft_type {_name(own_type)!r}, got {self.peft_type!r}")
         self.peft_type = own_type
-        for field in self._asked_in_vain(vars(self)):
+        for field in self._unsupported_fields(vars(self)):
             raise ValueError(
                 f"{type(self).__name__}({field}={getattr(self, field)!r}) is not supported by minipeft; "
                 f"leave {field} at its default ({getattr(type(self), field, None)!r})"
             )
 
+    @property
+    def type_name(self) -> str | None:
+        """`peft_type` as the string that files hold."""
+        return _name(self.peft_type)
+
     @classmethod
-    def _asked_in_vain(cls, values: Mapping[str, Any]) -> list[str]:
+    def _unsupported_fields(cls, values: Mapping[str, Any]) -> list[str]:
         """The fields of `values` that ask for something minipeft does not have."""
-        asking = {field: values[field] for field in cls.unsupported if not _asks_for_nothing(values.get(field))}
+        asking = {field: values[field] for field in cls.unsupported if not _is_neutral(values.get(field))}
         return [field for field, value in asking.items() if value not in cls.unsupported[field]]
+
+    # Verbs that a method may answer in its own way.
+
+    @classmethod
+    def completed(cls, arguments: Mapping[str, Any], model: str) -> dict[str, Any]:
+        """The arguments that a user gave `minipeft train`, with those that follow from them.
+
+        Args:
+            model: Directory or hub name of the base model.
+        """
+        return dict(arguments)
 
     def check_start(self) -> None:
         """Raise ValueError if an adapter of this config can be loaded, but not made anew."""
 
+    def fields_of_training(self) -> set[str]:
+        """The fields that change nothing about what an adapter with given tensors computes."""
+        return {
+            *("inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type"),
+            *("target_modules", "exclude_modules"),
+        }
+
+    def positions_taken(self, model_type: str) -> int:
+        """The number of the model's positions that the adapter takes away from the text.
+
+        Args:
+            model_type: transformers' `config.model_type` of the base model's text part.
+        """
+        return 0
+
     def file_marks(self) -> dict[str, str]:
-        """What the adapter's file of tensors says about itself, for `check_marks`."""
+        """The metadata of the adapter's file of tensors, for `check_marks`."""
         return {}
 
     def check_marks(self, marks: Mapping[str, str], source: str) -> None:
@@ -118,19 +134,30 @@ class PeftConfig:
             source: Names it in errors.
         """
 
+    def saving_notice(self) -> str | None:
+        """A sentence that warns the user who saves such an adapter, if there is something to say."""
+        return None
+
+    def plain(self) -> PeftConfig:
+        """The config of the plain adapter that acts alike on the base model itself (`AdapterModule.plain_state`).
+
+        Raises ValueError when the adapter starts from nothing but the base model as it is.
+        """
+        raise ValueError(
+            "path_initial_model_for_weight_conversion makes PiSSA adapters plain LoRA; this one has "
+            f"init_lora_weights={getattr(self, 'init_lora_weights', None)!r}"
+        )
+
     def for_loading(self, trainable: bool, training_file: bool) -> None:
         """Get ready to describe an adapter that is loaded.
 
         Args:
-            trainable: Whether it will be trained.
-            training_file: Whether there are tensors that are for training alone beside it.
+            trainable: True if it will be trained.
+            training_file: True if there are tensors that are for training alone beside it.
         """
         self.inference_mode = not trainable
 
-    @property
-    def is_prompt_learning(self) -> bool:
-        """Whether the method gives the model virtual tokens."""
-        return self.peft_type in (PeftType.PREFIX_TUNING, PeftType.PROMPT_TUNING)
+    # Files
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json`, whole or not at all, to a folder, which is made if there is none."""
@@ -151,14 +178,14 @@ class PeftConfig:
 
         Raises ValueError naming the field and `source` otherwise.
         """
-        config_class = _class_of(values, source) if _type_of(cls) is None else cls
+        config_class = _class_of(values, source) if type_of(cls) is None else cls
         known = {f.name for f in dataclasses.fields(config_class)}
         for field, value in values.items():
-            if field not in known and not _asks_for_nothing(value):
+            if field not in known and not _is_neutral(value):
                 near = difflib.get_close_matches(field, known, n=1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise ValueError(f"{source}: field {field!r} = {value!r} is not known to minipeft{hint}")
-        for field in config_class._asked_in_vain(values):
+        for field in config_class._unsupported_fields(values):
             raise ValueError(
                 f"{source}: the adapter was made with {field}={values[field]!r}, which minipeft does not have: use it "
                 f"with PEFT, or train one without {field}"
@@ -175,7 +202,7 @@ class PeftConfig:
         Raises FileNotFoundError when there is none, ValueError when it cannot be used.
         """
         file = Path(path) / (kwargs.pop("subfolder", None) or "") / CONFIG_NAME
-        # How to reach a hub: adapters are read from folders.
+        # These arguments say how to reach a hub; adapters are read from folders.
         unknown = kwargs.keys() - {"revision", "token", "cache_dir", "local_files_only", "force_download"}
         if unknown:
             raise TypeError(f"PeftConfig.from_pretrained does not take {sorted(unknown)}")
@@ -195,18 +222,23 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
     return PeftConfig.from_dict(config_dict)
 
 
-def _type_of(config_class: type[PeftConfig]) -> PeftType | None:
-    return next((t for t, c in _CONFIG_OF_METHOD.items() if issubclass(config_class, c)), None)
-
-
 def _class_of(values: Mapping[str, Any], source: str) -> type[PeftConfig]:
-    for home in _HOMES:
-        importlib.import_module(home)
     name = values.get("peft_type")
-    if name not in [t.value for t in _CONFIG_OF_METHOD]:
-        known = ", ".join(t.value for t in _CONFIG_OF_METHOD)
-        raise ValueError(f"{source}: peft_type {name!r} is not a method that minipeft has ({known})")
-    return _CONFIG_OF_METHOD[PeftType(name)]
+    try:
+        config_class: type[PeftConfig] = method_of(str(_name(name))).load("config")
+    except KeyError:
+        known = ", ".join(dict.fromkeys(method.peft_type for method in METHODS.values()))
+        raise ValueError(f"{source}: peft_type {name!r} is not a method that minipeft has ({known})") from None
+    return config_class
+
+
+def _as_peft_type(name: Any) -> Any:
+    """The member of `PeftType` called `name`, or `name` itself."""
+    return PeftType(name) if name in [kind.value for kind in PeftType] else name
+
+
+def _name(peft_type: Any) -> str | None:
+    return peft_type.value if isinstance(peft_type, enum.Enum) else peft_type
 
 
 def _enum(kind: type[enum.Enum], value: Any, field: str) -> Any:
@@ -218,7 +250,7 @@ def _enum(kind: type[enum.Enum], value: Any, field: str) -> Any:
         raise ValueError(f"{field} must be one of {[m.value for m in kind]}, got {value!r}") from None
 
 
-def _asks_for_nothing(value: Any) -> bool:
+def _is_neutral(value: Any) -> bool:
     return value is None or value is False or (isinstance(value, list | dict | str | tuple | set) and not value)
 
 

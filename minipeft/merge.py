@@ -1,138 +1,146 @@
-"""What becomes of the base weights under adapters: folded together, given back plain, and never resized."""
+"""Folding adapters into the base weights and out again, and giving back the plain model."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
-from minipeft.adapter import Switch, mix_out
-from minipeft.attach import adapter_modules, tell_quantizer
-from minipeft.lora.layer import LoraLayer
-from minipeft.nf4 import NF4Linear
-from minipeft.unloading import (
-    dequantize_rest,
-    detach_adapters,
-    requantize_merged,
-    untie_what_differs,
-    weight_dtype,
-)
-
-if TYPE_CHECKING:
-    _Base = nn.Module
-else:
-    _Base = object
+from minipeft.adapter import AdaptedModel, PackedLayer, mix_out
+from minipeft.attach import adapter_modules, config_of, tell_quantizer, unmerge
 
 logger = logging.getLogger("minipeft")
 
 
-class MergedModel(_Base):
-    """Merging and unloading (mixed into `PeftModel`)."""
+def merge(model: AdaptedModel, names: tuple[str, ...], safe_merge: bool = False) -> None:
+    """Fold the adapters `names` into the base weights; the output stays the same.
 
-    if TYPE_CHECKING:
-        peft_config: dict[str, Any]
-        _switch: Switch
-        _config_of: Any
+    The sum is made in float32 and the original weights are kept, so `unmerge` is exact.
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters (those that act by default) into the base weights; the output stays the same.
+    Args:
+        safe_merge: Check first that no merged weight is infinite or NaN.
 
-        The sum is made in float32 and the original weights are kept, so `unmerge_adapter` is exact.
+    Raises ValueError for unknown adapters, adapters that cannot be merged or not together and, with `safe_merge`, for
+        non-finite weights, naming the module.
+    """
+    for name in names:
+        config = config_of(model, name)
+        if not config.mergeable:
+            kind = type(config).__name__.removesuffix("Config")
+            raise ValueError(f"adapter {name!r} cannot be merged: {kind} changes more than the weights")
+    check_compatible(model, names)
+    unmerge(model)
+    modules = adapter_modules(model) if names else []
+    for path, module in modules if safe_merge else ():
+        if not module.merged_finite(names):
+            raise ValueError(f"merging {list(names)} would make a weight of {path} infinite or NaN")
+    for _, module in modules:
+        module.merge(names)
 
-        Args:
-            safe_merge: Check first that no merged weight is infinite or NaN.
 
-        Raises ValueError for unknown adapters and, with `safe_merge`, for non-finite weights, naming the module.
-        """
-        names = self._switch.active if adapter_names is None else tuple(adapter_names)
+def merged_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that are merged now."""
+    return next((m.merged_adapters for _, m in adapter_modules(model) if m.merged_adapters), ())
+
+
+def check_compatible(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Raise ValueError if two of the adapters replace the same base tensor, so that they cannot act together."""
+    for path, module in adapter_modules(model) if len(names) > 1 else ():
+        owners: dict[str, str] = {}
         for name in names:
-            config = self._config_of(name)
-            if not config.mergeable:
-                kind = type(config).__name__.removesuffix("Config")
-                raise ValueError(f"adapter {name!r} cannot be merged: {kind} changes more than the weights")
-        self._check_compatible(names)
-        self.unmerge_adapter()
-        if safe_merge:
-            self._check_finite(names)
-        for _, module in adapter_modules(self) if names else ():
-            module.merge(names)
+            for tensor in module.replaced_tensors(name):
+                if owners.setdefault(tensor, name) != name:
+                    raise ValueError(
+                        f"adapters {owners[tensor]!r} and {name!r} cannot act together: both train "
+                        f"{path}.{tensor} whole"
+                    )
 
-    def unmerge_adapter(self) -> None:
-        """Put the original base weights back. Nothing happens if nothing is merged."""
-        for _, module in adapter_modules(self):
-            if module.merged_adapters:
-                module.unmerge()
 
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        requantize: bool = False,
-    ) -> Any:
-        """Fold the adapters (those that act by default) into the weights and return the plain model.
+@contextlib.contextmanager
+def adapters_off(model: AdaptedModel) -> Iterator[None]:
+    """Inside the block the model is the base model; adapters that are merged are merged again after it."""
+    merged, enabled = merged_adapters(model), model._switch.enabled
+    unmerge(model)
+    model._switch.enabled = False
+    try:
+        yield
+    finally:
+        model._switch.enabled = enabled
+        if merged:
+            merge(model, merged)
 
-        Args:
-            requantize: What becomes of a 4-bit model. By default all its layers come back in the dtype that they had
-                before quantization, exactly as they acted with the adapter. True quantizes the merged weights again:
-                small, but rounded. Which of the two happened is logged.
-        """
-        self.merge_adapter(adapter_names, safe_merge)
-        quantized = any(isinstance(module, NF4Linear) for module in self.modules())
-        if requantize:
-            requantize_merged(self)
-        plain = self.unload(keep_merged=True)
-        if quantized and requantize:
-            logger.warning("merged into NF4: the merged weights were quantized again, which rounds them")
-        elif quantized:
-            dequantize_rest(plain)
-            logger.warning("merged into %s: the model is no longer quantized", weight_dtype(plain))
-        return plain
 
-    def unload(self, keep_merged: bool = False) -> Any:
-        """Remove all adapters and return the plain model, base weights as they were (unless `keep_merged`)."""
-        if not keep_merged:
-            self.unmerge_adapter()
-        detach_adapters(self)
-        untie_what_differs(self)
-        tell_quantizer(self, attached=False)
-        del self.peft_config, self._switch
-        mix_out(self)
-        return self
+def unload(model: AdaptedModel) -> Any:
+    """Remove all adapters and `PeftModel` itself; return the plain model. Merged weights stay merged.
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As the plain model's, unless an adapter trains an embedding: its tensors would not fit the new one.
+    A packed layer that is merged becomes a dense one.
+    """
+    for path, module in list(adapter_modules(model)):
+        dense = module.dense_form()
+        module.detach()
+        if dense is not None:
+            model.set_submodule(path, dense.requires_grad_(False))
+    _untie_different_embeddings(model)
+    tell_quantizer(model, attached=False)
+    del model.peft_config, model._switch, model._row_functions
+    mix_out(model)
+    return model
 
-        Raises ValueError then.
-        """
-        ends = [get() for get in (self.get_input_embeddings, self.get_output_embeddings)]  # type: ignore[operator]
-        for path, module in adapter_modules(self):
-            if (args or kwargs) and any(module is end for end in ends) and module.adapter_names():
-                raise ValueError(
-                    f"adapters {sorted(module.adapter_names())} train {path}, which cannot be resized under them: "
-                    "resize the base model first, then attach adapters"
-                )
-        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
-    def _merged(self) -> tuple[str, ...]:
-        return next((m.merged_adapters for _, m in adapter_modules(self) if m.merged_adapters), ())
+def merge_and_unload(model: AdaptedModel, names: tuple[str, ...], safe_merge: bool, requantize: bool) -> Any:
+    """`merge`, then `unload`: the plain model with the adapters in its weights.
 
-    def _check_finite(self, names: tuple[str, ...]) -> None:
-        for path, module in adapter_modules(self):
-            if isinstance(module, LoraLayer) and not torch.isfinite(module.merged_weight(names)).all():
-                raise ValueError(f"merging {list(names)} would make a weight of {path} infinite or NaN")
+    Args:
+        requantize: Pack merged 4-bit weights again, which rounds them. Without, all packed layers of the model become
+            dense, in the dtype that they had before quantization. The log says which of the two happened.
+    """
+    merge(model, names, safe_merge)
+    packed = next((module for module in model.modules() if isinstance(module, PackedLayer)), None)
+    for _, module in adapter_modules(model) if requantize else ():
+        module.requantize()
+    plain = unload(model)
+    if packed is not None and requantize:
+        logger.warning("merged into NF4: the merged weights were quantized again, which rounds them")
+    elif packed is not None:
+        packed.make_dense(plain)
+        if getattr(plain, "hf_quantizer", None) is not None:
+            plain.hf_quantizer.remove_quantization_config(plain)
+        logger.warning("merged into %s: the model is no longer quantized", _weight_dtype(plain))
+    return plain
 
-    def _check_compatible(self, names: tuple[str, ...]) -> None:
-        if len(names) < 2:
-            return
-        for path, module in adapter_modules(self):
-            owners: dict[str, str] = {}
-            for name in names:
-                for tensor in module.replaced_tensors(name):
-                    if owners.setdefault(tensor, name) != name:
-                        raise ValueError(
-                            f"adapters {owners[tensor]!r} and {name!r} cannot act together: both train "
-                            f"{path}.{tensor} whole"
-                        )
+
+def check_resizable(model: Any) -> None:
+    """Raise ValueError if an adapter trains an embedding: its tensors would not fit another vocabulary."""
+    ends = [get() for get in (model.get_input_embeddings, model.get_output_embeddings)]
+    for path, module in adapter_modules(model):
+        if any(module is end for end in ends) and module.adapter_names():
+            raise ValueError(
+                f"adapters {sorted(module.adapter_names())} train {path}, which cannot be resized under them: "
+                "resize the base model first, then attach adapters"
+            )
+
+
+def _untie_different_embeddings(model: Any) -> None:
+    """If merging or a trained copy gave one of two tied embeddings its own weight, say so in the model's config.
+
+    Otherwise saving would drop one of the weights and loading would tie them again.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_output_embeddings"):
+        return
+    first, second = model.get_input_embeddings(), model.get_output_embeddings()
+    if first is None or second is None or not getattr(config, "tie_word_embeddings", False):
+        return
+    if first.weight is not second.weight:
+        config.tie_word_embeddings = False
+        config.get_text_config().tie_word_embeddings = False
+        model.all_tied_weights_keys = {}
+
+
+def _weight_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the first linear layer's weight."""
+    return next(module.weight.dtype for module in model.modules() if isinstance(module, nn.Linear))

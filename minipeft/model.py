@@ -9,72 +9,112 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Importing it lets transformers read 4-bit checkpoints, so a script that uses adapters can load its base model.
-import minipeft.nf4.hf  # noqa: F401
-from minipeft.adapter import Switch, mix_in
-from minipeft.adapter_files import AdapterFiles
-from minipeft.attach import adapter_modules, attach_adapter, switch_of, tell_quantizer
+from minipeft import merge, saving, status
+from minipeft.adapter import AdaptedModel, mix_in
+from minipeft.attach import (
+    add_adapter,
+    config_of,
+    delete_adapter,
+    set_trainable,
+    switch_of,
+    tell_quantizer,
+    unmerge,
+)
 from minipeft.config import PeftConfig
-from minipeft.lora_model import LoraModel
-from minipeft.merge import MergedModel
-from minipeft.state import adapter_state, base_name
-from minipeft.status import StatusModel
+from minipeft.methods import optional_part
+from minipeft.state import LoadResult, base_name
 
 
-class PeftModel(LoraModel, MergedModel, StatusModel, AdapterFiles):
-    """What a model can do once adapters are attached (mixed in front of its own class).
+class PeftModel(AdaptedModel):
+    """The calls that a model has once adapters are attached (mixed in front of its own class).
+
+    Each is a few lines over functions: `attach.py` adds and removes adapters, `merge.py` folds them into the weights,
+    `saving.py` reads and writes them, `status.py` counts.
 
     Attributes:
         peft_config: adapter name -> its config.
     """
-
-    peft_config: dict[str, Any]
-    _switch: Switch
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """`PeftModelForCausalLM(model, config, "default")` and its like are `get_peft_model`, as in PEFT."""
         return super().__new__(cls) if "_plain_class" in vars(cls) else get_peft_model(*args, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # What `__new__` gave is a whole model already.
+        # `__new__` gave a whole model already, unless the plain class is being made.
         if "peft_config" not in vars(self):
             super().__init__(*args, **kwargs)
 
+    # Adapters in and out of directories
+
     @classmethod
     def from_pretrained(  # type: ignore[no-untyped-def]
-        cls,
-        model: Any,
-        model_id: str | Path | None = None,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        **kwargs: Any,
+        cls, model: Any, model_id: str | Path | None = None, adapter_name: str = "default", *args: Any, **kwargs: Any
     ):
         """Attach the adapter in directory `model_id` to `model`, activate it, and return `model`.
 
         Args:
-            is_trainable: Whether the adapter's tensors get gradients; if not, the model is put in eval mode.
-            config: Used in the place of the directory's `adapter_config.json`.
-            autocast_adapter_dtype: Hold the adapter in float32 over a 16-bit or 4-bit model.
+            args, kwargs: As in `load_adapter`: is_trainable (without it the model is put in eval mode), config, ...
 
         Raises FileNotFoundError when there is no adapter, ValueError when it does not fit; `model` is then as before.
         """
         if isinstance(model, str | Path) and "_plain_class" in vars(cls):
-            return super().from_pretrained(model, **kwargs)  # type: ignore[misc]  # what the plain class's name means
+            return super().from_pretrained(model, **kwargs)  # type: ignore[misc]  # the plain class's own meaning
         if model_id is None or isinstance(model, str | Path):
             raise TypeError("PeftModel.from_pretrained takes a model and the adapter's directory")
-        kwargs.update(config=config, autocast_adapter_dtype=autocast_adapter_dtype)
-        with _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext():
-            model.load_adapter(model_id, adapter_name, is_trainable, **kwargs)
-        model.set_adapter(adapter_name)
-        return model if is_trainable else model.eval()
+        return _load_first(model, model_id, adapter_name, *args, **kwargs)
 
-    # Adapters: which there are, which act
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> LoadResult:
+        """Load the adapter in directory `model_id` beside those that are there; it is not activated.
+
+        An adapter of that name is given the stored values if they fit it.
+
+        Args:
+            is_trainable: Turn the gradients of the adapter's tensors on.
+            config: Used in the place of the directory's `adapter_config.json`.
+            autocast_adapter_dtype: Hold the adapter in float32 over a 16-bit or 4-bit model.
+
+        Raises FileNotFoundError or ValueError as `from_pretrained`; the model is then as before.
+        """
+        directory = Path(model_id) / (subfolder or "")
+        saving.load_adapter(self, directory, adapter_name, is_trainable, config, autocast_adapter_dtype, **kwargs)
+        return LoadResult([], [])
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Write the adapters in PEFT's format, and nothing of the base model: see `saving.save_adapters`.
+
+        A model whose last adapter was deleted is written as the plain model that it is.
+        """
+        if self.peft_config:
+            saving.save_adapters(self, save_directory, *args, **kwargs)
+        else:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `nn.Module.load_state_dict`; with `strict=False`, a state of adapters alone lacks nothing.
+
+        Raises ValueError when such a state is not of the adapters that are attached.
+        """
+        adapters_alone = not strict and saving.check_adapters_alone(self, state_dict)
+        result = super().load_state_dict(state_dict, strict, assign)
+        if adapters_alone:
+            result.missing_keys.clear()
+        return result
+
+    # The list of adapters, and those that act
 
     @property
     def active_adapters(self) -> list[str]:
@@ -89,7 +129,7 @@ class PeftModel(LoraModel, MergedModel, StatusModel, AdapterFiles):
     @property
     def active_peft_config(self) -> PeftConfig:
         """The config of the (first) adapter that acts."""
-        return self._config_of(self._switch.active[0])
+        return config_of(self, self._switch.active[0])
 
     def add_adapter(
         self,
@@ -102,96 +142,201 @@ class PeftModel(LoraModel, MergedModel, StatusModel, AdapterFiles):
 
         Raises ValueError when the name is taken or the config does not fit the model, TypeError for wrong types.
         """
-        if not isinstance(peft_config, PeftConfig):
-            raise TypeError(_not_a_config(peft_config))
-        if adapter_name in self.peft_config:
-            raise ValueError(f"there is an adapter called {adapter_name!r} already; delete it or take another name")
-        self._attach(adapter_name, copy.deepcopy(peft_config), autocast_adapter_dtype, init=True)
-        self._set_trainable(adapter_name, not peft_config.inference_mode)
+        _check_config(peft_config)
+        _check_free(self, adapter_name)
+        add_adapter(self, adapter_name, copy.deepcopy(peft_config), autocast_adapter_dtype)
+        set_trainable(self, adapter_name, not peft_config.inference_mode)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        **kwargs: Any,
+    ) -> None:
+        """Add an adapter that is the weighted combination of others (PEFT's method); it is frozen and not active.
+
+        The arguments are those of the method's own function: for LoRA see `lora/combine.py`.
+
+        Raises ValueError for a name that is taken, unknown adapters, and adapters that do not combine.
+        """
+        _check_free(self, adapter_name)
+        kwargs |= {"svd_rank": svd_rank, "svd_clamp": svd_clamp, "svd_full_matrices": svd_full_matrices}
+        kwargs |= {"svd_driver": svd_driver, "density": density, "majority_sign_method": majority_sign_method}
+        combine = optional_part("combine", _types(self, adapters))
+        combine(self, adapters, weights, adapter_name, combination_type, **kwargs)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make this adapter, or these together, act, and no other. What was merged is unmerged.
+        """Make this adapter, or these together, act, and no other. Merged adapters are unmerged.
 
         Unlike PEFT, this does not change which tensors get gradients, unless `inference_mode` turns them off.
 
         Raises ValueError for an unknown adapter, and for several that replace the same base tensor.
         """
-        names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-        for name in names:
-            self._config_of(name)
-        self._check_compatible(names)
-        self.unmerge_adapter()
+        names = self._names(adapter_name)
+        merge.check_compatible(self, names)
+        unmerge(self)
         self._switch.active = names
         if inference_mode:
-            for name in names:
-                self._set_trainable(name, False)
+            self.set_requires_grad(names, False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Turn the gradients of one or several adapters on or off.
 
         Raises ValueError for an unknown adapter.
         """
-        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
-            self._config_of(name)
-            self._set_trainable(name, requires_grad)
+        for name in self._names(adapter_names):
+            set_trainable(self, name, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors; if it was the only one to act, the first of the others acts.
 
         Raises ValueError for an unknown adapter.
         """
-        self._config_of(adapter_name)
-        self.unmerge_adapter()
-        for _, module in adapter_modules(self):
-            module.delete_adapter(adapter_name)
-        del self.peft_config[adapter_name]
-        left = tuple(name for name in self._switch.active if name != adapter_name)
-        self._switch.active = left or tuple(self.peft_config)[:1]
+        delete_adapter(self, adapter_name)
 
     def disable_adapter_layers(self) -> None:
-        """Be the base model until `enable_adapter_layers`; what was merged is unmerged."""
-        self.unmerge_adapter()
+        """Be the base model until `enable_adapter_layers`; merged adapters are unmerged."""
+        unmerge(self)
         self._switch.enabled = False
 
     def enable_adapter_layers(self) -> None:
         """Let the adapters act again."""
         self._switch.enabled = True
 
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Inside the block the model is the base model; also when an adapter is merged."""
-        merged, enabled = self._merged(), self._switch.enabled
-        self.unmerge_adapter()
-        self._switch.enabled = False
-        try:
-            yield
-        finally:
-            self._switch.enabled = enabled
-            if merged:
-                self.merge_adapter(list(merged))
+    def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the model is the base model; also when an adapter is merged."""
+        return merge.adapters_off(self)
+
+    # An adapter for each row of a batch
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """As the plain model's.
+
+        Args:
+            adapter_names: The LoRA adapter that each row of the batch goes through, "__base__" for none; for this call
+                they stand in the place of the adapters that act. Inference only, as in PEFT.
+
+        Raises ValueError for adapters that are unknown, of another method, merged, or that replace base tensors
+            (biases, modules_to_save); for another number of names than rows; and in training mode.
+        """
+        # Not `forward`: its signature must stay the plain model's, since Trainer and `generate` read it.
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)
+        with self._rows(adapter_names):
+            return super().__call__(*args, **kwargs)
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """`generate` of the plain model, if it has one, which then takes `adapter_names` as a call does.
+
+        Beams and several sequences a prompt go through their prompt's adapter.
+        """
+        plain = super().generate  # type: ignore[misc]
+
+        @functools.wraps(plain)
+        def generate(*args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+            with self._rows(adapter_names, repeated=True) if adapter_names is not None else contextlib.nullcontext():
+                return plain(*args, **kwargs)
+
+        return generate
+
+    # Into the weights and out again
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters (those that act by default) into the base weights; the output stays the same.
+
+        The sum is made in float32 and the original weights are kept, so `unmerge_adapter` is exact.
+
+        Args:
+            safe_merge: Check first that no merged weight is infinite or NaN.
+
+        Raises ValueError for unknown adapters and, with `safe_merge`, for non-finite weights, naming the module.
+        """
+        merge.merge(self, self._switch.active if adapter_names is None else tuple(adapter_names), safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original base weights back. Nothing happens if nothing is merged."""
+        unmerge(self)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
+    ) -> Any:
+        """Fold the adapters (those that act by default) into the weights and return the plain model.
+
+        Args:
+            requantize: For a 4-bit model. By default all its layers come back in the dtype that they had before
+                quantization, exactly as they acted with the adapter. True quantizes the merged weights again: small,
+                but rounded. The log says which of the two happened.
+        """
+        names = self._switch.active if adapter_names is None else tuple(adapter_names)
+        return merge.merge_and_unload(self, names, safe_merge, requantize)
+
+    def unload(self) -> Any:
+        """Remove all adapters and return the plain model, base weights as they were."""
+        unmerge(self)
+        return merge.unload(self)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As the plain model's, unless an adapter trains an embedding: its tensors would not fit the new one.
+
+        Raises ValueError then.
+        """
+        if args or kwargs:
+            merge.check_resizable(self)
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
     def get_base_model(self) -> Any:
         """The model itself: here the adapted model and the base model are one object."""
         return self
 
+    # Numbers
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(parameters with a gradient, all parameters); a packed 4-bit weight counts all its values."""
+        return status.count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the two numbers of `get_nb_trainable_parameters` and their ratio."""
+        trainable, total = status.count_parameters(self)
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[status.LayerStatus]:
+        """The status of every adapted module, in the model's order."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.ModelStatus:
+        """The status of the model."""
+        return status.get_model_status(self)
+
     # Inside
 
-    def _attach(self, adapter: str, config: Any, autocast_adapter_dtype: bool, init: bool) -> None:
-        self.unmerge_adapter()
-        attach_adapter(self, config, adapter, self._switch, autocast_adapter_dtype, init)
-        self.peft_config[adapter] = config
-        if not self._switch.active:
-            self._switch.active = (adapter,)
+    def _names(self, names: str | Sequence[str]) -> tuple[str, ...]:
+        """One or several adapters' names as a tuple. Raises ValueError for an unknown adapter."""
+        names = (names,) if isinstance(names, str) else tuple(names)
+        for name in names:
+            config_of(self, name)
+        return names
 
-    def _config_of(self, adapter: str) -> PeftConfig:
-        if adapter not in self.peft_config:
-            raise ValueError(f"there is no adapter called {adapter!r}; there are {sorted(self.peft_config)}")
-        return self.peft_config[adapter]
-
-    def _set_trainable(self, adapter: str, trainable: bool) -> None:
-        for tensor in adapter_state(self, adapter).values():
-            if tensor.is_floating_point():
-                tensor.requires_grad_(trainable)
+    def _rows(self, names: Sequence[str], repeated: bool = False) -> contextlib.AbstractContextManager[None]:
+        functions = self._row_functions
+        able = [functions[name] for name in names or () if name in functions] or [*functions.values()]
+        context: contextlib.AbstractContextManager[None] = (able or [optional_part("rows", ())])[0](
+            self, names, repeated
+        )
+        return context
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -218,7 +363,7 @@ class PeftModelForFeatureExtraction(PeftModel):
     """`PeftModel` of a model without a head."""
 
 
-# By what the names of transformers' classes end with.
+# By the last part of the names of transformers' classes.
 _KINDS: dict[str, type[PeftModel]] = {
     "ForCausalLM": PeftModelForCausalLM,
     "LMHeadModel": PeftModelForCausalLM,
@@ -233,7 +378,7 @@ _KINDS: dict[str, type[PeftModel]] = {
 def _kind_of(model: Any) -> type[PeftModel]:
     name, config = type(model).__name__, getattr(model, "config", None)
     kind = next((kind for ending, kind in _KINDS.items() if name.endswith(ending)), PeftModel)
-    # Models that see are called so, too.
+    # Vision-language models also end in ForConditionalGeneration.
     one_text = kind is PeftModelForSeq2SeqLM and not getattr(config, "is_encoder_decoder", False)
     return PeftModelForCausalLM if one_text else kind if config is not None else PeftModel
 
@@ -256,8 +401,7 @@ def get_peft_model(
 
     Raises ValueError when the config does not fit the model, TypeError for wrong types; `model` is then as before.
     """
-    if not isinstance(peft_config, PeftConfig):
-        raise TypeError(_not_a_config(peft_config))
+    _check_config(peft_config)
     if mixed:
         raise ValueError("mixed=True is not supported by minipeft: adapters of every method mix without it")
     if isinstance(model, PeftModel):
@@ -283,6 +427,7 @@ def _becoming_peft_model(model: Any) -> Iterator[None]:
     mix_in(model, _kind_of(model), type(model).__name__)
     model.peft_config = {}
     model._switch = switch_of(model)
+    model._row_functions = {}
     tell_quantizer(model, attached=True)
     try:
         yield
@@ -293,6 +438,27 @@ def _becoming_peft_model(model: Any) -> Iterator[None]:
         raise
 
 
-def _not_a_config(value: Any) -> str:
-    kind = type(value)
-    return f"peft_config must be minipeft's LoraConfig or another of its configs, got {kind.__module__}.{kind.__name__}"
+def _load_first(
+    model: Any, directory: str | Path, adapter: str, is_trainable: bool = False, *args: Any, **kwargs: Any
+) -> Any:
+    """`load_adapter` into a plain model or beside other adapters, and activate it. Returns `model`."""
+    with _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext():
+        model.load_adapter(directory, adapter, is_trainable, *args, **kwargs)
+    model.set_adapter(adapter)
+    return model if is_trainable else model.eval()
+
+
+def _types(model: AdaptedModel, names: Sequence[str]) -> list[str]:
+    """The `peft_type` of each of the adapters, without those that are unknown."""
+    return [model.peft_config[name].type_name for name in names if name in model.peft_config]
+
+
+def _check_config(value: Any) -> None:
+    if not isinstance(value, PeftConfig):
+        name = f"{type(value).__module__}.{type(value).__name__}"
+        raise TypeError(f"peft_config must be minipeft's LoraConfig or another of its configs, got {name}")
+
+
+def _check_free(model: AdaptedModel, adapter: str) -> None:
+    if adapter in model.peft_config:
+        raise ValueError(f"there is an adapter called {adapter!r} already; delete it or take another name")

@@ -1,4 +1,4 @@
-"""What is done to a model without making it a `PeftModel`: PEFT's functions that get it ready or inject an adapter."""
+"""PEFT's functions that prepare a model or inject an adapter into it, without making it a `PeftModel`."""
 
 from __future__ import annotations
 

@@ -1,26 +1,165 @@
 """Adapter directories, in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, a model card.
 
-The default adapter lies in the directory itself, others in a subfolder of their name. `state_dict.py` says what the
-tensors are called.
+The default adapter lies in the directory itself, others in a subfolder of their name. `state.py` gives the tensors
+their names.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from minipeft.adapter import AdaptedModel
+from minipeft.attach import adapter_modules, add_adapter, config_of, delete_adapter, set_trainable
 from minipeft.config import CONFIG_NAME, PEFT_FORMAT, PeftConfig
 from minipeft.files import atomic_path, write_text
+from minipeft.state import base_name, fill_adapter, get_peft_model_state_dict, load_tensors, training_state_dict
+
+logger = logging.getLogger("minipeft")
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-# Not PEFT's: what training goes on from, where an adapter's file holds only what came of it.
+# Not PEFT's: tensors that training goes on from, where the first file holds only tensors computed from them.
 TRAINING_NAME = "adapter_training.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+
+# transformers' Trainer resumes from, and goes back to the best of, folders of this name. For a model whose class is
+# not PEFT's own it wants a state dict in this file there, and gives it to `load_state_dict(strict=False)`.
+_TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
+_TRAINER_WEIGHTS = "model.safetensors"
+
+# Arguments of PEFT's and of Trainer's that have no meaning here, and the values under which they may be given (... for
+# any): adapters are read from folders, and their tensors go where the model is.
+_IGNORED_AT_LOADING: dict[str, Any] = {
+    **dict.fromkeys(("revision", "token", "cache_dir", "local_files_only", "force_download"), ...),
+    **dict.fromkeys(("torch_device", "device_map", "max_memory", "low_cpu_mem_usage"), ...),
+    "ephemeral_gpu_offload": False,
+    "key_mapping": None,
+}
+_IGNORED_AT_SAVING: dict[str, Any] = {
+    "push_to_hub": False,
+    "token": ...,
+    "variant": None,
+    "max_shard_size": ...,
+    "save_function": ...,  # accelerate passes its own, which would write the same tensors
+}
+
+
+def load_adapter(
+    model: AdaptedModel,
+    directory: Path,
+    adapter: str,
+    trainable: bool = False,
+    config: PeftConfig | None = None,
+    autocast_adapter_dtype: bool = True,
+    **ignored: Any,
+) -> None:
+    """Load the adapter in `directory` beside those of `model`; see `PeftModel.load_adapter`.
+
+    Args:
+        trainable: Turn its gradients on.
+        config: Used in the place of the directory's.
+        ignored: Arguments of PEFT's that change nothing (`_IGNORED_AT_LOADING`).
+
+    Raises FileNotFoundError when there is no adapter, ValueError when it does not fit; the model is then as before.
+    """
+    _refuse("load_adapter", ignored, _IGNORED_AT_LOADING)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"no adapter at {str(directory)!r}: expected a directory with {CONFIG_NAME}; for an adapter "
+            "on a hub, download it first (huggingface_hub.snapshot_download) and give its folder"
+        )
+    config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(directory)
+    stored = read_tensors(directory)
+    config.check_marks(read_marks(directory), str(directory))
+    _warn_other_base(model, config, directory)
+    exists = adapter in model.peft_config
+    if exists:
+        _check_same_settings(model.peft_config[adapter], config, adapter, directory)
+    training = read_training_tensors(directory)
+    if not exists:
+        config.for_loading(trainable, bool(training))
+        add_adapter(model, adapter, config, autocast_adapter_dtype, init=False)
+    try:
+        fill_adapter(model, adapter, stored, str(directory), training)
+    except BaseException:
+        if not exists:
+            delete_adapter(model, adapter)
+        raise
+    if not exists or trainable:
+        set_trainable(model, adapter, trainable)
+    model.peft_config[adapter].inference_mode = not trainable
+
+
+def save_adapters(
+    model: AdaptedModel,
+    save_directory: str | Path,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    save_embedding_layers: str | bool = "auto",
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    path_initial_model_for_weight_conversion: str | Path | None = None,
+    **ignored: Any,
+) -> None:
+    """Write the adapters, and nothing of the base model, to `save_directory` in PEFT's format.
+
+    Args:
+        selected_adapters: Their names; all of them by default. "default" lies in the directory itself, others in a
+            subfolder of their name.
+        save_embedding_layers: True to store base embeddings too; "auto" does so when one is a target or the vocabulary
+            is not the size that the base model's own folder says.
+        is_main_process: False writes nothing: another process does.
+        state_dict: Take the tensors from here (by their names in `model.state_dict()`) instead of the model.
+        path_initial_model_for_weight_conversion: Write PiSSA adapters as plain LoRA of twice the rank, which every
+            reader can use on the base model. Any path will do: the model knows what its adapters started from.
+        ignored: Arguments of PEFT's that change nothing (`_IGNORED_AT_SAVING`).
+
+    Raises ValueError for an adapter that does not exist, and for arguments of PEFT's that are not supported.
+    """
+    if not safe_serialization:
+        raise ValueError("safe_serialization=False would write a pickle; adapters are written as safetensors")
+    _refuse("save_pretrained", ignored, _IGNORED_AT_SAVING)
+    selected = list(model.peft_config) if selected_adapters is None else selected_adapters
+    for adapter in selected:
+        config_of(model, adapter)
+    if not is_main_process:
+        return
+    directory, plain = Path(save_directory), path_initial_model_for_weight_conversion is not None
+    for adapter in selected:
+        config = _config_to_save(model, adapter)
+        config = config.plain() if plain else config
+        tensors = get_peft_model_state_dict(model, state_dict, adapter, save_embedding_layers, plain)
+        training = training_state_dict(model, adapter, state_dict)
+        if config.saving_notice() is not None:
+            logger.warning("adapter %r: %s", adapter, config.saving_notice())
+        folder = directory if adapter == "default" else directory / adapter
+        save_adapter(folder, config, tensors, _model_card(config), training)
+    if _TRAINER_FOLDER.fullmatch(directory.name):
+        with atomic_path(directory / _TRAINER_WEIGHTS) as temporary:
+            save_file(_adapter_state_in_memory(model), temporary, metadata={"format": "pt"})
+
+
+def check_adapters_alone(model: AdaptedModel, state_dict: Mapping[str, Any]) -> bool:
+    """True if `state_dict`, by names of `model.state_dict()`, holds adapters and nothing of the base model.
+
+    Raises ValueError when such a state is not of the adapters that are attached: Trainer, which resumes from it,
+    would go on with an optimizer that belongs to other parameters.
+    """
+    own = _adapter_state_in_memory(model)
+    base = model.state_dict().keys() - own.keys()
+    if not state_dict or state_dict.keys() & base:
+        return False
+    load_tensors(own, state_dict, "the state of adapters", {})
+    return True
 
 
 def save_adapter(
@@ -37,7 +176,7 @@ def save_adapter(
         config: Written with `inference_mode` true, as PEFT does.
         tensors: On-disk names to tensors, kept in their dtype.
         model_card: Text of README.md, written unless there is one.
-        training: Tensors for a second file, which PEFT does not look at; without any, an old one is removed.
+        training: Tensors for a second file, which PEFT does not read; without any, an old one is removed.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -87,7 +226,7 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
 
 
 def read_marks(directory: str | Path) -> dict[str, str]:
-    """What the file of tensors in an adapter directory says about itself (`PeftConfig.file_marks`).
+    """The metadata of the file of tensors in an adapter directory (`PeftConfig.file_marks`).
 
     Raises ValueError when the file is damaged.
     """
@@ -122,3 +261,57 @@ def _read(file: Path) -> dict[str, Tensor]:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+
+
+def _config_to_save(model: AdaptedModel, adapter: str) -> PeftConfig:
+    config: PeftConfig = copy.deepcopy(model.peft_config[adapter])
+    config.base_model_name_or_path = config.base_model_name_or_path or base_name(model)
+    if config.task_type is None:
+        plain = type(model)._plain_class  # type: ignore[attr-defined]
+        config.auto_mapping = {"base_model_class": plain.__name__, "parent_library": plain.__module__}
+    return config
+
+
+def _adapter_state_in_memory(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of all adapters, by their names in `model.state_dict()`."""
+    own = {
+        id(tensor)
+        for _, module in adapter_modules(model)
+        for adapter in module.adapter_names()
+        for tensor in module.adapter_state(adapter).values()
+    }
+    return {n: t.detach() for n, t in model.state_dict(keep_vars=True).items() if id(t) in own}
+
+
+def _check_same_settings(here: PeftConfig, stored: PeftConfig, adapter: str, directory: Path) -> None:
+    """Raise ValueError if tensors stored under `stored` would act otherwise under `here`."""
+    ours, theirs = here.to_dict(), stored.to_dict()
+    free = here.fields_of_training() & stored.fields_of_training()
+    for field in ours.keys() | theirs.keys():
+        if field not in free and ours.get(field) != theirs.get(field):
+            raise ValueError(
+                f"{directory} does not fit the adapter {adapter!r} that is there: {field} is {theirs.get(field)!r}, "
+                f"expected {ours.get(field)!r}; load it under another name"
+            )
+
+
+def _warn_other_base(model: nn.Module, config: PeftConfig, directory: Path) -> None:
+    trained_on, here = config.base_model_name_or_path, base_name(model)
+    if trained_on and here and Path(trained_on).name != Path(here).name:
+        logger.warning("the adapter at %s was trained on %r, this model is %r", directory, trained_on, here)
+
+
+def _refuse(function: str, given: Mapping[str, Any], neutral: Mapping[str, Any]) -> None:
+    """Raise for an argument that is unknown, or known but set to something other than its neutral value."""
+    for name, value in given.items():
+        if name not in neutral:
+            raise TypeError(f"{function}() does not take {name!r}")
+        if neutral[name] is not ... and value != neutral[name]:
+            raise ValueError(f"{function}({name}={value!r}) is not supported by minipeft")
+
+
+def _model_card(config: PeftConfig) -> str:
+    base = config.base_model_name_or_path
+    lines = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:", "- minipeft"]
+    text = [f"# {config.type_name} adapter", "", f"Base model: {base or 'not recorded'}", ""]
+    return "\n".join([*lines, "---", "", *text])

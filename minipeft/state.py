@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from minipeft.adapter import base_modules
 from minipeft.attach import adapter_modules
 from minipeft.config import PeftConfig
-from minipeft.lora.layer import LoraLayer
 
 KEY_PREFIX = PeftConfig.key_prefix
 
@@ -29,7 +28,7 @@ LoadResult = collections.namedtuple("LoadResult", ["missing_keys", "unexpected_k
 
 
 def key_prefix(model: Any, adapter: str) -> str:
-    """What the names on disk start with for `adapter` in `model`."""
+    """The first part of the names on disk of `adapter` in `model`: nothing for a model that is no `PeftModel`."""
     if not hasattr(model, "peft_config"):
         return ""
     return model.peft_config[adapter].key_prefix if adapter in model.peft_config else KEY_PREFIX
@@ -40,17 +39,19 @@ def get_peft_model_state_dict(
     state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
     save_embedding_layers: str | bool = "auto",
+    plain: bool = False,
 ) -> dict[str, Tensor]:
     """The tensors of an adapter under their names on disk (without the adapter's name).
 
     Args:
         state_dict: Values by their names in `model.state_dict()`; the model's own by default.
         save_embedding_layers: See `PeftModel.save_pretrained`.
+        plain: Those of the plain adapter that acts alike (`AdapterModule.plain_state`); not PEFT's.
 
     Raises ValueError when there is no such adapter.
     """
     prefix, values = key_prefix(model, adapter_name), _values_in(model, state_dict)
-    tensors = stored_state(model, adapter_name, prefix, values)
+    tensors = stored_state(model, adapter_name, prefix, values, plain)
     if not tensors:
         raise ValueError(f"there is no adapter called {adapter_name!r} in this model")
     embeddings = _embeddings_to_save(model, adapter_name, save_embedding_layers, prefix)
@@ -60,14 +61,14 @@ def get_peft_model_state_dict(
 def training_state_dict(
     model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """What training an adapter goes on from, where its file does not hold it (a prefix's projection); else nothing."""
+    """The tensors that training goes on from, where the adapter's file lacks them (a prefix's projection); or none."""
     prefix, values = key_prefix(model, adapter_name), _values_in(model, state_dict)
     live, stored = adapter_state(model, adapter_name, prefix), stored_state(model, adapter_name, prefix, values)
     return {key: values(tensor) for key, tensor in live.items() if key not in stored}
 
 
 def _values_in(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Callable[[Tensor], Tensor]:
-    """What a live tensor of `model` is to be read as: itself, or its value in `state_dict`."""
+    """A function from a live tensor of `model` to the tensor to store: itself, or its value in `state_dict`."""
     if state_dict is None:
         return lambda tensor: tensor
     names = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -98,19 +99,19 @@ def fill_adapter(
     source: str,
     training: Mapping[str, Tensor] = types.MappingProxyType({}),
 ) -> None:
-    """Copy what was read into the tensors of `adapter`.
+    """Copy tensors that were read into the tensors of `adapter`.
 
     Args:
-        stored: What the adapter's file holds.
-        source: Names it in errors.
-        training: What training goes on from (`training_state_dict`), if it was read apart. Looked at if `adapter` is
-            held in that form.
+        stored: The tensors of the adapter's file.
+        source: Names the file in errors.
+        training: Tensors of the second file (`training_state_dict`), if there is one; used only if `adapter` is held
+            in the form that is trained.
 
-    Raises ValueError as `load_tensors`; and when `stored` is not what comes of `training`.
+    Raises ValueError as `load_tensors`; and when `stored` does not follow from `training`.
     """
     prefix = key_prefix(model, adapter)
     live = adapter_state(model, adapter, prefix)
-    # A file of the live tensors holds nothing that is made of them.
+    # If the file's keys are those of the live tensors, it holds no tensor that is computed from them.
     products = stored_state(model, adapter, prefix) if training or stored.keys() != live.keys() else live
     made = [name for name in products if name not in live]
     read = {**stored, **training} if made else stored
@@ -132,14 +133,23 @@ def adapter_state(model: nn.Module, adapter: str, prefix: str = KEY_PREFIX) -> d
 
 
 def stored_state(
-    model: nn.Module, adapter: str, prefix: str = KEY_PREFIX, values: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    model: nn.Module,
+    adapter: str,
+    prefix: str = KEY_PREFIX,
+    values: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    plain: bool = False,
 ) -> dict[str, Tensor]:
-    """What the file of `adapter` holds, by name: the live tensors, or what a method makes of them."""
-    return {
-        _on_disk(prefix, path, name): tensor
-        for path, module in adapter_modules(model)
-        for name, tensor in module.stored_state(adapter, values).items()
-    }
+    """The tensors in the file of `adapter`, by name: the live tensors, or those that the method computes from them.
+
+    Args:
+        values: Gives the tensor to store for a live one.
+        plain: Those of the plain adapter that acts alike.
+    """
+    tensors = {}
+    for path, module in adapter_modules(model):
+        own = module.plain_state(adapter, values) if plain else module.stored_state(adapter, values)
+        tensors.update({_on_disk(prefix, path, name): tensor for name, tensor in own.items()})
+    return tensors
 
 
 def _on_disk(prefix: str, path: str, name: str) -> str:
@@ -168,7 +178,7 @@ def embedding_keys(model: nn.Module, prefix: str = KEY_PREFIX) -> dict[str, Tens
     paths = {module: path for path, module in base_modules(model)}
     for embedding in _embeddings(model):
         path = paths.get(embedding)
-        # While an update is merged, the base weight is the one that stands aside.
+        # While an update is merged, the base weight is among the originals.
         weight = getattr(embedding, "_originals", {}).get("weight", embedding._parameters.get("weight"))
         if path is None or weight is None:
             continue
@@ -187,7 +197,7 @@ def load_tensors(
 
     Args:
         expected: On-disk names to live tensors (`adapter_state`).
-        stored: What was read.
+        stored: The tensors that were read, by name.
         source: Names the file in errors.
         embeddings: Base embeddings that the file may hold besides (`embedding_keys`); a value that differs from the
             model's is copied into it, as PEFT does, since the adapter was trained on it.
@@ -212,7 +222,7 @@ def load_tensors(
 
 
 def _without_repeats(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`stored` less what PEFT writes a second time: with bias="all", the bias of a head that is trained whole.
+    """`stored` without tensors that PEFT writes twice: with bias="all", the bias of a head that is trained whole.
 
     The trained one is there under PEFT's inner name (`head.modules_to_save.bias`) too, and the base's own beside it
     (`head.original_module.bias`), which stands aside while the adapter acts. Values that differ are no repeat.
@@ -254,20 +264,19 @@ def _embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, pref
     # A model without embeddings need not have a vocabulary either.
     changed = bool(embeddings) and wanted == "auto" and _vocabulary_changed(model)
     own = adapter_state(model, adapter, prefix)
-    layers = ((path, m) for path, m in adapter_modules(model) if isinstance(m, LoraLayer))
-    adapted = {f"{prefix}{path}." for path, layer in layers if layer.adapts(adapter)}
+    targets = [f"{prefix}{path}." for path, module in adapter_modules(model) if module.stored_beside(adapter)]
     kept = {}
     for key, tensor in embeddings.items():
-        is_target = any(key.startswith(path) for path in adapted)
+        is_target = key.startswith(tuple(targets))
         if key.endswith(".base_layer.weight") != is_target:
-            continue  # one of the two names is right: PEFT's wrapper renames what it adapts
+            continue  # one of the two names is right: PEFT's wrapper renames the module that it adapts
         if wanted is True or changed or (wanted == "auto" and is_target):
             kept[key] = tensor
     return {key: tensor for key, tensor in kept.items() if key not in own}
 
 
 def _vocabulary_changed(model: nn.Module) -> bool:
-    """Whether the base model's own folder (if it is one) says another vocabulary size than the model has now."""
+    """True if the base model's own folder (if it has one) says another vocabulary size than the model has now."""
     name = base_name(model)
     config: Any = getattr(model, "config", None)
     if name is None or config is None or not (Path(name) / "config.json").is_file():

@@ -1,19 +1,14 @@
-"""What is attached to a model: PEFT's `get_layer_status` and `get_model_status`, and how much of it is trained."""
+"""The adapters attached to a model: PEFT's `get_layer_status` and `get_model_status`, and counts of parameters."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from minipeft.adapter import AdaptedModel, PackedLayer
 from minipeft.attach import adapter_modules, switch_of
-from minipeft.nf4 import NF4Linear
-
-if TYPE_CHECKING:
-    _Base = nn.Module
-else:
-    _Base = object
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,32 +42,11 @@ class ModelStatus:
     devices: dict[str, list[str]]
 
 
-class StatusModel(_Base):
-    """What a model with adapters says about itself (mixed into `PeftModel`)."""
-
-    if TYPE_CHECKING:
-        peft_config: dict[str, Any]
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(parameters with a gradient, all parameters); a packed 4-bit weight counts all its values."""
-        packed = {id(m.weight): m.in_features * m.out_features for m in self.modules() if isinstance(m, NF4Linear)}
-        total = sum(packed.get(id(p), p.numel()) for p in self.parameters())
-        return sum(p.numel() for p in self.parameters() if p.requires_grad), total
-
-    def print_trainable_parameters(self) -> None:
-        """Print the two numbers of `get_nb_trainable_parameters` and their ratio."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-        )
-
-    def get_layer_status(self) -> list[LayerStatus]:
-        """See the function of this name."""
-        return get_layer_status(self)
-
-    def get_model_status(self) -> ModelStatus:
-        """See the function of this name."""
-        return get_model_status(self)
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(parameters with a gradient, all parameters); a packed weight counts all the numbers that it stands for."""
+    packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLayer)}
+    total = sum(packed.get(id(p), p.numel()) for p in model.parameters())
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), total
 
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
@@ -101,16 +75,16 @@ def get_model_status(model: Any) -> ModelStatus:
 
     Raises TypeError for a model without them.
     """
-    if not isinstance(model, StatusModel):
+    if not isinstance(model, AdaptedModel):
         raise TypeError(f"get_model_status needs a model with adapters, got {type(model).__name__}")
     layers, switch = get_layer_status(model), switch_of(model)
     names = list(model.peft_config)
     having = {n: [layer for layer in layers if n in layer.available_adapters] for n in names}
     grads = {n: {layer.requires_grad[n] for layer in having[n]} for n in names}
-    trainable, total = model.get_nb_trainable_parameters()
+    trainable, total = count_parameters(model)
     return ModelStatus(
         base_model_type=type(model).__name__,
-        peft_types={n: model.peft_config[n].peft_type.value for n in names},
+        peft_types={n: model.peft_config[n].type_name for n in names},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),

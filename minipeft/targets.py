@@ -1,4 +1,4 @@
-"""Which modules of a model an adapter goes to: PEFT's rules for `target_modules` and `modules_to_save`.
+"""Matching names: the modules of a model that an adapter goes to, by PEFT's rules for `target_modules`.
 
 A target is a name, the end of a dotted name, a regular expression that matches a whole name, or "all-linear". Unlike
 PEFT, every name that is given must match something: a misspelt target would otherwise train nothing in silence.
@@ -13,10 +13,42 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.adapter import base_modules
+from minipeft.adapter import PackedLayer, base_modules
 from minipeft.config import TaskType
-from minipeft.default_targets import DEFAULT_TARGETS
-from minipeft.nf4 import NF4Linear
+
+# The targets of a config that names none, by transformers' `config.model_type`: PEFT's choice where PEFT has one.
+# Mostly the projections of the queries and of the values, which the LoRA paper found best at a given number of
+# parameters (Hu et al. 2021, table 5), or the fused layer that they are part of.
+_SEPARATE = (
+    *("llama", "mistral", "mixtral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+    *("gemma", "gemma2", "gemma3", "gemma3_text", "gemma4_text", "llama4_text", "smollm3"),
+    *("olmo", "olmo2", "olmo3", "granite", "cohere", "cohere2", "glm", "glm4", "stablelm", "starcoder2"),
+    *("gpt_oss", "phimoe", "helium", "exaone4", "ernie4_5", "seed_oss", "hunyuan_v1_dense"),
+    *("opt", "gptj", "gpt_neo", "bart", "mbart"),
+)
+_BERTS = ("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "albert", "layoutlm")
+
+DEFAULT_TARGETS: dict[str, list[str]] = {
+    **{family: ["q_proj", "v_proj"] for family in _SEPARATE},
+    **{family: ["query", "value"] for family in _BERTS},
+    **{family: ["q", "v"] for family in ("t5", "mt5", "mpnet")},
+    "distilbert": ["q_lin", "v_lin"],
+    "deberta": ["in_proj"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "modernbert": ["Wqkv"],
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+    "phi3": ["qkv_proj"],
+    "gpt2": ["c_attn"],
+    "gpt_bigcode": ["c_attn"],
+    "gpt_neox": ["query_key_value"],
+    "bloom": ["query_key_value"],
+    "falcon": ["query_key_value"],
+    "codegen": ["qkv_proj"],
+    "mpt": ["Wqkv"],
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    # Its name for the receptance's projection is misspelt in transformers, too.
+    "rwkv": ["key", "value", "receptance", "output"],
+}
 
 # Heads that start out random in these tasks, so that an adapter without them would be useless: saved whole.
 TASK_HEADS = {
@@ -32,9 +64,9 @@ def match_targets(
     """The dotted names of the modules that `config` adapts, in the model's order.
 
     Args:
-        config: Its target_modules, exclude_modules, layers_to_transform and layers_pattern are looked at; what was left
-            to us ("all-linear", None) is filled in.
-        adaptable: Whether the method can adapt a module.
+        config: Its target_modules and, where it has them, exclude_modules, layers_to_transform and layers_pattern say
+            which; targets left to the library (None) are filled in.
+        adaptable: True for a module that the method can adapt.
         skip: Dotted names that are no targets, with all that lies under them.
 
     Raises ValueError when a name in target_modules matches nothing, a module that it matches cannot be adapted, or
@@ -88,7 +120,7 @@ def check_unused_names(model: nn.Module, config: Any, targets: list[str]) -> Non
 
 
 def plain_module_names(model: nn.Module) -> list[str]:
-    """Names of the model's own modules: what adapters added is left out."""
+    """Names of the base model's modules, without those that adapters added."""
     return [name for name, _ in base_modules(model) if name]
 
 
@@ -104,8 +136,8 @@ def _targets_or_default(model: nn.Module, config: Any) -> list[str] | str:
 
 
 def _inner_linear(model: Any, modules: Mapping[str, nn.Module], adaptable: Callable[[nn.Module], bool]) -> list[str]:
-    """What "all-linear" takes: linear modules that are not (in) the output head, whatever the task."""
-    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear | NF4Linear) or is_conv1d(m)]
+    """The names that "all-linear" takes: linear modules that are not (in) the output head, whatever the task."""
+    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear | PackedLayer) or is_conv1d(m)]
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     # RoBERTa's classifier is a module of two layers.
     heads = {head for heads in TASK_HEADS.values() for head in heads}
@@ -114,7 +146,7 @@ def _inner_linear(model: Any, modules: Mapping[str, nn.Module], adaptable: Calla
 
 
 def may_not_be_called(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """Whether the module is one of a state-space mixer's, whose fused CUDA kernels are given weights, not layers.
+    """True for a layer of a state-space mixer, whose fused CUDA kernels are given weights, not layers.
 
     Args:
         modules: All of the model's, by name.
@@ -125,27 +157,28 @@ def may_not_be_called(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D (told by its name: methods do not import transformers)."""
+    """True if `module` is transformers' Conv1D (told by its name: methods do not import transformers)."""
     return any(c.__name__ == "Conv1D" and "transformers" in c.__module__ for c in type(module).__mro__)
 
 
 def ends_with(name: str, target: str) -> bool:
-    """Whether `target` is `name` or its end after a dot."""
+    """True if `target` is `name` or its end after a dot."""
     return name == target or name.endswith("." + target)
 
 
 def _excluded(name: str, config: Any, skip: Iterable[str]) -> bool:
     if any(name == path or name.startswith(path + ".") for path in skip):
         return True
-    if isinstance(config.exclude_modules, str):
-        return re.fullmatch(config.exclude_modules, name) is not None
-    return any(ends_with(name, exclude) for exclude in config.exclude_modules or ())
+    excluded = getattr(config, "exclude_modules", None)
+    if isinstance(excluded, str):
+        return re.fullmatch(excluded, name) is not None
+    return any(ends_with(name, exclude) for exclude in excluded or ())
 
 
 def _in_layers(name: str, config: Any) -> bool:
-    if config.layers_to_transform is None:
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None:
         return True
-    wanted = config.layers_to_transform
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     for pattern in patterns or [r"[^.]*"]:

@@ -1,35 +1,75 @@
-"""Who may import whom: the layers of the package, held by reading its imports."""
+"""The imports that each part of the code may make, held by reading the source: layers, rooms and circles."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import minipeft
+
 ROOT = Path(__file__).parent.parent
+FOLDERS = {"minipeft": "minipeft", "kernels/minipeft_kernels": "minipeft_kernels", "benchmarks": "benchmarks"}
+OUTSIDE_OF_KERNELS = {"torch", "triton", "numpy", *sys.stdlib_module_names}
 
-KERNELS_MAY_IMPORT = {"torch", "triton", "numpy", *sys.stdlib_module_names}
+# The files right in minipeft/: what an adapter is, and a model with adapters.
+CORE = {
+    *("config", "methods", "adapter", "targets", "attach", "copies", "model", "merge", "state", "saving", "files"),
+    *("status", "preparing", "auto"),
+}
+
+# Room -> the other rooms that its modules import. "core" is CORE, "kernels" the package minipeft_kernels without its
+# emulator, which is a room of its own.
+MAY_IMPORT: dict[str, set[str]] = {
+    "core": set(),
+    "lora": {"core", "nf4", "kernels"},
+    "bottleneck": {"core"},
+    "virtual": {"core"},
+    "nf4": {"core", "kernels"},
+    "optim": {"core", "kernels"},
+    "train": {"core", "nf4", "optim", "kernels"},
+    "demo": {"core", "lora", "nf4", "train", "commands", "kernels"},
+    "compare": {"core", "train", "demo", "commands", "kernels"},
+    "commands": {"core", "nf4", "train", "demo", "compare", "kernels", "emulator"},
+    "__main__": {"commands"},
+    "kernels": {"emulator"},
+    "emulator": {"kernels"},
+}
+
+# The modules that import transformers, all but the first line's for one task of theirs.
+IMPORT_TRANSFORMERS = {
+    *("nf4.hf", "nf4.hf.config", "nf4.hf.load", "nf4.hf.modules", "nf4.hf.quantizer"),  # a quantizer of transformers'
+    "auto",  # loads base models
+    "state",  # reads the vocabulary's size from a base model's folder
+    "nf4.linear",  # gives back the Conv1D that a layer was made of
+    "virtual.prompt",  # reads the text that a prompt starts from
+    "demo.assets",  # makes a small model
+    *("train.models", "train.schedule", "train.generation"),  # loads base models; schedules; stops
+}
 
 
+@functools.cache
 def sources() -> dict[str, Path]:
-    """Every module of the package with its file."""
+    """Every module of the packages with its file."""
     found = {}
-    folders = {
-        "minipeft": "minipeft",
-        "kernels/minipeft_kernels": "minipeft_kernels",
-    }
-    for folder, package in ((ROOT / f, p) for f, p in folders.items()):
-        for file in folder.rglob("*.py"):
-            parts = [package, *file.relative_to(folder).with_suffix("").parts]
+    for folder, package in FOLDERS.items():
+        for file in (ROOT / folder).rglob("*.py"):
+            parts = [package, *file.relative_to(ROOT / folder).with_suffix("").parts]
             found[".".join(parts).removesuffix(".__init__")] = file
     return found
 
 
-def imported_by(module: str, file: Path) -> set[str]:
-    """Full names of the modules that `file` imports, relative imports resolved, type-checking ones left out."""
+@functools.cache
+def imported_by(module: str) -> frozenset[str]:
+    """Full names of the modules that `module` imports, also inside functions; type-checking imports are left out.
+
+    Relative imports are resolved, and public names of minipeft to the module that has them.
+    """
+    file = sources()[module]
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    names = set()
+    names: set[str] = set()
     for node in _running_nodes(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -37,10 +77,15 @@ def imported_by(module: str, file: Path) -> set[str]:
             source = node.module or ""
             if node.level:
                 source = ".".join([*package.split(".")[: len(package.split(".")) - node.level + 1], source]).rstrip(".")
-            known = sources()
-            inner = {f"{source}.{alias.name}" for alias in node.names if f"{source}.{alias.name}" in known}
-            names |= inner or {source}
-    return names
+            names |= {_home(source, alias.name) for alias in node.names}
+    return frozenset(names)
+
+
+def _home(source: str, name: str) -> str:
+    """The module that `from source import name` gets `name` from."""
+    if f"{source}.{name}" in sources():
+        return f"{source}.{name}"
+    return minipeft._HOME.get(name, source) if source == "minipeft" else source
 
 
 def _running_nodes(tree: ast.AST) -> list[ast.AST]:
@@ -52,25 +97,94 @@ def _running_nodes(tree: ast.AST) -> list[ast.AST]:
     return nodes
 
 
+def room_of(module: str) -> str:
+    """The room that a module belongs to; a package is in its own room, and minipeft itself in none."""
+    package, *parts = module.split(".")
+    if package == "minipeft_kernels":
+        return "emulator" if parts[:1] == ["emulator"] else "kernels"
+    if package == "minipeft" and parts[:1] == ["kernels"]:
+        return "emulator" if parts[1:] == ["emulator"] else "kernels"
+    if package != "minipeft" or not parts:
+        return ""
+    return "core" if parts[0] in CORE else parts[0]
+
+
+def circles(imports: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of modules that import each other, directly or not (Tarjan's strongly connected components)."""
+    number: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(module: str) -> None:
+        number[module] = lowest[module] = len(number)
+        stack.append(module)
+        for other in sorted(imports[module]):
+            if other not in number:
+                visit(other)
+                lowest[module] = min(lowest[module], lowest[other])
+            elif other in stack:
+                lowest[module] = min(lowest[module], number[other])
+        if lowest[module] == number[module]:
+            group = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(group) > 1 or module in imports[module]:
+                found.append(sorted(group))
+
+    for module in imports:
+        if module not in number:
+            visit(module)
+    return found
+
+
 def test_the_reader_of_imports_sees_them() -> None:
-    assert "minipeft.state" in imported_by("minipeft.model", sources()["minipeft.model"])
-    assert "minipeft.nf4.linear" in imported_by("minipeft.nf4", sources()["minipeft.nf4"])
-    assert "torch" in imported_by("minipeft_kernels.linear.op", sources()["minipeft_kernels.linear.op"])
+    assert "minipeft.state" in imported_by("minipeft.model")
+    assert "minipeft.nf4.linear" in imported_by("minipeft.nf4")
+    assert "minipeft_kernels.emulator" in imported_by("minipeft.kernels.emulator")
+    assert {"torch", "minipeft.model"} <= imported_by("minipeft.train.methods")
+
+
+def test_the_finder_of_circles_finds_them() -> None:
+    imports = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": set(), "f": {"f"}, "g": {"d", "e"}}
+    assert circles(imports) == [["a", "b", "c"], ["f"]]
+
+
+def test_no_modules_import_each_other() -> None:
+    known = sources()
+    assert circles({module: set(imported_by(module)) & known.keys() for module in known}) == []
+
+
+def test_the_core_is_all_that_lies_beside_the_rooms() -> None:
+    files = {file.stem for file in (ROOT / "minipeft").glob("*.py")}
+    assert files == CORE | {"__init__", "__main__"}
+
+
+def test_rooms_import_those_that_they_may() -> None:
+    for module in sources():
+        room = room_of(module)
+        others = {room_of(other) for other in imported_by(module) if other in sources()} - {room, ""}
+        assert not room or others <= MAY_IMPORT[room], (module, others - MAY_IMPORT.get(room, set()))
+
+
+def test_transformers_is_imported_in_few_places() -> None:
+    importing = {m for m in sources() if "transformers" in {n.split(".")[0] for n in imported_by(m)}}
+    assert {m.removeprefix("minipeft.") for m in importing if m.startswith("minipeft")} == IMPORT_TRANSFORMERS
 
 
 def test_kernels_stand_on_torch_alone() -> None:
-    for module, file in sources().items():
+    for module in sources():
         if module.startswith("minipeft_kernels"):
-            outside = {n.split(".")[0] for n in imported_by(module, file)} - {"minipeft_kernels"}
-            assert outside <= KERNELS_MAY_IMPORT, module
+            outside = {n.split(".")[0] for n in imported_by(module)} - {"minipeft_kernels"}
+            assert outside <= OUTSIDE_OF_KERNELS, module
 
 
 def test_peers_are_never_imported() -> None:
-    for module, file in sources().items():
-        assert not {n.split(".")[0] for n in imported_by(module, file)} & {"peft", "bitsandbytes"}, module
+    for module in sources():
+        if not module.startswith("benchmarks"):
+            assert not {n.split(".")[0] for n in imported_by(module)} & {"peft", "bitsandbytes"}, module
 
 
-@pytest.mark.parametrize("module", ["minipeft", "minipeft.commands.cli"])
+@pytest.mark.parametrize("module", ["minipeft", "minipeft.methods", "minipeft.commands.cli"])
 def test_importing_is_light(module: str) -> None:
     heavy = "{'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)"
     code = f"import sys, {module}; assert not ({heavy}), {heavy}"
@@ -78,8 +192,6 @@ def test_importing_is_light(module: str) -> None:
 
 
 def test_public_names_are_all_there() -> None:
-    import minipeft
-
     assert all(getattr(minipeft, name) is not None for name in minipeft.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nope'"):
         _ = minipeft.nope

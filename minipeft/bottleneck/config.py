@@ -7,13 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from minipeft.config import PeftConfig, PeftType, register_method
+from minipeft.config import PeftConfig
 
 NON_LINEARITIES = ("relu", "gelu", "gelu_new", "swish", "silu", "tanh", "sigmoid", "leakyrelu")
 INIT_WEIGHTS = ("mam_adapter", "bert", "houlsby")
 
 
-@register_method(PeftType.BOTTLENECK)
 @dataclasses.dataclass
 class BottleneckConfig(PeftConfig):
     """A small network with a narrow middle after a part of each layer: y = h + scaling * Up(act(Down(h))).
@@ -141,6 +140,9 @@ class BottleneckConfig(PeftConfig):
         layers = self.layers_to_transform
         if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, list) else [layers])):
             raise ValueError(f"layers_to_transform must be a layer number or a list of them, got {layers!r}")
+
+    def fields_of_training(self) -> set[str]:
+        return super().fields_of_training() | {"dropout"}
 
     def size_for(self, width: int) -> int:
         """The width of the middle for an input of `width` features."""

@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minipeft.adapter import AdapterModule, Method
+from minipeft.adapter import AdapterModule, Method, PackedLayer
 from minipeft.bottleneck.config import BottleneckConfig
 from minipeft.bottleneck.places import usual_targets
 from minipeft.copies import TrainedModule
-from minipeft.nf4 import NF4Linear
 from minipeft.targets import is_conv1d, match_targets
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -82,9 +81,9 @@ class Bottleneck(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        """scaling * Up(act(Down(LN?(x)))), (..., in_features) -> (..., out_features) (Houlsby et al. 2019, section 2.1).
+        """scaling * Up(act(Down(LN?(x)))), (..., in_features) -> (..., out_features): Houlsby et al. 2019, section 2.1.
 
-        The products are in autocast's dtype under autocast, else in the wider of x's and the network's.
+        The product is in autocast's dtype under autocast, else in the wider of x's and the network's.
         """
         # The norm's weight and bias are multiplied into Down and the scaling into Up, rather than into activations,
         # which autograd would keep in the adapter's float32 otherwise.
@@ -165,7 +164,7 @@ class BottleneckLayer(AdapterModule):
             self.bottleneck_parallel.add(adapter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """y = h + scaling * Up(act(Down(h))), h the module's own output; a parallel adapter reads the module's input.
+        """y = h + scaling * Up(act(Down(h))), with h the module's output; a parallel adapter reads the input x instead.
 
         Each adapter that acts adds its network's output in turn; h keeps its dtype.
 
@@ -214,7 +213,7 @@ def _features(module: Any, hidden_size: int | None) -> tuple[int, int]:
     if is_conv1d(module):
         in_features, out_features = module.weight.shape
         return in_features, out_features
-    if isinstance(module, nn.Linear | NF4Linear):
+    if isinstance(module, nn.Linear | PackedLayer):
         return module.in_features, module.out_features
     assert hidden_size is not None
     return hidden_size, hidden_size
@@ -245,7 +244,7 @@ def _find_targets(model: nn.Module, config: BottleneckConfig, skip: list[str]) -
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if bottleneck_mixin_for(module) is None:
             raise ValueError(f"target_modules: {path!r} is a {kind}, which no adapter can stand after")
-        if config.hidden_size is None and not (isinstance(module, nn.Linear | NF4Linear) or is_conv1d(module)):
+        if config.hidden_size is None and not (isinstance(module, nn.Linear | PackedLayer) or is_conv1d(module)):
             raise ValueError(f"target_modules: {path!r} is a {kind}; give hidden_size, the width of what it returns")
     return targets
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from minipeft.commands.arguments import positive
 from minipeft.commands.paths import check_output_path
 from minipeft.compare.plan import CompareConfig, parse_names, parse_seeds, plan_runs
+from minipeft.methods import METHODS
 from minipeft.train.config import DTYPE_CHOICES
-from minipeft.train.methods import METHODS
 
 SOME_FAILED = 1
 

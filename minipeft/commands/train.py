@@ -7,9 +7,10 @@ from pathlib import Path
 
 from minipeft.commands.paths import check_device, check_output_path
 from minipeft.commands.texts import loss_text
+from minipeft.methods import METHODS
 from minipeft.train.config import TrainConfig, config_values
 from minipeft.train.errors import ConfigError
-from minipeft.train.methods import METHODS, attach, check_settings, start
+from minipeft.train.methods import attach, check_settings, start
 from minipeft.train.models import without_bars
 
 

@@ -15,21 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minipeft.methods import METHODS
 from minipeft.train.config import SEED_END, TrainConfig, load_yaml, near_settings, setting_names, usual_name
 from minipeft.train.errors import ConfigError
-from minipeft.train.methods import METHODS, method_arguments
+from minipeft.train.methods import method_arguments
 
 # Settings of a run that gives no others.
 COMMON: dict[str, Any] = {"scheduler": "cosine", "warmup_ratio": 0.06}
-
-# The learning rates are the best of those tried on the demo's task, see docs/comparison.md.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "lora": {"lr": 1e-3, "method_args": {"r": 16, "lora_alpha": 32}},
-    "qlora": {"lr": 1e-3, "method_args": {"r": 16, "lora_alpha": 32}},
-    "bottleneck": {"lr": 1e-3, "method_args": {"reduction_factor": 16}},
-    "prefix": {"lr": 1e-2, "method_args": {"num_virtual_tokens": 20}},
-    "prompt": {"lr": 3e-2, "method_args": {"num_virtual_tokens": 20}},
-}
 
 
 # The settings that a run may have of its own.
@@ -104,7 +96,7 @@ def _run(name: str, given: Mapping[str, Any], where: str) -> Run:
     if any(key.startswith(("scheduler", "warmup")) for key in given):
         # A schedule that was chosen may know no warm-up.
         common = {}
-    settings = {**common, **DEFAULTS[method], **given, "method": method}
+    settings = {**common, **METHODS[method].compare_defaults, **given, "method": method}
     try:
         checked = TrainConfig(model="model", data="data", output_dir="folder", **settings)
     except ConfigError as error:

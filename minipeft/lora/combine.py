@@ -16,12 +16,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minipeft.lora.config import LoraConfig
+from minipeft.adapter import AdaptedModel
+from minipeft.attach import adapter_modules, add_adapter, config_of, set_trainable
+from minipeft.lora.config import LoraConfig, is_pissa
 from minipeft.lora.layer import LoraLayer
+from minipeft.targets import shortest_names
 
 ELEMENTWISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 KINDS = ("cat", "svd", *ELEMENTWISE, "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
@@ -29,7 +33,7 @@ KINDS = ("cat", "svd", *ELEMENTWISE, "ties_svd", "dare_linear_svd", "dare_ties_s
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """How adapters are combined (the arguments of PEFT's `add_weighted_adapter`).
+    """The way in which adapters are combined (the arguments of PEFT's `add_weighted_adapter`).
 
     Args:
         kind: One of `KINDS`.
@@ -37,8 +41,8 @@ class Combination:
         svd_clamp: Clip the factors at this quantile of their values.
         svd_driver: torch.linalg.svd's, on CUDA.
         density: The share of the values that is kept, in (0, 1]; for every kind that thins.
-        majority_sign_method: Whether the sign of a place is that of the "total" of the values or the most frequent one.
-        generator: What dare draws from; torch's default generator without.
+        majority_sign_method: The sign of a place is that of the "total" of the values, or by "frequency" the commoner.
+        generator: The random numbers of dare; torch's default generator without.
 
     Raises ValueError for values that are unknown, out of range or missing.
     """
@@ -67,7 +71,7 @@ class Combination:
 
     @property
     def thinning(self) -> str:
-        """The kind without what it is applied to; "svd" alone is a linear one."""
+        """The kind without the suffix "_svd"; "svd" alone is a linear one."""
         return "linear" if self.kind == "svd" else self.kind.removesuffix("_svd")
 
     def sum(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -93,6 +97,73 @@ class Combination:
         kept = torch.zeros_like(x).flatten()
         kept[x.abs().flatten().topk(int(self.density * x.numel())).indices] = 1
         return x * kept.view_as(x)
+
+
+def add_weighted_adapter(
+    model: AdaptedModel,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    generator: torch.Generator | None = None,
+) -> None:
+    """Add a LoRA adapter that is the weighted combination of others (PEFT's method); it is frozen and not active.
+
+    Args:
+        weights: One for each of `adapters`; may be negative.
+        adapter_name: Of the new adapter; not taken yet.
+        combination_type: One of `KINDS`; a single adapter is scaled, whichever is given.
+        svd_full_matrices: Accepted for compatibility: the columns that it adds would be cut off again.
+        generator: The random numbers of "dare" (not PEFT's).
+        svd_rank, svd_clamp, svd_driver, density, majority_sign_method: See `Combination`.
+
+    Raises ValueError for unknown adapters, adapters of other methods or that also train tensors whole (biases,
+        modules_to_save) or lengths (DoRA), and for arguments that do not go together.
+    """
+    if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
+        raise ValueError(f"adapters must be different names with a weight each, got {adapters} and {weights}")
+    kind = combination_type if len(adapters) > 1 else "linear"
+    how = Combination(kind, svd_rank, svd_clamp, svd_driver, density, majority_sign_method, generator)
+    configs = {adapter: config_of(model, adapter) for adapter in adapters}
+    layers = _layers_to_combine(model, configs, how)
+    paths = shortest_names(model, list(layers))
+    add_adapter(model, adapter_name, combined_config(layers, configs, how, paths), init=False)
+    for layer in layers.values():
+        new = combine_layer(layer, dict(zip(adapters, weights, strict=True)), layer.r[adapter_name], how)
+        for factor, value in zip(layer.factors(adapter_name), new, strict=True):
+            factor.data.copy_(value)
+    set_trainable(model, adapter_name, False)
+
+
+def _layers_to_combine(model: AdaptedModel, configs: Mapping[str, Any], how: Combination) -> dict[str, LoraLayer]:
+    """The layers, by dotted name, that at least one of the adapters has an update in."""
+    for name, config in configs.items():
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"adapter {name!r} is no LoRA adapter ({type(config).__name__}): only those combine")
+        if is_pissa(config.init_lora_weights) and not how.kind.endswith("svd"):
+            raise ValueError(
+                f"adapter {name!r} is PiSSA: combination_type {how.kind!r} adds up factors and would leave out "
+                "what it started from; take 'svd'"
+            )
+        if config.target_parameters:
+            raise ValueError(f"adapter {name!r} cannot be combined: it has target_parameters")
+        if config.use_dora:
+            raise ValueError(f"adapter {name!r} cannot be combined: DoRA's update is not linear in its tensors")
+    layers = {}
+    for path, module in adapter_modules(model):
+        for name in configs:
+            whole = module.replaced_tensors(name)
+            if whole:
+                raise ValueError(f"adapter {name!r} cannot be combined: it trains {path}.{whole[0]} whole")
+        if isinstance(module, LoraLayer) and any(module.adapts(name) for name in configs):
+            layers[path] = module
+    return layers
 
 
 @torch.no_grad()
@@ -136,7 +207,7 @@ def _pad(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def combined_config(
-    layers: Mapping[str, LoraLayer], configs: Mapping[str, LoraConfig], how: Combination, target_modules: list[str]
+    layers: Mapping[str, LoraLayer], configs: Mapping[str, Any], how: Combination, target_modules: list[str]
 ) -> LoraConfig:
     """The config of the combination of the adapters in `configs`, whose layers (by dotted name) are `layers`.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from minipeft.config import PeftConfig, PeftType, register_method
+from minipeft.config import PeftConfig
 from minipeft.lora.loftq import LoftQConfig
 
 _UNSUPPORTED = (
@@ -25,6 +26,16 @@ _CHANGE_THE_BASE = ("olora", "corda", "lora_ga")
 _OWN_DRAW = {"pissa_draw": "minipeft"}
 
 
+def is_pissa(kind: Any) -> bool:
+    """True if `init_lora_weights` is a kind of PiSSA."""
+    return isinstance(kind, str) and kind.startswith("pissa")
+
+
+def changes_base(kind: Any) -> bool:
+    """True if an adapter of this `init_lora_weights` acts rightly only beside a base weight that it came with."""
+    return is_pissa(kind) or kind == "loftq"
+
+
 @dataclasses.dataclass
 class LoraRuntimeConfig:
     """PEFT's `LoraRuntimeConfig`: settings that no file holds.
@@ -39,7 +50,6 @@ class LoraRuntimeConfig:
             raise ValueError("LoraRuntimeConfig(ephemeral_gpu_offload=True) is not supported by minipeft")
 
 
-@register_method(PeftType.LORA)
 @dataclasses.dataclass
 class LoraConfig(PeftConfig):
     """PEFT's `LoraConfig`: the same names, defaults and JSON.
@@ -192,6 +202,32 @@ class LoraConfig(PeftConfig):
                 "store, so nobody can know what the adapter was trained from; where it was trained, save it with "
                 "path_initial_model_for_weight_conversion, as plain LoRA"
             )
+
+    def saving_notice(self) -> str | None:
+        if not self._starts_from_a_draw():
+            return None
+        return (
+            f"PEFT would start init_lora_weights={self.init_lora_weights!r} from other random numbers and read it "
+            "wrongly; for PEFT, save it with path_initial_model_for_weight_conversion, as plain LoRA"
+        )
+
+    def fields_of_training(self) -> set[str]:
+        start = set() if changes_base(self.init_lora_weights) else {"init_lora_weights"}
+        return super().fields_of_training() | {"lora_dropout", "fan_in_fan_out"} | start
+
+    def plain(self) -> LoraConfig:
+        """Of a PiSSA adapter: B A - B0 A0 is LoRA of twice the rank, at the same scaling."""
+        if not is_pissa(self.init_lora_weights):
+            super().plain()
+        times = math.sqrt(2) if self.use_rslora else 2
+        return dataclasses.replace(
+            copy.deepcopy(self),
+            init_lora_weights=True,
+            r=2 * self.r,
+            lora_alpha=times * self.lora_alpha,
+            rank_pattern={name: 2 * r for name, r in self.rank_pattern.items()},
+            alpha_pattern={name: times * alpha for name, alpha in self.alpha_pattern.items()},
+        )
 
     def _starts_from_a_draw(self) -> bool:
         return str(self.init_lora_weights).startswith("pissa_niter_")

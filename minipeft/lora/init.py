@@ -9,31 +9,16 @@ disabling, deleting and unloading give the base model back, and a PiSSA adapter 
 
 from __future__ import annotations
 
-import copy
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import base_modules
-from minipeft.lora.config import LoraConfig
 from minipeft_kernels.linear.shorthands import lora_update
 
 # More directions than are wanted make the approximate decomposition sharp (Halko et al. 2011, section 4.2: 5 or 10).
 _OVERSAMPLING = 8
-
-
-def is_pissa(kind: Any) -> bool:
-    """Whether `init_lora_weights` asks for PiSSA."""
-    return isinstance(kind, str) and kind.startswith("pissa")
-
-
-def changes_base(kind: Any) -> bool:
-    """Whether an adapter of this `init_lora_weights` means something only beside a base weight that it came with."""
-    return is_pissa(kind) or kind == "loftq"
 
 
 def init_factors(lora_A: Tensor, lora_B: Tensor, kind: bool | str) -> None:
@@ -103,45 +88,3 @@ def _randomized(weight: Tensor, r: int, rounds: int) -> tuple[Tensor, Tensor, Te
         basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis).Q).Q
     left, values, right = torch.linalg.svd(basis.T @ weight, full_matrices=False)
     return basis @ left, values, right
-
-
-def as_plain_lora(tensors: Mapping[str, Tensor], starts: Mapping[str, PissaStart]) -> dict[str, Tensor]:
-    """An adapter's tensors with its PiSSA layers made plain LoRA of twice the rank.
-
-    B A - B0 A0 = [B, -B0] [A; A0], so it acts alike on the base weight itself.
-
-    Args:
-        tensors: By their names on disk.
-        starts: By what the names of a layer's tensors begin with.
-    """
-    plain = dict(tensors)
-    for layer, start in starts.items():
-        name_A, name_B = f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"
-        plain[name_A] = torch.cat([tensors[name_A], start.lora_A.to(tensors[name_A])], dim=0)
-        plain[name_B] = torch.cat([tensors[name_B], -start.lora_B.to(tensors[name_B])], dim=1)
-    return plain
-
-
-def plain_config(config: Any) -> LoraConfig:
-    """The config that goes with `as_plain_lora`: twice the rank, the same scaling.
-
-    Raises ValueError when `config` is not a PiSSA adapter's.
-    """
-    if not is_pissa(getattr(config, "init_lora_weights", None)):
-        raise ValueError(
-            "path_initial_model_for_weight_conversion makes PiSSA adapters plain LoRA; this one has "
-            f"init_lora_weights={getattr(config, 'init_lora_weights', None)!r}"
-        )
-    times = math.sqrt(2) if config.use_rslora else 2
-    plain: LoraConfig = copy.deepcopy(config)
-    plain.init_lora_weights, plain.r, plain.lora_alpha = True, 2 * config.r, times * config.lora_alpha
-    plain.rank_pattern = {name: 2 * r for name, r in config.rank_pattern.items()}
-    plain.alpha_pattern = {name: times * alpha for name, alpha in config.alpha_pattern.items()}
-    return plain
-
-
-def pissa_starts(model: nn.Module, adapter: str, prefix: str) -> dict[str, PissaStart]:
-    """What the PiSSA layers of `adapter` in `model` started from, by `prefix` + the layer's dotted name."""
-    modules: list[tuple[str, Any]] = base_modules(model)
-    layers = {path: module for path, module in modules if adapter in getattr(module, "lora_start", ())}
-    return {f"{prefix}{path}": layer.lora_start[adapter] for path, layer in layers.items()}

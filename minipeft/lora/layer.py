@@ -9,14 +9,15 @@ module it was, `q_proj.weight` keeps its name, and the adapter lies beside it as
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.copies import TrainedBias
-from minipeft.lora.config import LoraConfig
-from minipeft.lora.init import init_factors, is_pissa, pissa_start
+from minipeft.lora.config import LoraConfig, is_pissa
+from minipeft.lora.init import init_factors, pissa_start
 from minipeft.lora.loftq import LoftqBase, LoftQConfig, loftq
 from minipeft.lora.rows import add_row_updates
 from minipeft_kernels.linear.shorthands import lora_update
@@ -189,7 +190,7 @@ class LoraLayer(TrainedBias):
         self._install_weight(merged)
 
     def adapts(self, adapter: str) -> bool:
-        """Whether `adapter` has a low-rank update here (it may have a bias alone)."""
+        """True if `adapter` has a low-rank update here (it may have a bias alone)."""
         return adapter in self.scaling
 
     def adapter_names(self) -> set[str]:
@@ -204,6 +205,21 @@ class LoraLayer(TrainedBias):
             state["lora_magnitude_vector"] = self.lora_magnitude_vector[adapter]
         # PEFT wraps the modules that it adapts, and this name is what the wrapping leaves in its files.
         return {**state, **{f"base_layer.{name}": tensor for name, tensor in bias.items()}}
+
+    def plain_state(self, adapter: str, values: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Of a PiSSA adapter LoRA of twice the rank: B A - B0 A0 = [B, -B0] [A; A0]."""
+        state = super().plain_state(adapter, values)
+        if adapter in self.lora_start:
+            start, lora_A, lora_B = self.lora_start[adapter], state["lora_A.weight"], state["lora_B.weight"]
+            state["lora_A.weight"] = torch.cat([lora_A, start.lora_A.to(lora_A)], dim=0)
+            state["lora_B.weight"] = torch.cat([lora_B, -start.lora_B.to(lora_B)], dim=1)
+        return state
+
+    def stored_beside(self, adapter: str) -> bool:
+        return self.adapts(adapter)
+
+    def merged_finite(self, adapters: tuple[str, ...]) -> bool:
+        return bool(torch.isfinite(self.merged_weight(adapters)).all())
 
     def replaced_tensors(self, adapter: str) -> list[str]:
         return [*super().replaced_tensors(adapter), *(["weight"] if adapter in self.lora_base else [])]

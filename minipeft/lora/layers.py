@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule, Method, base_modules
 from minipeft.copies import TrainedModule
-from minipeft.lora.config import LoraConfig
+from minipeft.lora.config import LoraConfig, changes_base
 from minipeft.lora.experts import LoraParameters, check_target_parameters, find_target_parameters
-from minipeft.lora.init import changes_base
 from minipeft.lora.layer import LoraLayer, wide
 from minipeft.lora.loftq import LoftQConfig
 from minipeft.nf4 import NF4Linear, NF4Weight
@@ -85,6 +84,7 @@ class LoraNF4Linear(LoraLayer):
     dequantize: Callable[[torch.dtype], Tensor]
     nf4_weight: Callable[[], NF4Weight]
     set_weight: Callable[[NF4Weight], None]
+    to_dense: Callable[..., nn.Module]
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
@@ -107,6 +107,15 @@ class LoraNF4Linear(LoraLayer):
     def unmerge(self) -> None:
         super().unmerge()
         self.dense_merged = None
+
+    def dense_form(self) -> nn.Module | None:
+        return None if self.dense_merged is None else self.to_dense(weight=self.dense_merged)
+
+    def requantize(self) -> None:
+        if self.dense_merged is not None:
+            old, dense = self.nf4_weight(), self.dense_merged
+            self.dense_merged = None
+            self.set_weight(NF4Weight.quantize(dense, old.blocksize, old.double_quant))
 
     def _quantize_base(self, adapter: str, config: LoraConfig, init: bool) -> None:
         # An adapter of one round was trained on the plain quantization, which this layer has.

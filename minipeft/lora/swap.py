@@ -17,8 +17,7 @@ from torch import Tensor
 from minipeft import saving
 from minipeft.attach import adapter_modules
 from minipeft.config import PeftConfig
-from minipeft.lora.config import LoraConfig
-from minipeft.lora.init import changes_base
+from minipeft.lora.config import LoraConfig, changes_base
 from minipeft.lora.layer import LoraLayer
 from minipeft.state import fill_adapter
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapter import PackedLayer
+from minipeft.nf4.dense import make_plain
 from minipeft_kernels.linear.op import linear
-from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
-from minipeft_kernels.nf4.quantize import NESTED_BLOCKSIZE, WEIGHT_DTYPES, check_blocksize
+from minipeft_kernels.nf4.codebooks import NESTED_BLOCKSIZE, NF4_LEVELS, dynamic_map
+from minipeft_kernels.nf4.quantize import WEIGHT_DTYPES, check_blocksize
 from minipeft_kernels.packed import NF4
 
 from .weight import STATE_NAMES, NF4Weight
@@ -20,7 +22,7 @@ from .weight import STATE_NAMES, NF4Weight
 SCALES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "offset")
 
 
-class NF4Linear(nn.Module):
+class NF4Linear(PackedLayer):
     """y = x W^T + b with W frozen in NF4: (..., in_features) -> (..., out_features), in x's dtype.
 
     Attributes:
@@ -134,6 +136,34 @@ class NF4Linear(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """W as (out_features, in_features), by default in the dtype it was quantized from."""
         return self.nf4_weight().dequantize(dtype)
+
+    def to_dense(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Module:
+        """The `Linear` or `Conv1D` that this layer replaced, with a dense weight (dtype None: the one it had).
+
+        Args:
+            weight: (out_features, in_features), to hold instead of the dequantized weight.
+        """
+        weight = self.dequantize(dtype) if weight is None else weight
+        bias = self.bias
+        dense: nn.Module
+        with torch.device("meta"):
+            if getattr(self, "from_conv1d", False):
+                from transformers.pytorch_utils import Conv1D
+
+                dense, weight = Conv1D(self.out_features, self.in_features), weight.t().contiguous()
+            else:
+                dense = nn.Linear(self.in_features, self.out_features, bias=bias is not None)
+        dense.weight = nn.Parameter(weight)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=bias.requires_grad)
+        return dense.train(self.training)
+
+    @classmethod
+    def make_dense(cls, model: nn.Module) -> None:
+        for path, module in list(model.named_modules()):
+            if isinstance(module, NF4Linear):
+                model.set_submodule(path, module.to_dense().requires_grad_(False))
+        make_plain(model)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in x's dtype, or under autocast in autocast's."""

@@ -13,13 +13,14 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from minipeft.methods import METHODS
 from minipeft.train.errors import ConfigError
 
 TOO_LONG_CHOICES = ("error", "drop", "truncate")
@@ -45,8 +46,14 @@ SCHEDULER_CHOICES = (
 )
 
 
-def _setting(help: str, default: Any = dataclasses.MISSING, choices: tuple[str, ...] | None = None) -> Any:
-    metadata = {"help": help, "choices": choices}
+def _setting(
+    help: str,
+    default: Any = dataclasses.MISSING,
+    choices: tuple[str, ...] | None = None,
+    known: Iterable[str] | None = None,
+) -> Any:
+    """A field of `TrainConfig`. `choices` are checked; `known` values are listed in the flag's help alone."""
+    metadata = {"help": help, "choices": choices, "known": known}
     if default is dataclasses.MISSING:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -64,7 +71,7 @@ class TrainConfig:
     model: str = _setting("model directory, hub name, or .gguf file")
     data: str = _setting("JSONL file of training records")
     output_dir: str = _setting("directory for checkpoints, logs and the adapter")
-    method: str = _setting("fine-tuning method", "lora")
+    method: str = _setting("fine-tuning method", "lora", known=METHODS)
     method_args: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "arguments of the method's config, such as {r: 8}"}
     )
@@ -309,7 +316,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, skip: tuple[str, ...] 
     for f in dataclasses.fields(TrainConfig):
         if f.name in skip:
             continue
-        flag, choices = "--" + f.name.replace("_", "-"), f.metadata.get("choices")
+        flag, choices = "--" + f.name.replace("_", "-"), f.metadata.get("choices") or f.metadata.get("known")
         text = f.metadata["help"] + (f" ({'|'.join(choices)})" if choices else "") + _default_text(f)
         if hints[f.name] is bool:
             parser.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=None, help=text)

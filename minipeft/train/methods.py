@@ -1,6 +1,6 @@
-"""What a `--method` stands for: a config class with our defaults, how it is attached, and where it starts.
+"""From a `--method` and its arguments to an adapter on a model, by the table of methods.
 
-Heavy imports are made inside the functions: a command line looks at the names alone.
+Heavy imports are made inside the functions: a command line reads the names alone.
 """
 
 from __future__ import annotations
@@ -11,27 +11,10 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+from minipeft.config import PeftConfig
+from minipeft.methods import METHODS, method_of
 from minipeft.train.config import TrainConfig, setting_names
 from minipeft.train.errors import ConfigError, TrainingError, as_user_error
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """What a `--method` stands for: a config class, our defaults for its arguments, other settings of the run."""
-
-    config: str
-    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-    settings: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-METHODS = {
-    "lora": Choice("LoraConfig", {"target_modules": "all-linear"}),
-    "qlora": Choice("LoraConfig", {"target_modules": "all-linear"}, {"quantize": "nf4"}),
-    "bottleneck": Choice("BottleneckConfig"),
-    # Random starts learn little; see `start` for the prefix's, and `method_config` for one with a projection.
-    "prefix": Choice("PrefixTuningConfig", {"num_virtual_tokens": 20}),
-    "prompt": Choice("PromptTuningConfig", {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}),
-}
 
 
 class AdapterError(TrainingError, ValueError):
@@ -39,40 +22,30 @@ class AdapterError(TrainingError, ValueError):
 
 
 def method_config(config: TrainConfig) -> Any:
-    """The adapter's config: `method_args` over our defaults.
+    """The adapter's config: `method_args` over the method's defaults for training.
 
     Raises:
         ConfigError: an argument that the method does not have, or a value it refuses.
     """
-    import minipeft
-
     _check_arguments(config)
-    choice = METHODS[config.method]
-    arguments = {**choice.arguments, "task_type": "CAUSAL_LM", **config.method_args}
-    if choice.config == "PromptTuningConfig" and "prompt_tuning_init_text" in arguments:
-        arguments.update(prompt_tuning_init="TEXT", tokenizer_name_or_path=str(config.model))
-    if arguments.get("prefix_projection"):
-        # What the projection gives cannot be started from a text.
-        arguments.setdefault("init_weights", "zero")
+    method = METHODS[config.method]
+    config_class = method.load("config")
+    arguments = {**method.train_defaults, "task_type": "CAUSAL_LM", **config.method_args}
     with as_user_error(ConfigError, "method_args"):
-        return getattr(minipeft, choice.config)(**arguments)
+        return config_class(**config_class.completed(arguments, str(config.model)))
 
 
 def method_arguments(method: str) -> list[str]:
     """The names of the arguments that a method's config makes use of."""
-    import minipeft
-
-    config = getattr(minipeft, METHODS[method].config)
-    # What every adapter's file has, and what of PEFT's there is not, is taken where it asks for nothing.
-    idle = {f.name for f in dataclasses.fields(minipeft.PeftConfig)} | set(config.unsupported)
-    return [f.name for f in dataclasses.fields(config) if f.name not in idle]
+    config_class = METHODS[method].load("config")
+    # Skip the common fields, which no user sets, and PEFT's fields that minipeft lacks.
+    idle = {f.name for f in dataclasses.fields(PeftConfig)} | set(config_class.unsupported)
+    return [f.name for f in dataclasses.fields(config_class) if f.name not in idle]
 
 
 def _check_arguments(config: TrainConfig) -> None:
-    import minipeft
-
-    name_of_config = METHODS[config.method].config
-    taken = [f.name for f in dataclasses.fields(getattr(minipeft, name_of_config))]
+    config_class = METHODS[config.method].load("config")
+    taken = [f.name for f in dataclasses.fields(config_class)]
     for name in config.method_args:
         if name in taken:
             continue
@@ -81,13 +54,13 @@ def _check_arguments(config: TrainConfig) -> None:
         known = method_arguments(config.method)
         near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
-        raise ConfigError(f"method_args: {name_of_config} has no argument {name!r}; {hint}")
+        raise ConfigError(f"method_args: {config_class.__name__} has no argument {name!r}; {hint}")
     if config.method_args.get("inference_mode"):
         raise ConfigError("method_args: an adapter in inference_mode is not trained: leave it out")
 
 
 def check_settings(config: TrainConfig) -> Any:
-    """The adapter's config, once all that needs no model is known to be right: see `method_config`.
+    """The adapter's config (`method_config`), after checking every setting that can be checked without the model.
 
     Raises:
         ConfigError: arguments that the method, the optimizer or the schedule refuses.
@@ -102,9 +75,9 @@ def check_settings(config: TrainConfig) -> Any:
         check_matplotlib()
     if config.tensorboard:
         check_tensorboard()
-    if config.loraplus_lr_ratio is not None and METHODS[config.method].config != "LoraConfig":
+    if config.loraplus_lr_ratio is not None and METHODS[config.method].rates is None:
         raise ConfigError(f"loraplus_lr_ratio is for LoRA, and the method is {config.method}")
-    # Any parameters and length will do: only the arguments are looked at.
+    # Any parameters and length will do: only the arguments are checked.
     plain = dataclasses.replace(config, loraplus_lr_ratio=None)
     optimizer = make_optimizer(torch.nn.Linear(1, 1), plain)
     try:
@@ -120,29 +93,24 @@ def attach(model: Any, adapter_config: Any) -> Any:
 
     with as_user_error(AdapterError):
         if is_packed(model):
-            # Checkpointing is the Trainer's to switch on.
+            # The Trainer switches checkpointing on.
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         return get_peft_model(model, adapter_config)
 
 
 def start(model: Any, data: Any, say: Callable[[str], None] = print) -> None:
-    """Start a prefix from the keys and values of the data's first tokens, unless its arguments say another start."""
-    config = model.peft_config["default"]
-    if config.peft_type.value != "PREFIX_TUNING" or config.init_weights or config.prefix_projection:
+    """Give a new adapter its method's start from the training data, if it has one, and say so."""
+    give_start = method_of(model.peft_config["default"].type_name).load("start")
+    if give_start is None:
         return
-    import torch
-
-    from minipeft import initialize_kv_prefix_from_text
-
-    tokens = itertools.chain.from_iterable(example.input_ids for example in data.examples)
-    ids = list(itertools.islice(itertools.cycle(tokens), config.num_virtual_tokens))
     with as_user_error(AdapterError):
-        initialize_kv_prefix_from_text(model, text=torch.tensor(ids))
-    say(f"the prefix starts from the first {len(ids)} tokens of the data")
+        notice = give_start(model, itertools.chain.from_iterable(example.input_ids for example in data.examples))
+    if notice is not None:
+        say(notice)
 
 
 def is_packed(model: Any) -> bool:
-    """Whether the model's weights are in NF4."""
+    """True if some of the model's weights are in NF4."""
     from minipeft.nf4 import NF4Linear
 
     return any(isinstance(module, NF4Linear) for module in model.modules())

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from minipeft.train.errors import ConfigError, MissingExtraError, ModelLoadError
-from minipeft.virtual.decoders import LEARNED
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -266,9 +265,6 @@ def model_position_limit(model: Any) -> int | None:
 def text_positions(model: str, adapter_config: Any = None) -> tuple[int | None, int]:
     """The positions that a model has (None for no limit), and how many of them an adapter's virtual tokens take.
 
-    A prompt's virtual tokens stand in front of the text and take positions. A prefix takes none on a model that rotates
-    keys; on a model with a learned table of positions it takes the first ones, as a prompt does.
-
     Args:
         model: directory, hub name or .gguf file; its config alone is read.
 
@@ -276,9 +272,8 @@ def text_positions(model: str, adapter_config: Any = None) -> tuple[int | None, 
         ModelLoadError: there is none.
     """
     config = load_text_config(model)
-    tokens = getattr(adapter_config, "num_virtual_tokens", None) or 0
-    counted = tokens and (adapter_config.peft_type.value == "PROMPT_TUNING" or config.model_type in LEARNED)
-    return getattr(config, "max_position_embeddings", None), tokens if counted else 0
+    taken = 0 if adapter_config is None else adapter_config.positions_taken(config.model_type)
+    return getattr(config, "max_position_embeddings", None), taken
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from minipeft.lora.rates import lora_plus_groups
+from minipeft.methods import optional_part
 from minipeft.optim import PagedAdamW
 from minipeft.train.config import TrainConfig
 from minipeft.train.errors import ConfigError
@@ -45,8 +45,10 @@ def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.Optimizer:
     if config.loraplus_lr_ratio is None:
         groups = _plain_groups(parameters, config)
     else:
+        types = [adapter.type_name for adapter in getattr(model, "peft_config", {}).values()]
+        groups_by_rate = optional_part("rates", types)
         try:
-            groups = lora_plus_groups(model, config.lr, config.loraplus_lr_ratio, config.weight_decay)
+            groups = groups_by_rate(model, config.lr, config.loraplus_lr_ratio, config.weight_decay)
         except ValueError as error:
             raise ConfigError(str(error)) from None
     settings: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}

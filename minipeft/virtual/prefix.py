@@ -10,8 +10,9 @@ alone, so an adapter's file holds the product, and a second file beside it what 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,15 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule, Method
-from minipeft.config import PeftType, register_method
-from minipeft.virtual.decoders import VirtualTokensDecoder, attention_mixin, connect_attention, decoder_targets
+from minipeft.virtual.decoders import LEARNED, VirtualTokensDecoder, attention_mixin, connect_attention, decoder_targets
 from minipeft.virtual.encoders import prefix_mixin, prefix_targets
 from minipeft.virtual.tokens import Sizes, VirtualTokensConfig
 
 logger = logging.getLogger("minipeft")
 
 
-@register_method(PeftType.PREFIX_TUNING)
 @dataclasses.dataclass
 class PrefixTuningConfig(VirtualTokensConfig):
     """PEFT's `PrefixTuningConfig`: the same names, defaults and JSON.
@@ -55,6 +54,15 @@ class PrefixTuningConfig(VirtualTokensConfig):
             self._check_positive_int("encoder_hidden_size")
         if self.init_weights not in (None, "zero"):
             raise ValueError(f"init_weights must be None or 'zero', got {self.init_weights!r}")
+
+    @classmethod
+    def completed(cls, arguments: Mapping[str, Any], model: str) -> dict[str, Any]:
+        # A projection's output cannot be started from a text.
+        return {**({"init_weights": "zero"} if arguments.get("prefix_projection") else {}), **arguments}
+
+    def positions_taken(self, model_type: str) -> int:
+        """None on a model that rotates keys; P on one with a learned table, whose first positions the prefix takes."""
+        return (self.num_virtual_tokens or 0) if model_type in LEARNED else 0
 
     def for_loading(self, trainable: bool, training_file: bool) -> None:
         super().for_loading(trainable, training_file)
@@ -204,6 +212,19 @@ def initialize_kv_prefix_from_text(
     flat = stacked.permute(2, 0, 1, 3).reshape(encoder.length, -1)
     encoder.embedding.weight.copy_(flat)
     return encoder.embedding.weight.detach().clone()
+
+
+def start_from_tokens(model: Any, tokens: Iterable[int]) -> str | None:
+    """Start the prefix "default" from the keys and values of the first tokens of a text, repeated if it is short.
+
+    Nothing happens, and None is returned, if its config asks for another start; else a notice for the user.
+    """
+    config = model.peft_config["default"]
+    if config.init_weights or config.prefix_projection:
+        return None
+    ids = list(itertools.islice(itertools.cycle(tokens), config.num_virtual_tokens))
+    initialize_kv_prefix_from_text(model, text=torch.tensor(ids))
+    return f"the prefix starts from the first {len(ids)} tokens of the data"
 
 
 def _ids_of(tokenizer: Any, text: str, use_chat_template: bool) -> Tensor:

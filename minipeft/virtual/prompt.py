@@ -19,14 +19,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule, Method
-from minipeft.config import PeftType, register_method
 from minipeft.virtual.decoders import VirtualTokensDecoder, attention_mixin, connect_attention, decoder_targets
 from minipeft.virtual.encoders import PromptedEncoder, connect_prompt, prompt_mixin, prompt_targets
 from minipeft.virtual.tokens import Sizes, VirtualTokensConfig
@@ -40,7 +39,6 @@ class PromptTuningInit(str, enum.Enum):
     RANDOM = "RANDOM"
 
 
-@register_method(PeftType.PROMPT_TUNING)
 @dataclasses.dataclass
 class PromptTuningConfig(VirtualTokensConfig):
     """PEFT's `PromptTuningConfig`: the same names, defaults and JSON.
@@ -79,6 +77,15 @@ class PromptTuningConfig(VirtualTokensConfig):
             raise ValueError("tokenizer_kwargs is for prompt_tuning_init='TEXT' alone")
         if "trust_remote_code" in (self.tokenizer_kwargs or ()):
             raise ValueError("tokenizer_kwargs: trust_remote_code would let an adapter's file run code")
+
+    @classmethod
+    def completed(cls, arguments: Mapping[str, Any], model: str) -> dict[str, Any]:
+        from_text = {"prompt_tuning_init": PromptTuningInit.TEXT, "tokenizer_name_or_path": model}
+        return {**arguments, **(from_text if "prompt_tuning_init_text" in arguments else {})}
+
+    def positions_taken(self, model_type: str) -> int:
+        """P: a prompt is a text in front of the text."""
+        return self.num_virtual_tokens or 0
 
     def fit(self, sizes: Sizes) -> None:
         self._settle("token_dim", sizes.hidden)

@@ -87,6 +87,7 @@ class VirtualTokensConfig(PeftConfig):
     modules_to_save: list[str] | None = None
 
     key_prefix: ClassVar[str] = "base_model."
+    is_prompt_learning: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

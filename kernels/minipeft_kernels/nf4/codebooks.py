@@ -46,6 +46,12 @@ NF4_BOUNDARIES = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
 
 NF4_ZERO_CODE = 7
 
+NESTED_BLOCKSIZE = 256
+"""Block scales that share one scale of their own, when scales are quantized too."""
+
+MIN_ABSMAX = 1e-38
+"""Scales below this are raised to it before their reciprocal is taken, which would overflow float32 otherwise."""
+
 DYNAMIC_DECADES = 7
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..dispatch import use_triton
 from ..registration import define_op
 from .codebooks import (
+    MIN_ABSMAX,
+    NESTED_BLOCKSIZE,
     NF4_BOUNDARIES,
     NF4_ZERO_CODE,
     Tables,
@@ -21,9 +23,6 @@ from .codebooks import (
 )
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCKSIZE = 256
-# Scales below this are raised to it before their reciprocal is taken, which would overflow float32 otherwise.
-MIN_ABSMAX = 1e-38
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Weights quantized at a time. 4096x4096 float32, one thread: 49 ms at 2^15, 41 at 2^17, 53 at 2^19.
 CHUNK = 1 << 17

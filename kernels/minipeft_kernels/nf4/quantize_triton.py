@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import on_device
-from .codebooks import NF4_BOUNDARIES, dynamic_map, exact_thresholds
-from .quantize import MIN_ABSMAX, NESTED_BLOCKSIZE
+from .codebooks import MIN_ABSMAX, NESTED_BLOCKSIZE, NF4_BOUNDARIES, dynamic_map, exact_thresholds
 
 # Weights a program: 16 a thread at 4 warps, two 16-byte loads of bfloat16 each.
 TILE = 2048

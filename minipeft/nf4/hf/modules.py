@@ -140,23 +140,3 @@ def nf4_linears(model: nn.Module) -> Iterator[tuple[str, NF4Linear]]:
     for name, module in model.named_modules():
         if isinstance(module, NF4Linear):
             yield name, module
-
-
-def to_dense(linear: NF4Linear, dtype: torch.dtype | None, weight: torch.Tensor | None = None) -> nn.Module:
-    """The `Linear` or `Conv1D` that `linear` replaced, holding the dequantized weight (dtype None: its own).
-
-    Args:
-        weight: (out_features, in_features), to hold instead of the dequantized weight.
-    """
-    weight = linear.dequantize(dtype) if weight is None else weight
-    bias = linear.bias
-    dense: nn.Module
-    with torch.device("meta"):
-        if getattr(linear, "from_conv1d", False):
-            dense, weight = Conv1D(linear.out_features, linear.in_features), weight.t().contiguous()
-        else:
-            dense = nn.Linear(linear.in_features, linear.out_features, bias=bias is not None)
-    dense.weight = nn.Parameter(weight)
-    if bias is not None:
-        dense.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=bias.requires_grad)
-    return dense.train(linear.training)

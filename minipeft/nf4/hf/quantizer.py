@@ -30,7 +30,6 @@ from minipeft.nf4.hf.modules import (
     nf4_linears,
     require_convertible,
     skip_modules_for_file,
-    to_dense,
 )
 from minipeft.nf4.linear import NF4Linear
 
@@ -123,7 +122,7 @@ class NF4HfQuantizer(HfQuantizer):
         _refuse_adapters(model)
         target = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         for group in names_by_module(model, NF4Linear):
-            dense = to_dense(model.get_submodule(group[0]), target)
+            dense = model.get_submodule(group[0]).to_dense(target)
             for name in group:
                 model.set_submodule(name, dense)
         make_plain(model)

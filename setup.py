@@ -5,7 +5,8 @@ from setuptools import Extension, find_packages, setup
 DEMO = ["gguf>=0.18", "accelerate>=1.10", "matplotlib>=3.11"]
 TEST = [
     *DEMO,
-    "pytest>=8",
+    "pytest>=9",
+    "pytest-timeout>=2.4",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "peft==0.21.2",

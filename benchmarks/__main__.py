@@ -2,7 +2,7 @@
 
 import sys
 
-from minipeft.commands.bench import ask_for_huge_pages
+from benchmarks.options import ask_for_huge_pages
 
 if __name__ == "__main__":
     ask_for_huge_pages()

@@ -9,18 +9,22 @@ with an adapter's, 6; attention and the layers between are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from benchmarks.finetune_bench import Bench
-from benchmarks.finetune_generation import generation
 from benchmarks.finetune_loading import first_load, importing, last_load
-from benchmarks.finetune_models import Models, base_folder
+from benchmarks.finetune_models import NO_WORK, OP, OVER_BNB, Bench, Models, base_folder, choice_error, token_ids
 from benchmarks.finetune_training import memory, optimizer, step
-from benchmarks.harness import Case
+from benchmarks.harness import OURS, Candidate, Case, Run
 from benchmarks.peers import Peers
-from benchmarks.shapes import Sizes
+from benchmarks.shapes import Sizes, dtype_name
+
+# Of a generated token: how much lower its logit may be than the best, in deviations of the logits. bitsandbytes
+# generates in bfloat16 on CPUs with such instructions, whatever dtype is asked for.
+CHOICE_TOLERANCE = 0.1
 
 
 def cases(device: torch.device, sizes: Sizes, peers: Peers) -> Iterator[Case]:
@@ -44,3 +48,25 @@ def cases(device: torch.device, sizes: Sizes, peers: Peers) -> Iterator[Case]:
     bench.forget()
     names = "LoraConfig, PeftModel, get_peft_model"
     yield from (importing(name) for name in ([""] if bench.quick else ["", names]))
+
+
+def generation(bench: Bench, dtype: torch.dtype) -> Case:
+    """Greedy generation over NF4 with the adapter, a batch of one."""
+    models, what = bench.models, bench.what
+
+    def make(model: Callable[..., Any]) -> Callable[[], Run]:
+        def run() -> Run:
+            loaded = model("nf4", dtype).eval()
+            ids = token_ids((1, what.prompt), loaded.config.vocab_size, models.device)
+            options = {"max_new_tokens": what.generated, "min_new_tokens": what.generated, "do_sample": False}
+            return torch.no_grad()(functools.partial(loaded.generate, input_ids=ids, **options))
+
+        return run
+
+    check = (choice_error(models.reference_model(dtype), what.prompt), CHOICE_TOLERANCE, NO_WORK)
+    candidates = [
+        Candidate(OURS, make(models.ours), *check),
+        bench.peer(OVER_BNB, make(models.theirs), *check),
+    ]
+    size = f"{what.generated} tokens after {what.prompt}"
+    return Case(OP, "generate NF4", size, dtype_name(dtype), candidates, rounds=what.rounds)

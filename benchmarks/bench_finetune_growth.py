@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.finetune_loss import as_our_loop
 from benchmarks.finetune_models import Models, base_folder, load_base, lora_config, random_llama, token_ids
+from benchmarks.finetune_process import as_our_loop
 from benchmarks.growth import PART, plot, summary
 from benchmarks.harness import OURS, Candidate, Case, Measured, Run, Work
 from benchmarks.peers import Peers

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from minipeft.commands.bench import BenchError
+from benchmarks.options import BenchError
 
 MIB = 1 << 20
 # Emptying a cache writes twice its size, within these bounds; on CUDA never less than triton.testing.do_bench does.

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.roofline import Roofline
-from minipeft.commands.bench import HUGE_PAGES
+from benchmarks.limits import Roofline
+from benchmarks.options import HUGE_PAGES
 from minipeft_kernels import native
 from minipeft_kernels.dispatch import interpreting, use_native, use_triton
 

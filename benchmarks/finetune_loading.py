@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.finetune_bench import NO_WORK, OP, OVER_BNB, Bench, run_python
-from benchmarks.finetune_models import PEFT, Models, plain_name
+from benchmarks.finetune_models import NO_WORK, OP, OVER_BNB, PEFT, Bench, Models, plain_name, run_python
 from benchmarks.harness import OURS, Candidate, Case, Measured, Run
 from minipeft import PeftModel
 

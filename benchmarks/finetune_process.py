@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.resident import resident_bytes
 
@@ -31,7 +32,7 @@ def main(text: str) -> None:
     ids = torch.tensor(settings["ids"], device=settings["device"])
     losses = []
     for _ in range(STEPS):
-        loss = _loss(model, ids, settings["loop"])
+        loss = (as_our_loop if settings["loop"] else as_user)(model, ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -41,10 +42,20 @@ def main(text: str) -> None:
     print(json.dumps({"peak": peak, "loss": losses[0]}))
 
 
-def _loss(model: Any, ids: torch.Tensor, loop: bool) -> torch.Tensor:
-    from benchmarks import finetune_loss
+def as_user(model: Any, ids: Tensor) -> Tensor:
+    """The mean loss as transformers' Trainer has it: the model's own."""
+    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss
 
-    return (finetune_loss.as_our_loop if loop else finetune_loss.as_user)(model, ids)
+
+def as_our_loop(model: Any, ids: Tensor) -> Tensor:
+    """The mean loss as `minipeft train` has it."""
+    # Here, so that a peer's process does not hold what it does not use.
+    from minipeft.train.batches import Batch
+    from minipeft.train.loss import token_loss_sum
+
+    learned = ids.shape[0] * (ids.shape[1] - 1)
+    return token_loss_sum(model, Batch({"input_ids": ids}, ids, ids.numel(), learned)) / learned
 
 
 def _model(settings: dict[str, Any], dtype: torch.dtype) -> Any:

@@ -10,9 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.finetune_bench import NO_WORK, OP, OVER_BNB, Bench, run_python, shape_title
-from benchmarks.finetune_loss import as_our_loop, as_user
-from benchmarks.finetune_models import PEFT, step_error, stepper, token_ids
+from benchmarks.finetune_models import (
+    NO_WORK,
+    OP,
+    OVER_BNB,
+    PEFT,
+    Bench,
+    run_python,
+    shape_title,
+    step_error,
+    stepper,
+    token_ids,
+)
+from benchmarks.finetune_process import as_our_loop, as_user
 from benchmarks.harness import OURS, Candidate, Case, Measured, Missing, Run, Work
 from benchmarks.reference import adamw_steps, near
 from benchmarks.shapes import dtype_name

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.harness import OURS, Row
-from benchmarks.report import duration
+from benchmarks.output import duration
 from minipeft.files import atomic_path
 
 # The candidate that is a part of ours, in a family whose growth it explains.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.device import Device
-from benchmarks.roofline import Roofline
+from benchmarks.limits import Roofline
 
 Run = Callable[[], Any]
 

@@ -16,11 +16,11 @@ import torch
 from benchmarks.device import Device, open_device
 from benchmarks.environment import ROOT, backend, describe_environment, describe_limits, device_name, device_slug, load
 from benchmarks.harness import OURS, Row, describe, measure
+from benchmarks.limits import Roofline, roofline_of
+from benchmarks.options import OPS, BenchError, add_arguments
+from benchmarks.output import case_title, plot, table, write_csv
 from benchmarks.peers import Peers
-from benchmarks.report import case_title, plot, table, write_csv
-from benchmarks.roofline import Roofline, roofline_of
 from benchmarks.shapes import Sizes, sizes_for
-from minipeft.commands.bench import OPS, BenchError, add_bench_arguments
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NOTE = "Each result is checked first; times are of interleaved rounds, caches emptied before each call."
@@ -32,10 +32,10 @@ QUICK_NOTE = (
 def main(argv: Sequence[str]) -> int:
     """`python -m benchmarks` with these arguments: 0 when every result of ours was right, 1 if not, 2 for bad ones."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    add_bench_arguments(parser)
+    add_arguments(parser)
     args = parser.parse_args(argv)
     try:
-        bad = bench(args.ops, args.quick, args.device, args.output, args.threads, args.model, args.only)
+        bad = _bench(args)
     except BenchError as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2
@@ -44,9 +44,19 @@ def main(argv: Sequence[str]) -> int:
     return 1 if bad else 0
 
 
+def run(args: argparse.Namespace) -> None:
+    """As `bench`, of the arguments of `minipeft bench`. Raises BenchError if a result of minipeft was wrong, too."""
+    if bad := _bench(args):
+        raise BenchError(f"{len(bad)} results of minipeft are not right: {'; '.join(bad)}")
+
+
+def _bench(args: argparse.Namespace) -> list[str]:
+    return bench(args.ops, args.quick, args.device, args.output, args.threads, args.model, args.only)
+
+
 @dataclass(frozen=True)
 class Session:
-    """What all operations of a run share.
+    """The device, its limits, the sizes and the options that all operations of a run share.
 
     folder: for the files, or None for none. options: of the command line. only: what titles must have in them.
     """

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minipeft_kernels.emulator import emulate
+from minipeft.kernels.emulator import emulate
 from minipeft_kernels.emulator.trace import Entry, Trace, results_of
 from minipeft_kernels.linear.gpu import launch_forward
 from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map

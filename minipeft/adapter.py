@@ -251,6 +251,33 @@ class AdapterModule(Mixin):
         return super()._apply(fn, recurse)
 
 
+class WrappedForward(AdapterModule):
+    """A module whose instance has a `forward` of its own, such as the wrapper of an accelerate hook.
+
+    Such an attribute hides the class's forward, and so every mixin's. Here it is kept aside, behind the mixins, which
+    call it as the module's own.
+    """
+
+    name_prefix: ClassVar[str] = ""
+    _own_attributes: ClassVar[tuple[str, ...]] = ("wrapped_forward",)
+
+    wrapped_forward: Callable[..., Any]
+
+    def attach(self, switch: Switch) -> None:
+        super().attach(switch)
+        if "forward" in vars(self):
+            self.wrapped_forward = vars(self).pop("forward")
+
+    def detach(self) -> None:
+        own = self.wrapped_forward
+        super().detach()
+        vars(self)["forward"] = own
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the instance's own forward."""
+        return self.wrapped_forward(*args, **kwargs)
+
+
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The dotted names and modules of the base model: `named_modules` without what adapters added.
 

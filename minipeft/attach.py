@@ -14,7 +14,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from minipeft.adapter import AdaptedModel, AdapterModule, Method, PackedLayer, Switch, base_modules, mix_in, mix_out
+from minipeft.adapter import (
+    AdaptedModel,
+    AdapterModule,
+    Method,
+    PackedLayer,
+    Switch,
+    WrappedForward,
+    base_modules,
+    mix_in,
+    mix_out,
+)
 from minipeft.config import PeftConfig
 from minipeft.copies import TrainedBias, TrainedModule
 from minipeft.methods import method_of
@@ -150,6 +160,8 @@ def become(module: Any, mixin: type[AdapterModule], switch: Switch) -> None:
     """Make `module` an instance of `mixin`, in front of other adapters' mixins but for the `outermost` ones."""
     if isinstance(module, mixin):
         return
+    if "forward" in vars(module) and not isinstance(module, WrappedForward):
+        mix_in(module, WrappedForward, type(module).__name__)
     lifted: list[Any] = []
     while not mixin.outermost and vars(type(module).__mro__[1]).get("outermost"):
         lifted.append(type(module).__mro__[1])

@@ -1,6 +1,8 @@
 """What every test file shares: no network, few threads, one seed."""
 
 import os
+import signal
+from collections.abc import Iterator
 
 # Before torch and transformers are imported: tests must not reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,3 +26,14 @@ os.environ.setdefault("MINIPEFT_BACKEND", "reference" if native.obstacle() else 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C raises, here and in what a test starts: in a script's background, pytest inherits SIGINT as ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from processes import run_process
 from safetensors.torch import load_file, save_file
 from tiny import randomize, some_ids, tiny_llama
 from transformers import LlamaForCausalLM, ViTConfig, ViTForImageClassification
@@ -314,5 +314,5 @@ def test_a_config_is_saved_alone_as_peft_does(tmp_path: Path) -> None:
 
 def test_a_config_is_read_before_any_method_is_used(directory: Path) -> None:
     code = "import sys, minipeft; print(type(minipeft.PeftConfig.from_pretrained(sys.argv[1])).__name__)"
-    done = subprocess.run([sys.executable, "-c", code, str(directory)], capture_output=True, text=True, check=True)
+    done = run_process([sys.executable, "-c", code, str(directory)], check=True)
     assert done.stdout == "LoraConfig\n"

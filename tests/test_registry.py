@@ -18,7 +18,15 @@ from tiny import some_ids, tiny_llama
 from tiny_folder import save_model, write_jsonl
 from torch import Tensor, nn
 
-from minipeft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, methods, quantize_model
+from minipeft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    methods,
+    quantize_model,
+)
 from minipeft.adapter import AdapterModule, Method
 from minipeft.commands.cli import main
 from minipeft.compare.plan import plan_runs
@@ -148,6 +156,17 @@ def test_it_merges_and_unloads(toy: None) -> None:
     assert torch.equal(logits(model), adapted)
     torch.testing.assert_close(logits(toy_model().merge_and_unload(safe_merge=True)), adapted)
     assert torch.equal(logits(model.unload()), base) and type(model) is type(tiny_llama())
+
+
+def test_it_acts_beside_lora(toy: None) -> None:
+    model = toy_model()
+    adapted = logits(model)
+    model.add_adapter("lora", LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    torch.testing.assert_close(logits(model), adapted)
+    model.set_adapter(["default", "lora"])
+    assert not torch.allclose(logits(model), adapted)
+    model.delete_adapter("lora")
+    torch.testing.assert_close(logits(model), adapted)
 
 
 def test_it_acts_on_what_a_packed_model_leaves_dense(toy: None) -> None:

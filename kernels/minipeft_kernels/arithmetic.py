@@ -10,11 +10,15 @@ import logging
 import torch
 from torch import Tensor
 
+from . import native
+
 logger = logging.getLogger("minipeft")
 
 
 def _native_cpu_dtypes() -> frozenset[torch.dtype]:
     dtypes = {torch.float32}
+    if native.level_limit() < native.AVX512_BF16:
+        return frozenset(dtypes)
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         dtypes.add(torch.bfloat16)
     if torch.cpu._is_amx_fp16_supported():
@@ -32,7 +36,8 @@ LEAST = 1 << 20
 
 def _find_onednn() -> bool:
     """True if oneDNN is there and has wider instructions than MKL may have."""
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512" and native.level_limit() >= native.AVX512
+    return wide and torch.backends.mkldnn.is_available()
 
 
 HAS_ONEDNN = _find_onednn()

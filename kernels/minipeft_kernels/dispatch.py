@@ -1,22 +1,22 @@
-"""Which of an operation's forms runs: Triton kernel, compiled CPU code or PyTorch reference. Nothing else decides it.
+"""The choice of an operation's form: Triton kernel, compiled CPU code or PyTorch reference. Nothing else decides it.
 
 Tensors on a GPU that Triton compiles for go to the kernel. Tensors on a CPU go to the compiled code where it was built
 and has the operation (decoding and products of NF4 weights), else to the reference. With TRITON_INTERPRET=1, which
 Triton reads when its kernels are defined, they go to the kernel on a CPU too, run by Triton's interpreter: that is how
 kernels are tested without a GPU. MINIPEFT_BACKEND=reference, =native or =triton forces one, and is read at every call;
-a forced one that cannot run is an error. MINIPEFT_BACKEND=ptx compiles the kernels for a GPU that need not
-be there, MINIPEFT_PTX_TARGET (sm_80), and runs that code on tensors on a CPU, in the emulator; so does an active
-`minipeft_kernels.emulator.emulate`.
+a forced one that cannot run is an error. MINIPEFT_BACKEND=ptx compiles the kernels for a GPU that need not be there,
+MINIPEFT_PTX_TARGET (sm_80), and runs that code on tensors on a CPU, in an emulator that registers itself here; so does
+an emulation that is active.
 """
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import logging
 import os
-import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,9 +34,42 @@ GPUS = ("cuda", "xpu")
 # The oldest NVIDIA GPUs that Triton supports, and the first with bfloat16.
 MIN_CAPABILITY = 80
 
+# The module that registers an emulator, imported when MINIPEFT_BACKEND=ptx asks for one.
+EMULATOR_MODULE = "minipeft_kernels.lab.emulation"
+
+
+class Emulator(Protocol):
+    """Runs compiled kernels on tensors on the CPU, as a GPU would that need not be there."""
+
+    def active_target(self) -> str | None:
+        """The architecture that is emulated at this moment, such as "sm_80", or None."""
+
+    def launching(self, target: str, reached: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
+        """A context in which a kernel is launched for `target`; `reached` as in `on_device`."""
+
+    def multiprocessors(self, target: str) -> int:
+        """The number of multiprocessors of the emulated GPU."""
+
+
+_emulator: Emulator | None = None
+
+
+def register_emulator(emulator: Emulator) -> None:
+    """Let `emulator` run the operations while it is active, and under MINIPEFT_BACKEND=ptx."""
+    global _emulator
+    _emulator = emulator
+
+
+def _registered_emulator() -> Emulator:
+    """The emulator, which is imported if nobody has yet."""
+    if _emulator is None:
+        importlib.import_module(EMULATOR_MODULE)
+    assert _emulator is not None
+    return _emulator
+
 
 def use_triton(tensor: Tensor) -> bool:
-    """Whether an operation on `tensor` runs as a Triton kernel.
+    """True if an operation on `tensor` runs as a Triton kernel.
 
     Raises:
         ValueError: MINIPEFT_BACKEND has another value than those it may have.
@@ -60,20 +93,20 @@ def use_triton(tensor: Tensor) -> bool:
 
 
 def use_native(tensor: Tensor) -> bool:
-    """Whether an operation that compiled CPU code has runs there, given that `use_triton` has said no."""
+    """True if an operation that compiled CPU code has runs there, given that `use_triton` has said no."""
     return tensor.is_cpu and os.environ.get(VARIABLE) != "reference" and not native_obstacle()
 
 
 def runs_native(tensor: Tensor) -> bool:
-    """Whether `use_triton` says no and `use_native` yes: in one question, which is asked at every token and layer."""
-    if tensor.is_cpu and VARIABLE not in os.environ and _emulation() is None and not interpreting():
+    """True if `use_triton` says no and `use_native` yes: in one question, which is asked at every token and layer."""
+    if tensor.is_cpu and VARIABLE not in os.environ and _active_target() is None and not interpreting():
         return not native_obstacle()
     return not use_triton(tensor) and use_native(tensor)
 
 
 @functools.cache
 def native_obstacle() -> str:
-    """Why the compiled CPU code cannot run, or "" if it can. The reason is also logged, once."""
+    """The reason why the compiled CPU code cannot run, or "" if it can. The reason is also logged, once."""
     obstacle = native.obstacle()
     if obstacle:
         logger.warning("%s; until then NF4 runs in plain PyTorch on the CPU, several times slower", obstacle)
@@ -98,25 +131,23 @@ def _use_emulator(device: torch.device) -> bool:
 
 
 def emulating(device: torch.device) -> bool:
-    """Whether kernels on `device` are run by the emulator."""
-    return device.type == "cpu" and (os.environ.get(VARIABLE, "") == "ptx" or _emulation() is not None)
+    """True if kernels on `device` are run by the emulator."""
+    return device.type == "cpu" and (os.environ.get(VARIABLE, "") == "ptx" or _active_target() is not None)
 
 
 def emulated_target() -> str:
-    """The architecture that is emulated: of the `emulate` that is active, or as MINIPEFT_PTX_TARGET says."""
-    active = _emulation()
-    return str(active.target) if active else os.environ.get(TARGET_VARIABLE, DEFAULT_TARGET)
+    """The architecture that is emulated: that of the active emulation, or as MINIPEFT_PTX_TARGET says."""
+    return _active_target() or os.environ.get(TARGET_VARIABLE, DEFAULT_TARGET)
 
 
-def _emulation() -> Any:
-    # Who never imported it has not entered it.
-    module = sys.modules.get("minipeft_kernels.emulator.emulate")
-    return module.current_emulation() if module else None
+def _active_target() -> str | None:
+    # An emulator that was never imported is not active.
+    return None if _emulator is None else _emulator.active_target()
 
 
 @functools.cache
 def triton_obstacle(device: torch.device) -> str:
-    """Why Triton cannot run on `device`, or "" if it can. On a GPU the reason is also logged, once."""
+    """The reason why Triton cannot run on `device`, or "" if it can. On a GPU the reason is also logged, once."""
     obstacle = _find_obstacle(device)
     if obstacle and device.type in GPUS:
         logger.warning("%s: minipeft's operations run in plain PyTorch there", obstacle)
@@ -139,12 +170,12 @@ def _find_obstacle(device: torch.device) -> str:
 
 @functools.cache
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter. Fixed by the first call, as kernels are by their definition."""
+    """True if kernels run in Triton's interpreter. Fixed by the first call, as kernels are by their definition."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def capability(device: torch.device) -> int:
-    """The compute capability of an NVIDIA GPU, 90 for 9.0; 80 for what is none, and has no row in any table."""
+    """The compute capability of an NVIDIA GPU, 90 for 9.0; 80 for other GPUs, which are in no table."""
     return int(emulated_target().removeprefix("sm_")) if emulating(device) else _capability(device)
 
 
@@ -154,6 +185,15 @@ def _capability(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def multiprocessors(device: torch.device) -> int:
+    """The number of multiprocessors of a GPU, on a CPU of the emulated one; 1 where it is not known."""
+    if emulating(device):
+        return _registered_emulator().multiprocessors(emulated_target())
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def on_device(
@@ -168,7 +208,5 @@ def on_device(
     if tensor.device.type == "cuda":
         return torch.cuda.device(tensor.device)
     if emulating(tensor.device):
-        from minipeft_kernels.emulator import launching
-
-        return launching(emulated_target(), reached() if reached else {})
+        return _registered_emulator().launching(emulated_target(), reached() if reached else {})
     return contextlib.nullcontext()

@@ -2,6 +2,9 @@
 
 It is optional: a machine without a C compiler installs minipeft without it, and `dispatch` takes the PyTorch references
 instead. It knows nothing of Python (no Python.h), and shares OpenMP's threads with torch, which is imported first.
+
+MINIPEFT_CPU=scalar, avx2, avx512 or avx512_bf16 makes minipeft treat the processor as one of that level, to test what a
+lesser one would do: it chooses the compiled code, and `arithmetic` obeys it too. It is read once.
 """
 
 import ctypes
@@ -18,6 +21,8 @@ ABI = 2
 
 SCALAR, AVX2, AVX512, AVX512_BF16 = range(4)
 LEVELS = ("scalar", "AVX2", "AVX-512", "AVX-512 with bfloat16")
+LEVEL_VARIABLE = "MINIPEFT_CPU"
+LEVEL_NAMES = ("scalar", "avx2", "avx512", "avx512_bf16")
 
 MODULE = "minipeft_kernels._native"
 REINSTALL = "reinstall minipeft where there is a C compiler (in a checkout: pip install -e .)"
@@ -28,7 +33,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @functools.cache
 def obstacle() -> str:
-    """Why the compiled part cannot be used, or "" if it can; what to do about it included."""
+    """The reason why the compiled part cannot be used, and what to do about it; "" if it can be used."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else ""
 
@@ -41,10 +46,38 @@ def library() -> ctypes.CDLL:
 
 
 @functools.cache
+def level_limit() -> int:
+    """The level that MINIPEFT_CPU names, or the highest one where the variable is unset or empty.
+
+    Raises:
+        ValueError: MINIPEFT_CPU is not the name of a level.
+    """
+    name = os.environ.get(LEVEL_VARIABLE, "")
+    if name not in ("", *LEVEL_NAMES):
+        raise ValueError(f"{LEVEL_VARIABLE} must be one of {', '.join(LEVEL_NAMES)}, or unset, got {name!r}")
+    return LEVEL_NAMES.index(name) if name else AVX512_BF16
+
+
+@functools.cache
 def level() -> int:
-    """The best instructions that this processor has and the library uses: SCALAR, AVX2, AVX512 or AVX512_BF16."""
-    found: int = library().minipeft_level()
-    return found
+    """The instructions that the library uses: the best that this processor has, or those that MINIPEFT_CPU names.
+
+    Returns:
+        SCALAR, AVX2, AVX512 or AVX512_BF16.
+
+    Raises:
+        ValueError: MINIPEFT_CPU names a level that this processor lacks, or none.
+    """
+    highest: int = library().minipeft_level()
+    if not os.environ.get(LEVEL_VARIABLE):
+        return highest
+    if level_limit() > highest:
+        choices = ", ".join(LEVEL_NAMES[: highest + 1])
+        name = LEVEL_NAMES[level_limit()]
+        raise ValueError(
+            f"{LEVEL_VARIABLE}={name}, but this processor has no {LEVELS[level_limit()]}: it has {choices}"
+        )
+    return level_limit()
 
 
 def describe() -> str:
@@ -54,12 +87,12 @@ def describe() -> str:
 
 @functools.cache
 def packer(count: int) -> struct.Struct:
-    """Packs `count` 64-bit integers, which is how a call passes its arguments."""
+    """A packer of `count` 64-bit integers: a call passes its arguments as one such array."""
     return struct.Struct(f"{count}q")
 
 
 def threads() -> int:
-    """Threads for a call: torch's; in a forked process one, because OpenMP's other threads stayed with the parent."""
+    """The number of threads for a call: torch's, but 1 in a forked process: OpenMP's threads stayed in the parent."""
     return 1 if _forked else torch.get_num_threads()
 
 

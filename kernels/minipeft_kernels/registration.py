@@ -1,4 +1,4 @@
-"""How an operation becomes one of torch's own: `torch.ops.minipeft.<name>`.
+"""Registration of an operation as one of torch's own: `torch.ops.minipeft.<name>`.
 
 Registered so, an operation is opaque to torch.compile (no graph break, no tracing into it), has a fake form that gives
 shapes without data, and works under every mode of the dispatcher. `torch.library.custom_op` with `register_autograd`

@@ -10,11 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minipeft.commands.paths import check_adapter_path, check_device, check_output_path
-from minipeft.commands.texts import loss_text
+from minipeft.commands.arguments import check_adapter_path, check_device, check_output_path
 from minipeft.train.errors import ConfigError, as_user_error
 from minipeft.train.methods import AdapterError, is_packed
-from minipeft.train.models import without_bars
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -40,7 +38,7 @@ def evaluate(args: argparse.Namespace) -> None:
     # Alike in length, so that little is padded.
     examples = sorted(data.examples, key=len)
     result = evaluate_loss(model, Batches(examples, args.batch_size, pad_id=pad_id_of(tokenizer)))
-    print(f"{loss_text(result)} over {result.tokens:,} learned tokens of {len(data)} records")
+    print(f"{result} over {result.tokens:,} learned tokens of {len(data)} records")
 
 
 def generate(args: argparse.Namespace) -> None:
@@ -70,13 +68,14 @@ def merge(args: argparse.Namespace) -> None:
 
     from minipeft.files import atomic_directory
     from minipeft.train import load_tokenizer
+    from minipeft.train.models import without_bars
 
     tokenizer = load_tokenizer(args.model)
     model = load_model(args)
     packed = is_packed(model)
     if args.requantize and not packed:
         raise ConfigError("--requantize needs a 4-bit base: add --quantize nf4, or give a 4-bit model folder")
-    # It logs what became of the weights; so do we, with the place where they are.
+    # Its log says what became of the weights; the lines printed below say it too, with the place of the result.
     with as_user_error(AdapterError), _silent_log():
         model = model.merge_and_unload(requantize=args.requantize)
     with atomic_directory(output) as temporary, without_bars():
@@ -102,6 +101,7 @@ def load_model(args: argparse.Namespace) -> Any:
         AdapterError: see `read_adapter`; an adapter that is damaged or does not fit the model.
     """
     from minipeft.train import load_base_model
+    from minipeft.train.models import without_bars
 
     check_device(args.device)
     read_adapter(args)

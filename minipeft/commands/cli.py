@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from minipeft.commands.arguments import positive, seed
 from minipeft.commands.bench import add_bench_arguments
-from minipeft.commands.compare import add_compare_arguments
+from minipeft.methods import METHODS
 from minipeft.train.config import DTYPE_CHOICES, QUANTIZE_CHOICES, TOO_LONG_CHOICES, add_config_arguments
 from minipeft.train.errors import TrainingError, TrainingInterrupted
 
@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises instead of exiting, so that all errors leave through `main`."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise UsageError with the message, and the command whose help explains it."""
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A model may write what the terminal's encoding lacks; better a replacement character than no text.
         sys.stdout.reconfigure(errors="replace")
     try:
-        args = build_parser().parse_args(arguments)
+        args = build_parser(arguments).parse_args(arguments)
         check_not_empty(args)
         # Imported here: a mistyped flag needs none of it.
         module, _, function = args.command.partition(":")
@@ -88,11 +89,11 @@ def check_not_empty(args: argparse.Namespace) -> None:
 
 
 def is_users(error: Exception) -> bool:
-    """Whether the error is about what the user gave or has, and not a bug of ours.
+    """True if the error is about what the user gave or has, and not a bug of ours.
 
-    Ours are raised as TrainingError (API errors about arguments are turned into it where the arguments are passed
-    on). The operating system's are about files and disks, and so are safetensors', such as a disk that is full, and
-    those of paged state; running out of memory is about sizes.
+    Errors of ours are TrainingError (API errors about arguments are turned into it where the arguments are passed on).
+    Errors of the operating system, of safetensors and of paged state are about files and disks, such as a full one;
+    running out of memory is about sizes.
     """
     if isinstance(error, TrainingError | OSError | MemoryError) or _is_out_of_memory(error):
         return True
@@ -112,13 +113,13 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _is(error: Exception, module: str, name: str) -> bool:
-    """Whether it is of a class whose module is imported only when it is needed."""
+    """True if the error is of the class `name` of `module`, which may not have been imported."""
     imported = sys.modules.get(module)
     return imported is not None and isinstance(error, getattr(imported, name))
 
 
-def build_parser() -> Parser:
-    """The parser of the whole command line."""
+def build_parser(arguments: Sequence[str] = ()) -> Parser:
+    """The parser of the whole command line; of `bench`, only if the arguments are for it, with what it takes."""
     parser = Parser(
         prog="minipeft",
         description="Fine-tune language models by training small adapters, on 16-bit or 4-bit base models.",
@@ -132,6 +133,8 @@ def build_parser() -> Parser:
         *(_add_compare, _add_bench, _add_kernels),
     ):
         add(commands)
+    if next((word for word in arguments if not word.startswith("-")), "") == "bench":
+        add_bench_arguments(commands.choices["bench"])
     return parser
 
 
@@ -236,16 +239,57 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     parser = _add(
         commands,
         "compare",
-        "commands.compare:compare",
+        "commands.others:compare",
         "train several methods on one task and write a table and pictures",
         "Without --model and --data it takes those of the demo, and less than 20 minutes on two CPU cores.",
     )
-    add_compare_arguments(parser)
+    parser.add_argument(
+        "--output",
+        default="minipeft-compare",
+        metavar="DIR",
+        help="folder for everything (default: ./minipeft-compare); finished runs in it are kept, so a comparison "
+        "that was interrupted goes on",
+    )
+    parser.add_argument("--methods", metavar="A,B", help=f"methods with our settings (default: {','.join(METHODS)})")
+    parser.add_argument(
+        "--runs",
+        metavar="FILE",
+        help="YAML file of further runs, {name: {method: lora, method_args: {r: 4}, lr: 0.002}, ...}; without "
+        "--methods there are only these",
+    )
+    parser.add_argument("--seeds", default="1", metavar="N", help="how many, or which: 0,1,2 (default: 1, the seed 0)")
+    parser.add_argument("--model", help="model directory, hub name or .gguf file (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--data", metavar="FILE", help="JSONL file of records (default: the demo's rated snippets)")
+    parser.add_argument("--eval-data", metavar="FILE", help="held-out records (default: a fifth of --data)")
+    parser.add_argument("--other-text", metavar="FILE", help="text of another kind (default: of a constitution)")
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", help="optimizer steps of a run (default: one pass over the data)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, metavar="N", help="rows in a step (default: 2 packed, or 8 single texts)"
+    )
+    parser.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        help="pack several texts into a row (default: only with the demo's data)",
+    )
+    parser.add_argument(
+        "--max-length", type=positive, metavar="N", help="longest text in tokens (default: 1024 or the model's limit)"
+    )
+    parser.add_argument(
+        "--too-long", choices=("error", "drop"), default="error", help="what to do with longer texts (default: error)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPE_CHOICES,
+        default="auto",
+        help="dtype of the model (default: bfloat16 where the processor multiplies it, else float32)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
-    parser = _add(commands, "bench", "commands.bench:bench", "measure the operations beside their peers")
-    add_bench_arguments(parser)
+    _add(commands, "bench", "commands.bench:bench", "measure the operations beside their peers")
 
 
 def _add_kernels(commands: argparse._SubParsersAction) -> None:

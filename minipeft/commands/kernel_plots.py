@@ -9,8 +9,8 @@ from minipeft.files import atomic_path
 
 if TYPE_CHECKING:
     from minipeft_kernels.emulator.counts import Counts
-    from minipeft_kernels.emulator.model import Bound
-    from minipeft_kernels.emulator.profile import Profile
+    from minipeft_kernels.lab.bounds import Bound
+    from minipeft_kernels.lab.profile import Profile
 
 
 def plot_profile(found: Profile, path: Path) -> None:

@@ -1,12 +1,14 @@
-"""`minipeft demo`, `inspect` and `kernels`: arguments handed on to the module that does the work."""
+"""`minipeft demo`, `inspect`, `compare` and `kernels`: arguments handed on to the module that does the work."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from minipeft.commands.paths import check_output_path
+from minipeft.commands.arguments import check_output_path
 from minipeft.train.errors import TrainingError
+
+SOME_FAILED = 1
 
 
 class KernelsError(TrainingError, ValueError):
@@ -29,6 +31,31 @@ def demo(args: argparse.Namespace) -> None:
     run_demo(DemoConfig(output=Path(args.output), model=args.model, data=args.data, steps=args.steps, seed=args.seed))
 
 
+def compare(args: argparse.Namespace) -> int:
+    """`minipeft compare`: several methods on one task; return 0, or 1 when a run failed."""
+    from minipeft.compare.plan import CompareConfig, parse_names, parse_seeds, plan_runs
+
+    output = Path(args.output)
+    runs = plan_runs(None if args.methods is None else parse_names(args.methods), args.runs)
+    config = CompareConfig(
+        output,
+        runs,
+        parse_seeds(args.seeds),
+        **{
+            name: getattr(args, name)
+            for name in ("model", "data", "eval_data", "other_text", "packing", "batch_size", "steps", "max_length")
+        },
+        too_long=args.too_long,
+        dtype=args.dtype,
+        device=args.device,
+    )
+    check_output_path(output, may_exist=True)
+
+    from minipeft.compare.compare import compare as run_comparison
+
+    return SOME_FAILED if run_comparison(config).failures else 0
+
+
 def kernels(args: argparse.Namespace) -> None:
     """`minipeft kernels`: the machine code of the GPU kernels, compiled here; with --profile, one of them emulated."""
     try:
@@ -40,7 +67,7 @@ def kernels(args: argparse.Namespace) -> None:
         options = ["--target", args.target, "--dtype", args.dtype]
         options += ["--against", args.against] if args.against else []
         options += ["--json", args.json] if args.json else []
-        from minipeft_kernels.offline import main
+        from minipeft_kernels.lab.offline import main
 
         print(main(options), end="")
     except (ImportError, RuntimeError, ValueError, OSError) as error:
@@ -57,7 +84,7 @@ def _profile(args: argparse.Namespace) -> None:
         )
     if args.plot is not None and not Path(args.plot).absolute().parent.is_dir():
         raise KernelsError(f"cannot write {args.plot}: its folder does not exist")
-    from minipeft_kernels.emulator.profile import profile, report
+    from minipeft_kernels.lab.profile import profile, report
 
     found = profile(args.profile, [int(part) for part in shape], args.target, args.dtype)
     print(report(found), end="")

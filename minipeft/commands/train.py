@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minipeft.commands.paths import check_device, check_output_path
-from minipeft.commands.texts import loss_text
+from minipeft.commands.arguments import check_device, check_output_path
 from minipeft.methods import METHODS
 from minipeft.train.config import TrainConfig, config_values
 from minipeft.train.errors import ConfigError
 from minipeft.train.methods import attach, check_settings, start
-from minipeft.train.models import without_bars
 
 
 def train(args: argparse.Namespace) -> None:
@@ -30,7 +28,7 @@ def train(args: argparse.Namespace) -> None:
         prepare_data,
         seed_everything,
     )
-    from minipeft.train.models import text_positions
+    from minipeft.train.models import text_positions, without_bars
     from minipeft.train.run import check_not_running
 
     check_not_running(Path(config.output_dir))
@@ -51,7 +49,7 @@ def train(args: argparse.Namespace) -> None:
     result = trainer.train(resume=resume)
     print(f"trained {result.steps} steps, {result.tokens:,} tokens, in {result.seconds:.0f} s; loss {result.loss:.4f}")
     if result.eval_end is not None:
-        print(f"evaluation: {loss_text(result.eval_end)}")
+        print(f"evaluation: {result.eval_end}")
     print(f"adapter saved in {result.adapter_dir}")
     quantize = f" --quantize {config.quantize}" if config.quantize else ""
     # Texts that were learned as they are must be asked as they are.

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from minipeft.config import PeftConfig
-from minipeft.lora.loftq import LoftQConfig
 
 _UNSUPPORTED = (
     *("megatron_config", "trainable_token_indices", "eva_config", "corda_config", "lora_ga_config"),
@@ -22,7 +21,7 @@ _UNSUPPORTED = (
 # PEFT takes the start out of the base weight and leaves it to the reader to do so again.
 _LOADED_STARTS = ("orthogonal",)
 _CHANGE_THE_BASE = ("olora", "corda", "lora_ga")
-# In the files of adapters with "pissa_niter_N": that the numbers were drawn as in `lora_init.py`, from seed 0.
+# In the files of adapters with "pissa_niter_N": that the numbers were drawn as in `variants.py`, from seed 0.
 _OWN_DRAW = {"pissa_draw": "minipeft"}
 
 
@@ -51,6 +50,27 @@ class LoraRuntimeConfig:
 
 
 @dataclasses.dataclass
+class LoftQConfig:
+    """PEFT's `LoftQConfig`.
+
+    Args:
+        loftq_bits: 4, for NF4: the one kind of quantization that minipeft has.
+        loftq_iter: T, the rounds of algorithm 1.
+
+    Raises ValueError for other bits, and fewer than 1 round.
+    """
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+    def __post_init__(self) -> None:
+        if self.loftq_bits != 4:
+            raise ValueError(f"loftq_bits must be 4 (NF4), got {self.loftq_bits!r}")
+        if not isinstance(self.loftq_iter, int) or self.loftq_iter < 1:
+            raise ValueError(f"loftq_iter must be a positive whole number, got {self.loftq_iter!r}")
+
+
+@dataclasses.dataclass
 class LoraConfig(PeftConfig):
     """PEFT's `LoraConfig`: the same names, defaults and JSON.
 
@@ -66,10 +86,10 @@ class LoraConfig(PeftConfig):
         use_rslora: scaling = lora_alpha / sqrt(r).
         modules_to_save: Modules that the adapter trains whole.
         init_lora_weights: True (B = 0), "gaussian" (the same with normal A), "pissa" or "pissa_niter_N" (the weight's
-            principal components, see `lora_init.py`), "loftq" (what quantization loses, see `loftq.py`), or False
+            principal components), "loftq" (the error of quantization; for both see `variants.py`), or False
             (both random: a start that is not the identity, for tests). "orthogonal" in PEFT's files is read.
         target_parameters: Names or name endings of 3-D parameters of a mixture's experts, and of its routers' weights
-            (see `lora_parameters.py`).
+            (see `experts.py`).
         loftq_config: A `LoftQConfig` or its fields, for init_lora_weights="loftq".
         layers_to_transform, layers_pattern: Only targets in layers of these numbers, counted in the module list
             called `layers_pattern`.

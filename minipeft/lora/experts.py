@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule
 from minipeft.lora.config import LoraConfig
-from minipeft.lora.init import init_factors
+from minipeft.lora.variants import init_factors
 from minipeft.targets import ends_with
 
 
@@ -92,7 +92,7 @@ class LoraParameters(AdapterModule):
         return weight
 
     def delta_parameter(self, adapter: str, name: str) -> Tensor:
-        """What merging `adapter` adds to the parameter called `name`, of its shape."""
+        """The change of the parameter called `name` by merging `adapter`, of its shape."""
         update: Tensor = self.lora_experts[adapter][name].update()
         update = update.transpose(1, 2) if self._transposed(name) else update
         return update.reshape(self._parameters[name].shape)  # type: ignore[union-attr]
@@ -156,10 +156,10 @@ def check_target_parameters(config: LoraConfig) -> None:
 def find_target_parameters(
     modules: dict[str, nn.Module], config: LoraConfig, reads_its_own: Callable[[nn.Module], bool]
 ) -> list[str]:
-    """The dotted names of the modules that hold what `config.target_parameters` names.
+    """The dotted names of the modules that hold the parameters in `config.target_parameters`.
 
     Args:
-        reads_its_own: Whether a module is no layer for `target_modules`, and reads its weight in its own forward.
+        reads_its_own: True for a module that is no layer for `target_modules`, and reads its weight in its own forward.
 
     Raises ValueError for a name that matches no parameter, or one that cannot be updated.
     """

@@ -13,9 +13,10 @@ from minipeft.adapter import AdapterModule, Method, base_modules
 from minipeft.copies import TrainedModule
 from minipeft.lora.config import LoraConfig, changes_base
 from minipeft.lora.experts import LoraParameters, check_target_parameters, find_target_parameters
-from minipeft.lora.layer import LoraLayer, wide
-from minipeft.lora.loftq import LoftQConfig
+from minipeft.lora.layer import LoraLayer
+from minipeft.lora.variants import wide
 from minipeft.nf4 import NF4Linear, NF4Weight
+from minipeft.nf4.dense import DenseLinear
 from minipeft.targets import is_conv1d, match_targets, shortest_names
 from minipeft_kernels.linear.op import linear
 from minipeft_kernels.packed import NF4
@@ -26,16 +27,16 @@ class LoraDenseLayer(LoraLayer):
 
     weight: nn.Parameter
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter = self.fused_adapter()
-        if adapter is None or not _is_frozen(self.weight, x):
-            return super().forward(x, *args, **kwargs)
-        return linear(x, self._matrix(), self.bias, (*self.factors(adapter), self.scaling[adapter]))
+    def frozen_weight(self, x: Tensor) -> Tensor | None:
+        weight = self.weight
+        frozen = self._is_plain and type(weight) in (nn.Parameter, Tensor) and not weight.requires_grad
+        fits = frozen and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+        return self._matrix() if fits else None
 
-    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.lora_base or args or kwargs or not _is_frozen(self.weight, x):
-            return super()._base_output(x, *args, **kwargs)
-        return linear(x, self._matrix(), self.bias)
+    def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `LoraLayer.base_output`; the plain forward with a frozen weight is one operation too."""
+        weight = None if self.lora_base or args or kwargs else self.frozen_weight(x)
+        return super().base_output(x, *args, **kwargs) if weight is None else linear(x, weight, self.bias)
 
     def dense_weight(self) -> Tensor:
         return wide(self._matrix().detach())
@@ -47,6 +48,8 @@ class LoraDenseLayer(LoraLayer):
 
 class LoraLinear(LoraDenseLayer):
     """LoRA on `nn.Linear`, weight (out_features, in_features)."""
+
+    plain_classes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, DenseLinear)
 
     in_features: int
     out_features: int
@@ -61,12 +64,6 @@ class LoraLinear(LoraDenseLayer):
         return self.out_features, self.in_features
 
 
-def _is_frozen(weight: Tensor, x: Tensor) -> bool:
-    """Whether `weight` is a plain tensor that wants no gradient and fits x: then one operation can do it all."""
-    plain = type(weight) in (nn.Parameter, Tensor) and not weight.requires_grad
-    return plain and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
-
-
 class LoraNF4Linear(LoraLayer):
     """QLoRA (Dettmers et al. 2023): LoRA on a frozen 4-bit layer.
 
@@ -75,11 +72,11 @@ class LoraNF4Linear(LoraLayer):
     """
 
     _own_attributes: ClassVar[tuple[str, ...]] = ("dense_merged",)
+    plain_classes: ClassVar[tuple[type[nn.Module], ...]] = (NF4Linear,)
 
     in_features: int
     out_features: int
     dense_merged: Tensor | None
-    compute_dtype: torch.dtype | None
     packed: Callable[[], NF4]
     dequantize: Callable[[torch.dtype], Tensor]
     nf4_weight: Callable[[], NF4Weight]
@@ -91,18 +88,16 @@ class LoraNF4Linear(LoraLayer):
         if not hasattr(self, "dense_merged"):
             self.register_buffer("dense_merged", None, persistent=False)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def frozen_weight(self, x: Tensor) -> NF4 | None:
+        return self.packed() if self._is_plain and self._buffers["dense_merged"] is None else None
+
+    def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `LoraLayer.base_output`; while merged, the product with the dense weight, in x's dtype."""
         merged = self._buffers["dense_merged"]
         if merged is None:
-            adapter = self.fused_adapter()
-            return super().forward(x, *args, **kwargs) if adapter is None else self._fused_forward(adapter, x)
-        self._check_not_by_row()
+            return super().base_output(x, *args, **kwargs)
         bias = None if self.bias is None else self.bias.to(merged.dtype)
         return F.linear(x.to(merged.dtype), merged, bias).to(x.dtype)
-
-    def _fused_forward(self, adapter: str, x: Tensor) -> Tensor:
-        lora = (*self.factors(adapter), self.scaling[adapter])
-        return linear(x, self.packed(), self.bias, lora, self.compute_dtype)
 
     def unmerge(self) -> None:
         super().unmerge()
@@ -116,14 +111,6 @@ class LoraNF4Linear(LoraLayer):
             old, dense = self.nf4_weight(), self.dense_merged
             self.dense_merged = None
             self.set_weight(NF4Weight.quantize(dense, old.blocksize, old.double_quant))
-
-    def _quantize_base(self, adapter: str, config: LoraConfig, init: bool) -> None:
-        # An adapter of one round was trained on the plain quantization, which this layer has.
-        if init or LoftQConfig(**config.loftq_config).loftq_iter != 1:
-            raise ValueError(
-                "init_lora_weights='loftq' needs the weights before quantization, and this layer is NF4 already: "
-                "attach the adapter to the plain model, or attach an ordinary one and call replace_lora_weights_loftq"
-            )
 
     def dense_weight(self) -> Tensor:
         return self.dequantize(torch.float32)
@@ -148,6 +135,10 @@ class LoraConv1D(LoraDenseLayer):
         in_features, out_features = self.weight.shape
         return out_features, in_features
 
+    def _computes_plainly(self) -> bool:
+        behind = self._class_behind()
+        return behind is not None and behind.__name__ == "Conv1D" and is_conv1d(self)
+
 
 class LoraEmbedding(LoraLayer):
     """LoRA on `nn.Embedding`: the table is W^T, one input feature a token, and A's columns are looked up.
@@ -170,8 +161,9 @@ class LoraEmbedding(LoraLayer):
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
+        """s B A[:, x]: token ids (...) -> (..., embedding_dim)."""
         lora_A, lora_B = self.factors(adapter)
-        # No gradient for padding, as for the table itself.
+        # Padding gets no gradient, as in the table itself.
         looked_up = F.embedding(x, lora_A.T, self.padding_idx)  # (..., r)
         # Gemma's embeddings multiply what they look up.
         return looked_up @ lora_B.T * (self.scaling[adapter] * getattr(self, "embed_scale", 1.0))
@@ -242,7 +234,7 @@ def _mixin_for(module: nn.Module) -> type[AdapterModule] | None:
 
 
 def _reads_its_own(module: nn.Module) -> bool:
-    """Whether a 2-D weight of `module` is read in the module's own forward, where an update of it can stand in."""
+    """True if a 2-D weight of `module` is read in the module's own forward, where an update of it can stand in."""
     plain_layer = isinstance(module, nn.Linear) and "Router" not in type(module).__name__
     return lora_mixin_for(module) is None and not plain_layer
 
@@ -252,7 +244,7 @@ def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list
         return _find_layers(model, config, skip)
     check_target_parameters(config)
     holders = find_target_parameters(dict(base_modules(model)), config, _reads_its_own)
-    # Without a word about modules, as in PEFT, the parameters are all.
+    # As in PEFT, a config that names parameters and no modules adapts the parameters alone.
     return [*(_find_layers(model, config, skip) if config.target_modules else ()), *holders]
 
 

@@ -63,7 +63,7 @@ def add_row_updates(layer: Any, rows: RowAdapters, x: Tensor, base: Tensor) -> T
     for adapter, index in rows.groups(len(x), x.device):
         if layer.adapts(adapter):
             own = base[index]
-            out.index_copy_(0, index, layer.add_update(adapter, x[index], own, own))
+            out.index_copy_(0, index, layer.variants[adapter].apply(layer, adapter, x[index], own, own))
     return out
 
 

@@ -1,4 +1,4 @@
-"""What stays dense in a quantized model, which is mostly the output head: the largest product of a generated token."""
+"""The layers that stay dense in a quantized model: mostly the output head, a generated token's largest product."""
 
 from __future__ import annotations
 

@@ -160,6 +160,7 @@ class NF4Linear(PackedLayer):
 
     @classmethod
     def make_dense(cls, model: nn.Module) -> None:
+        """Put a frozen `nn.Linear` in the place of each NF4Linear of `model`, and undo `keep_dense`."""
         for path, module in list(model.named_modules()):
             if isinstance(module, NF4Linear):
                 model.set_submodule(path, module.to_dense().requires_grad_(False))
@@ -188,6 +189,7 @@ class NF4Linear(PackedLayer):
         )
 
     def extra_repr(self) -> str:
+        """The sizes, and the bits that a weight takes with its scales."""
         w = self.nf4_weight()
         bits = 8 * (w.nbytes / max(1, w.shape.numel()))
         return (

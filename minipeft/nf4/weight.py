@@ -81,7 +81,7 @@ class NF4Weight:
 
     @property
     def double_quant(self) -> bool:
-        """Whether the scales are themselves quantized to 8 bits."""
+        """True if the scales are themselves quantized to 8 bits."""
         return self.nested_absmax is not None
 
     @property

@@ -1,42 +1,20 @@
-"""AdamW's arithmetic (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2).
+"""AdamW's update of flat pieces (Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2).
 
-    m <- beta1 m + (1 - beta1) g                       first moment
-    v <- beta2 v + (1 - beta2) g^2                     second moment
-    p <- (1 - lr weight_decay) p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
-
-These functions know nothing of pages: they take flat pieces of parameters, gradients and moments, of any lengths.
-Whatever the parameter's dtype, the arithmetic is float32 and the parameter is rounded once.
+`minipeft_kernels.adamw.reference` has the formula. These functions know nothing of pages: they take flat pieces of
+parameters, gradients and moments, of any lengths. Whatever the parameter's dtype, the arithmetic is float32 and the
+parameter is rounded once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minipeft.kernels import adamw_, adamw_8bit_
-from minipeft_kernels.adamw.reference import fused_update
-
-
-class Hyper(NamedTuple):
-    """A parameter group's settings as plain numbers; pieces with equal settings are updated together."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    maximize: bool
-
-    @classmethod
-    def of_group(cls, group: dict[str, Any]) -> Hyper:
-        """The settings of a parameter group of `torch.optim`."""
-        beta1, beta2 = map(float, group["betas"])
-        lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
-        return cls(lr, beta1, beta2, eps, weight_decay, bool(group["maximize"]))
+from minipeft_kernels.adamw.reference import Hyper, fused_update
 
 
 @dataclass
@@ -82,7 +60,7 @@ def _update_fused(pieces: Pieces, hyper: Hyper) -> None:
     6.1 in ours by way of the operation.
     """
     exp_avgs, exp_avg_sqs = ([state[i] for state in pieces.states] for i in range(2))
-    fused_update(pieces.params, pieces.grads, exp_avgs, exp_avg_sqs, pieces.steps, *hyper)
+    fused_update(pieces.params, pieces.grads, exp_avgs, exp_avg_sqs, pieces.steps, hyper)
     # The kernel does not tell autograd that it wrote: a backward that still needs the old values must fail.
     torch.autograd.graph.increment_version(pieces.params)
 

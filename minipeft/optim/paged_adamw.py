@@ -19,7 +19,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from minipeft.optim.adamw import Hyper, Pieces, update_8bit, update_32bit
+from minipeft.optim.adamw import Pieces, update_8bit, update_32bit
 from minipeft.optim.checks import check_group, check_parameter, common_device, parameter_name
 from minipeft.optim.pager import MOVERS
 from minipeft.optim.pages import Segment
@@ -34,6 +34,7 @@ from minipeft.optim.state_dicts import (
     write_states,
 )
 from minipeft.optim.tiers import MemoryTier, SimulatedDevice
+from minipeft_kernels.adamw.reference import Hyper
 
 UPDATES = {32: update_32bit, 8: update_8bit}
 # Uses fetched ahead while backward updates: enough for every mover to be at work.

@@ -29,6 +29,9 @@ class EvalResult:
         """See `perplexity`."""
         return perplexity(self.loss)
 
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f} (perplexity {self.perplexity:.4g})"
+
 
 def perplexity(loss: float) -> float:
     """exp(loss) for a loss in nats a token; infinity where that overflows."""

@@ -241,7 +241,9 @@ def _short(value: Any) -> str:
 class StopSignal:
     """Stops a run: while entered, the first SIGINT or SIGTERM sets `requested`, the next one ends the process at once.
 
-    Outside the main thread Python allows no handlers; there `requested` stays False.
+    A signal that the process inherited as ignored stays ignored: a shell script starts its background commands with
+    SIGINT ignored, since Ctrl-C is meant for the foreground. Outside the main thread Python allows no handlers; there
+    `requested` stays False.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM)
@@ -257,7 +259,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
+            heard = [number for number in self.signals if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(

@@ -2,9 +2,11 @@
 
 import pytest
 
-from minipeft.commands.bench import HUGE_PAGES, load_benchmarks
+from minipeft.commands.bench import load_benchmarks
 
 load_benchmarks()
+
+from benchmarks.options import HUGE_PAGES  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import device, roofline
+from benchmarks import device, limits
 from benchmarks.device import MIB, CpuDevice, CudaDevice, open_device
 from benchmarks.harness import interleave
-from benchmarks.roofline import DATASHEET, SAME, Roofline, roofline_of
-from minipeft.commands.bench import BenchError
-from minipeft_kernels.roofline import GPUS
+from benchmarks.limits import DATASHEET, SAME, Roofline, roofline_of
+from benchmarks.options import BenchError
+from minipeft_kernels.lab.roofline import GPUS
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_limit_is_the_best_of_several(monkeypatch):
 
     fake = FakeDevice()
     run = fake.call("copy", 9.0, 5.0, 4.0, 2.0, 7.0)
-    assert roofline._best(fake, run) == 2.0
+    assert limits._best(fake, run) == 2.0
 
 
 def test_a_limit_only_rises():

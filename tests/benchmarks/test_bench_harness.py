@@ -8,8 +8,8 @@ from fake_device import FakeDevice
 
 from benchmarks import harness
 from benchmarks.harness import OURS, Candidate, Case, Missing, Work, distance, interleave, measure, quantile
+from benchmarks.limits import Roofline
 from benchmarks.reference import near
-from benchmarks.roofline import Roofline
 
 LIMITS = Roofline(1e9, "given", {torch.float32: 1e9})
 ONES = near(lambda: torch.ones(2))

@@ -1,7 +1,7 @@
 """Tables, CSV files and pictures say what was measured, and what was not."""
 
 from benchmarks.harness import OURS, Row
-from benchmarks.report import duration, plot, read_csv, table, write_csv
+from benchmarks.output import duration, plot, read_csv, table, write_csv
 
 RIGHT = Row(
     *("nf4_matmul", "forward", "64x128 M=4", "bfloat16", OURS, "right"),

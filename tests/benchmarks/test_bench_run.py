@@ -9,11 +9,13 @@ import torch
 import benchmarks
 from benchmarks import run
 from benchmarks.harness import OURS, Row
+from benchmarks.options import OPS, BenchError
+from benchmarks.output import read_csv
 from benchmarks.peers import BITSANDBYTES, UNSLOTH, Peers
-from benchmarks.report import read_csv
 from minipeft.commands import bench as bench_command
-from minipeft.commands.bench import OPS, BenchError, add_bench_arguments, bench, load_benchmarks
-from minipeft.commands.cli import Parser
+from minipeft.commands.bench import add_bench_arguments, bench, load_benchmarks
+from minipeft.commands.cli import Parser, main
+from minipeft.train.errors import TrainingError
 
 
 def arguments(*words):
@@ -97,15 +99,19 @@ def test_what_there_is_not_is_refused():
         bench(arguments("--threads", "0"))
 
 
-def test_an_installed_package_says_what_it_needs(tmp_path, monkeypatch):
-    with pytest.raises(BenchError, match="needs a source checkout"):
+def test_an_installed_package_says_what_it_needs(tmp_path, monkeypatch, capsys):
+    with pytest.raises(TrainingError, match="needs a source checkout"):
         load_benchmarks(tmp_path)
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").write_text("raise AssertionError('another package')")
-    with pytest.raises(BenchError, match="needs a source checkout"):
+    with pytest.raises(TrainingError, match="needs a source checkout"):
         load_benchmarks(tmp_path)
-    monkeypatch.setattr(bench_command, "ROOT", tmp_path)
-    assert load_benchmarks() is benchmarks
+    monkeypatch.setattr(bench_command.load_benchmarks, "__defaults__", (tmp_path,))
+    assert main(["bench", "--quick"]) == 2
+    assert "minipeft: error: minipeft bench needs a source checkout" in capsys.readouterr().err
+    monkeypatch.undo()
+    load_benchmarks()
+    assert sys.modules["benchmarks"] is benchmarks
 
 
 def test_exit_codes_tell_right_from_wrong_and_from_bad_arguments(monkeypatch, capsys):

@@ -6,12 +6,13 @@ import json
 import re
 import resource
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_process
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_folder import byte_tokenizer, save_model, write_jsonl
@@ -278,7 +279,7 @@ def test_a_packed_model_needs_no_bitsandbytes(base, adapter, data, tmp_path):
         "sys.exit(main(sys.argv[1:]))"
     )
     arguments = ["eval", "--model", str(tmp_path / "packed"), "--data", str(data)]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    done = run_process([sys.executable, "-c", code, *arguments])
     assert done.returncode == 0, done.stderr
     assert done.stdout == ok(*arguments)
 
@@ -699,7 +700,7 @@ def test_interruptions_and_the_machines_limits(raised, code, expected, monkeypat
 
 def test_the_installed_command_in_a_process_of_its_own(tmp_path):
     def minipeft(*argv):
-        return subprocess.run([sys.executable, "-m", "minipeft.commands.cli", *argv], capture_output=True, text=True)
+        return run_process([sys.executable, "-m", "minipeft.commands.cli", *argv])
 
     helped = minipeft("--help")
     assert helped.returncode == 0
@@ -729,5 +730,9 @@ from minipeft.__main__ import main
 sys.exit(main())
 """
     command = [sys.executable, "-c", code, "eval", "--model", str(base), "--data", str(data)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_process(command)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "minipeft: interrupted\n")
+    if during == "yaml":
+        # Started in a script's background, Ctrl-C is not meant for it.
+        ignoring = run_process(command, ignoring=[signal.SIGINT])
+        assert ignoring.returncode == 0 and ignoring.stdout, ignoring.stderr

@@ -400,18 +400,20 @@ def test_an_interrupt_ends_the_run_with_the_comparison(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(python))
 
     def interrupt():
-        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().strip():
+        for _ in range(2000):
+            if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().strip():
+                break
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         in_own_process(order_in(tmp_path))
     assert gone(int((tmp_path / "pid").read_text()))
 
 
 def gone(pid):
-    for _ in range(200):
+    for _ in range(2000):
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -425,12 +427,12 @@ def test_a_run_ends_when_the_comparison_is_gone(monkeypatch):
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(sys, "stdin", os.fdopen(ours))
-    waiting = threading.Thread(target=compare_run._end_with_the_comparison)
+    waiting = threading.Thread(target=compare_run._end_with_the_comparison, daemon=True)
     waiting.start()
     waiting.join(timeout=0.1)
     assert waiting.is_alive() and not codes
     os.close(theirs)
-    waiting.join()
+    waiting.join(timeout=60)
     sys.stdin.close()
     assert codes == [130]
 

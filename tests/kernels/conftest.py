@@ -5,7 +5,7 @@ one that means the compiled CPU code `compiled`. The rest of the suite, in the s
 """
 
 import pytest
-from native_weights import LEVELS
+from native_weights import LEVELS, become
 
 from minipeft_kernels import native
 
@@ -32,6 +32,6 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=LEVELS, ids=[native.LEVELS[i] for i in LEVELS])
 def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Compiled code of each level that this processor has the instructions for."""
-    monkeypatch.setattr(native, "level", lambda: request.param)
+    """A processor of each level that this one has the instructions for."""
+    become(request.param, monkeypatch)
     return int(request.param)

@@ -5,13 +5,21 @@ import torch
 from torch import Tensor
 
 from minipeft.nf4 import NF4Weight
-from minipeft_kernels import native
+from minipeft_kernels import arithmetic, native
 from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
 from minipeft_kernels.nf4.dequantize import nf4_dequantize_reference
 
 needs_library = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle())
-# Of the compiled code, what this processor has the instructions for.
+# The levels of compiled code that this processor has the instructions for.
 LEVELS = [native.SCALAR] if native.obstacle() else list(range(native.level() + 1))
+
+
+def become(level: int, patch: pytest.MonkeyPatch) -> None:
+    """Compute as on a processor of this level: all that MINIPEFT_CPU decides."""
+    patch.setattr(native, "level", lambda: level)
+    patch.setattr(arithmetic, "HAS_ONEDNN", arithmetic.HAS_ONEDNN and level >= native.AVX512)
+    dtypes = arithmetic.CPU_DTYPES if level == native.AVX512_BF16 else frozenset({torch.float32})
+    patch.setattr(arithmetic, "CPU_DTYPES", dtypes)
 
 
 def random_state(n: int, blocksize: int, double: bool, exponents: tuple[float, float] = (-3, 3)) -> NF4Weight:

@@ -17,7 +17,7 @@ from minipeft.kernels import adamw_, adamw_8bit_, lora_matmul, nf4_dequantize, n
 from minipeft.nf4 import NF4Weight
 from minipeft_kernels import dispatch
 from minipeft_kernels.adamw.eight_bit import initial_state
-from minipeft_kernels.sass import read_cubin
+from minipeft_kernels.lab.sass import read_cubin
 
 SHARED_MEMORY = 232448  # bytes a program may have on an H100
 launches: list[dict[str, Any]] = []

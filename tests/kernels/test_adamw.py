@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minipeft.kernels import adamw_, adamw_8bit_
 from minipeft_kernels.adamw.eight_bit import dequantize_state, initial_state, quantize_state
-from minipeft_kernels.adamw.reference import AdamWNumbers, adamw_update
+from minipeft_kernels.adamw.reference import Hyper, adamw_update
 from minipeft_kernels.nf4.codebooks import dynamic_map
 
 module = importlib.import_module("minipeft_kernels.adamw.reference")
@@ -65,7 +65,7 @@ def test_one_step_equals_float64_rounded_once(dtype: torch.dtype, grad_dtype: to
     moments = [torch.randn(s) for s in SHAPES], [torch.rand(s) for s in SHAPES]
     exact = [[t.double() for t in ts] for ts in (params, grads, *moments)]
     for tensors in zip(*exact, strict=True):
-        adamw_update(*tensors, AdamWNumbers(7, 1e-2, 0.9, 0.99, 1e-8, 0.1, False))
+        adamw_update(*tensors, 7, Hyper(1e-2, 0.9, 0.99, 1e-8, 0.1, False))
     adamw_(params, grads, *moments, step=7, **HYPER)
     for ours, right in zip((params, *moments), (exact[0], exact[2], exact[3]), strict=True):
         for a, b in zip(ours, right, strict=True):

@@ -2,12 +2,12 @@
 
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from processes import run_process
 
 from minipeft.kernels import nf4_quantize
 from minipeft_kernels import dispatch, native
@@ -126,7 +126,7 @@ adamw_([p], [torch.ones(3)], [torch.zeros(3)], [torch.zeros(3)], step=1, lr=0.1)
 assert (p < 1).all()
 """
     environment = {k: v for k, v in os.environ.items() if k not in ("MINIPEFT_BACKEND", "TRITON_INTERPRET")}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    run_process([sys.executable, "-c", program], check=True, env=environment)
 
 
 @pytest.mark.usefixtures("compiled")

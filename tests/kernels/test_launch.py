@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_process
 
 PROGRAM = Path(__file__).with_name("pretend_gpu.py")
 STREAMING = {
@@ -21,10 +21,7 @@ FUSED = {"_nf4_matmul_direct_kernel", "_nf4_matmul_staged_kernel"}
 @pytest.fixture(scope="module")
 def launches() -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k not in ("MINIPEFT_BACKEND", "TRITON_INTERPRET")}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", PROGRAM], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_process([sys.executable, "-W", "error", PROGRAM], env=environment, check=True)
     return list(json.loads(done.stdout))
 
 

@@ -182,7 +182,7 @@ def test_a_second_derivative_is_refused() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_layer_fuses_its_adapter_unless_dropout_acts(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
     calls: list[int] = []
-    monkeypatch.setattr("minipeft.lora.layers.linear", lambda *args: calls.append(1) or linear(*args))
+    monkeypatch.setattr("minipeft.lora.layer.linear", lambda *args: calls.append(1) or linear(*args))
     model = torch.nn.Sequential()
     model.add_module("q_proj", NF4Linear.from_linear(torch.nn.Linear(64, 32)))
     model = inject_adapter_in_model(

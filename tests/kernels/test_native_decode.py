@@ -5,11 +5,10 @@ import torch
 from guarded import Guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_weights import LEVELS, by_reference, needs_library, random_state
+from native_weights import LEVELS, become, by_reference, needs_library, random_state
 from nf4_golden import golden
 
 from minipeft.nf4 import NF4Weight
-from minipeft_kernels import native
 from minipeft_kernels.nf4.codebooks import NF4_LEVELS
 from minipeft_kernels.nf4.cpu import decode_range
 
@@ -33,7 +32,7 @@ def test_any_part_decodes_to_the_references_bits(
     first, last = sorted(round(x * n) for x in part)
     buffer = Guarded(last - first, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "level", lambda: which)
+        become(which, patch)
         decode_range(buffer.out, w.packed(), first, last)
     assert torch.equal(buffer.check(), by_reference(w, dtype)[first:last])
 

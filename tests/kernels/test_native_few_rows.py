@@ -7,7 +7,7 @@ import torch
 from guarded import Guarded
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_weights import by_reference, count_calls, random_state
+from native_weights import LEVELS, become, by_reference, count_calls, needs_library, random_state
 from torch import Tensor
 
 from minipeft import LoraConfig, get_peft_model
@@ -16,14 +16,10 @@ from minipeft_kernels import native
 from minipeft_kernels.linear import cpu
 from minipeft_kernels.linear.op import linear_reference
 
-pytestmark = pytest.mark.skipif(
-    bool(native.obstacle()) or native.level() < native.AVX512, reason="the compiled products want AVX-512"
-)
+pytestmark = needs_library
+needs_products = pytest.mark.skipif(max(LEVELS) < native.AVX512, reason="the compiled products want AVX-512")
 BFLOAT16 = pytest.param(
-    torch.bfloat16,
-    marks=pytest.mark.skipif(
-        bool(native.obstacle()) or native.level() < native.AVX512_BF16, reason="no bfloat16 instructions"
-    ),
+    torch.bfloat16, marks=pytest.mark.skipif(max(LEVELS) < native.AVX512_BF16, reason="no bfloat16 instructions")
 )
 # Of the terms' magnitudes: float32's rounding of some sums, and weights and results rounded to bfloat16.
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-7}
@@ -63,26 +59,38 @@ def error(y: Tensor, x: Tensor, w: NF4Weight, lora_A: Tensor, lora_B: Tensor, sc
     rank=st.sampled_from([0, 1, 7, 16, 40]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     to=st.sampled_from([torch.float32, torch.bfloat16]),
+    which=st.sampled_from(LEVELS),
 )
 @settings(max_examples=150, deadline=None)
 def test_products_with_an_update_equal_float64(
-    m: int, n: int, blocks: int, blocksize: int, nested: int | None, rank: int, dtype: torch.dtype, to: torch.dtype
+    m: int,
+    n: int,
+    blocks: int,
+    blocksize: int,
+    nested: int | None,
+    rank: int,
+    dtype: torch.dtype,
+    to: torch.dtype,
+    which: int,
 ) -> None:
     w = weight(n, blocks * blocksize, blocksize, nested is not None, nested or 256)
     lora_A, lora_B = factors(*w.shape, rank)
     x = torch.randn(m, w.shape[1]).to(dtype)
-    y = cpu.adapted_product(x, w.packed(), to, lora_A, lora_B, -0.7)
-    if dtype == torch.bfloat16 and native.level() < native.AVX512_BF16:
-        assert y is None
+    with pytest.MonkeyPatch.context() as patch:
+        become(which, patch)
+        y = cpu.adapted_product(x, w.packed(), to, lora_A, lora_B, -0.7)
+        plain = cpu.product(x, w.packed(), to)
+    if which < (native.AVX512_BF16 if dtype == torch.bfloat16 else native.AVX512):
+        assert y is None and plain is None
         return
     assert y is not None and y.dtype == to and y.shape == (m, n)
     tolerance = max(TOLERANCES[dtype], TOLERANCES[to])
     assert error(y, x, w, lora_A, lora_B, -0.7) < tolerance
-    plain = cpu.product(x, w.packed(), to)
     assert plain is not None
     assert error(plain, x, w, lora_A[:0], lora_B[:, :0], 0.0) < tolerance
 
 
+@needs_products
 @pytest.mark.parametrize("rank", [16, 70])
 def test_threads_change_no_bit(rank: int) -> None:
     # The larger A is multiplied by all threads, the smaller by one.
@@ -103,6 +111,7 @@ def test_threads_change_no_bit(rank: int) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@needs_products
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 def test_a_row_and_a_scale_that_are_no_numbers_stay_where_they_are(dtype: torch.dtype) -> None:
     # 96 columns fill three quarters of a register of codes: what the other lanes would meet is the next row's.
@@ -118,6 +127,7 @@ def test_a_row_and_a_scale_that_are_no_numbers_stay_where_they_are(dtype: torch.
     assert finite[[0, 2]][:, [i for i in range(10) if i != 7]].all()
 
 
+@needs_products
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
 @pytest.mark.parametrize("n", [1, 63, 66])
 def test_nothing_is_written_beside_the_result(monkeypatch: pytest.MonkeyPatch, n: int, dtype: torch.dtype) -> None:
@@ -140,15 +150,15 @@ def adapted_layer(bias: bool = False) -> Any:
 
 
 @torch.no_grad()
-def test_an_adapted_layer_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapted_layer_is_one_call(monkeypatch: pytest.MonkeyPatch, level: int) -> None:
     calls = count_calls(monkeypatch)
     adapted_layer()(torch.randn(2, 1, 192))
-    assert calls == ["minipeft_thin"]
+    assert calls == ["minipeft_thin" if level >= native.AVX512 else "minipeft_decode"]
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
-def test_few_rows_without_a_gradient_equal_those_with_one(dtype: torch.dtype, bias: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_without_a_gradient_equal_those_with_one(dtype: torch.dtype, bias: bool, level: int) -> None:
     layer = adapted_layer(bias).to(dtype)
     for rows in (1, 4, 5):
         x = torch.randn(rows, 192).to(dtype)
@@ -160,7 +170,7 @@ def test_few_rows_without_a_gradient_equal_those_with_one(dtype: torch.dtype, bi
 
 
 @torch.no_grad()
-def test_what_does_not_fit_is_multiplied_otherwise() -> None:
+def test_what_does_not_fit_is_multiplied_otherwise(level: int) -> None:
     layer = adapted_layer()
     x = torch.randn(2, 192)
     right = layer(x)
@@ -183,7 +193,7 @@ def test_what_does_not_fit_is_multiplied_otherwise() -> None:
 
 @pytest.mark.parametrize("rows", [2, 6])
 @pytest.mark.parametrize("freed", ["x", "codes", "lora_A"])
-def test_freed_memory_is_not_read(rows: int, freed: str) -> None:
+def test_freed_memory_is_not_read(rows: int, freed: str, level: int) -> None:
     layer = NF4Linear.from_linear(torch.nn.Linear(64, 32, bias=False))
     model = get_peft_model(torch.nn.Sequential(layer), LoraConfig(r=4, target_modules=["0"]))
     x = torch.randn(rows, 64)

@@ -30,7 +30,7 @@ class Weight:
 @pytest.fixture
 def few_processors(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets how many multiprocessors there seem to be, and so how many programs share a tile."""
-    return lambda count: monkeypatch.setattr(module, "_multiprocessors", lambda device: count)
+    return lambda count: monkeypatch.setattr(module, "multiprocessors", lambda device: count)
 
 
 @pytest.fixture

@@ -2,15 +2,15 @@
 
 import json
 import os
-import subprocess
 import sys
 from functools import cache
 from typing import Any
 
 import pytest
+from processes import run_process
 
-from minipeft_kernels.offline import capability_of, main
-from minipeft_kernels.roofline import MULTIPROCESSORS
+from minipeft_kernels.emulator.targets import MULTIPROCESSORS, capability_of
+from minipeft_kernels.lab.offline import main
 
 # Instructions a weight that the shipped tiles may take, by (input gradient, rows of x): what was counted and a tenth.
 BUDGETS = {
@@ -23,8 +23,8 @@ TARGETS = ("sm_80", "sm_90")
 COMPILE = """
 import json, sys
 from dataclasses import asdict
-from minipeft_kernels.catalogue import matmul_kernels
-from minipeft_kernels.offline import inspect, main
+from minipeft_kernels.lab.catalogue import matmul_kernels
+from minipeft_kernels.lab.offline import inspect, main
 text = main(["--target", sys.argv[1], "--json", sys.argv[2], *sys.argv[4:]])
 result = json.load(open(sys.argv[2]))
 # The smallest tiles and the largest with an update of low rank, the smallest with other operands.
@@ -46,8 +46,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
         more = ["variants", "--against", "bitsandbytes"] if target == "sm_80" else ["shipped"]
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         command = [sys.executable, "-c", COMPILE, target, file, *more]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        run_process(command, env=environment, check=True)
         with open(file) as opened:
             return json.load(opened)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minipeft_kernels.roofline import GPUS, budget, floor, product_bytes, resident_warps, weight_bytes
+from minipeft_kernels.lab.roofline import GPUS, budget, floor, product_bytes, resident_warps, weight_bytes
 
 A100 = next(g for g in GPUS if g.name.startswith("A100"))
 H100 = next(g for g in GPUS if g.name.startswith("H100"))

@@ -1,6 +1,6 @@
 """Which instructions of a function are its inner loop."""
 
-from minipeft_kernels.sass import Function, Instruction, _flow
+from minipeft_kernels.lab.sass import Function, Instruction, _flow
 
 
 def function(text: str) -> Function:

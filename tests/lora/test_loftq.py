@@ -17,7 +17,7 @@ from minipeft import (
     quantize_model,
     replace_lora_weights_loftq,
 )
-from minipeft.lora.loftq import loftq
+from minipeft.lora.variants import loftq
 from minipeft.nf4 import NF4Weight
 
 CONFIG: dict[str, Any] = {"r": 8, "lora_alpha": 24, "target_modules": ["q_proj", "down_proj"]}

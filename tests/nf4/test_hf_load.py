@@ -1,12 +1,12 @@
 """from_pretrained with an NF4 configuration: what is packed, what stays dense, and what the model can do then."""
 
 import copy
-import subprocess
 import sys
 
 import pytest
 import torch
 from hf_helpers import IDS, LLAMA, edit_tensors, logits, nf4_names, saved, tiny
+from processes import run_process
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 from transformers.trainer_utils import validate_quantization_for_training
@@ -225,10 +225,5 @@ print("fine")
 
 
 def test_needs_neither_bitsandbytes_nor_accelerate(folder, tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT, str(folder), str(tmp_path / "packed")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.stdout.strip().endswith("fine"), run.stderr
+    done = run_process([sys.executable, "-c", WITHOUT, str(folder), str(tmp_path / "packed")])
+    assert done.stdout.strip().endswith("fine"), done.stderr

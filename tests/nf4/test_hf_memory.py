@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import torch
+from processes import run_process
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
@@ -100,7 +100,7 @@ def test_peak_is_the_packed_model_and_one_dense_weight(tmp_path):
     write_llama(tmp_path / "small", layers=1, hidden=64, intermediate=64, vocab=64)
     parameters = write_llama(tmp_path / "large", LAYERS, HIDDEN, INTERMEDIATE, VOCAB)
     assert parameters >= 200e6
-    run = subprocess.run(
+    done = run_process(
         [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")],
         env={
             **os.environ,
@@ -108,12 +108,9 @@ def test_peak_is_the_packed_model_and_one_dense_weight(tmp_path):
             "MALLOC_TRIM_THRESHOLD_": "65536",
             "OMP_NUM_THREADS": "1",
         },
-        capture_output=True,
-        text=True,
-        timeout=300,
+        check=True,
     )
-    assert run.returncode == 0, run.stderr
-    measured = json.loads(run.stdout.splitlines()[-1])
+    measured = json.loads(done.stdout.splitlines()[-1])
     print({k: f"{v / MIB:.1f} MiB" for k, v in measured.items() if k in ("peak", "final", "model", "dense")})
     assert measured["layer"].startswith("NF4Linear") and measured["samples"] > 100
     assert measured["dense"] > 0.95 * 4 * parameters, "the measure must see a dense model"

@@ -1,7 +1,8 @@
 """A budget is real: the process, not only its book-keeping, takes no more memory."""
 
-import subprocess
 import sys
+
+from processes import run_process
 
 # Half a page for what Python and torch take along the way, and the allocator keeps.
 SLACK_MB = 20
@@ -49,7 +50,7 @@ optimizer = measure(None, saving=False)
 def test_peak_memory_of_the_process_shows_the_budget(tmp_path):
     """16.8 million parameters have 134 MB of state; the budget is a quarter of it."""
     words = [sys.executable, "-c", SCRIPT, str(tmp_path), "32"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = run_process(words)
     assert done.returncode == 0 and not done.stderr, done.stderr
     (*budgeted, page_ins), (again, _), (free, moved) = (
         [float(w) for w in row.split()] for row in done.stdout.splitlines()

@@ -1,6 +1,7 @@
 """Pages are where they are needed, as they were left, at the fewest moves, within every tier's slots."""
 
-import time
+import itertools
+import threading
 
 import pytest
 import torch
@@ -133,25 +134,26 @@ def test_pages_keep_their_content_whatever_the_order(pages, device, host, data):
 
 
 def test_copies_and_arithmetic_overlap():
-    copy, work, pages = 0.004, 0.008, 12
-    # Sleeping threads may be woken late on a busy machine: the best of three shows what is possible.
-    stalls = []
-    for _ in range(3):
-        pager = stack(pages, device=6, bytes_per_second=SIZE / copy)
-        order = list(range(pages))
-        for number in range(4):
-            pager.begin_sweep(order, order[::-1])
-            if number == 1:
-                before = pager.stats.stall_seconds
-            for page in order:
-                with pager.use(page) as buffer:
-                    time.sleep(work)
-                    buffer[0] += 1
-            order.reverse()
-        stalls.append(pager.stats.stall_seconds - before)
-        pager.close()
-    copies = 3 * 2 * (pages - 6) * copy
-    assert min(stalls) < copies / 4
+    # Out of the device and not yet on the way back.
+    away, changed = set(), threading.Condition()
+
+    def note(direction, page):
+        with changed:
+            (away.add if direction == "get" else away.discard)(page)
+            changed.notify_all()
+
+    pages = 12
+    pager, order = stack(pages, device=6, on_copy=note), list(range(pages))
+    for _ in range(4):
+        pager.begin_sweep(order, order[::-1])
+        for page, following in itertools.pairwise([*order, order[-1]]):
+            with pager.use(page) as buffer, changed:
+                buffer[0] += 1
+                # The next page comes while this one is computed with.
+                assert changed.wait_for(lambda: following not in away, timeout=60)  # noqa: B023
+        order.reverse()
+    assert pager.stats.page_ins >= 3 * (pages - 6)
+    pager.close()
 
 
 @pytest.mark.parametrize("direction", ["get", "put"])

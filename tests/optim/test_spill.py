@@ -3,12 +3,13 @@
 import errno
 import os
 import stat
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from optim_cases import PAGE, parameters, set_gradients, train
+from processes import run_process
 
 from minipeft import PagedAdamW
 from minipeft.optim import PagingError
@@ -129,7 +130,7 @@ def test_transfers_in_pieces_are_put_together(tmp_path, monkeypatch):
 def test_killed_process_leaves_nothing_and_a_limited_one_knows_it_at_the_start(tmp_path):
     code = f"""
 import os, resource, signal, sys
-sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:2]]!r}
 from test_spill import PagingError, paged, parameters, train
 params = parameters()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -146,5 +147,5 @@ train(optimizer, params, 3)
 assert optimizer.memory_stats()["page_outs"] > 0
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True)
+    done = run_process([sys.executable, "-c", code])
     assert done.returncode == -9 and not done.stderr and list(tmp_path.iterdir()) == []

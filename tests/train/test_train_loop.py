@@ -286,6 +286,19 @@ def test_second_signal_is_not_caught(monkeypatch):
         assert sent == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
+def test_a_signal_that_the_process_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.requested
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.received is signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_model_without_adapter_is_refused(tmp_path):
     model = make_model(adapter=False).requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter: attach an adapter"):

@@ -172,7 +172,8 @@ sys.path[:0] = {paths!r}
 from test_train_resume import trainer
 from pathlib import Path
 run = trainer(Path({output!r}), max_steps=400)
-run.model.model.register_forward_hook(lambda *_: print("forward", flush=True))
+# Long lines: a pipe holds 16 of them, so the process is never more than that ahead of who reads.
+run.model.model.register_forward_hook(lambda *_: print("forward".ljust(4096), flush=True))
 run.train()
 """
 
@@ -183,11 +184,13 @@ def test_killed_process_leaves_a_run_that_resumes(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    for _ in range(25):
-        assert process.stdout.readline(), process.stderr.read()
-    time.sleep(0.013)  # somewhere: in a forward pass, in a save
-    process.kill()
-    _, errors = process.communicate(timeout=60)
+    try:
+        for _ in range(25):
+            assert process.stdout.readline(), process.stderr.read()
+        time.sleep(0.013)  # somewhere: in a forward pass, in a save
+    finally:
+        process.kill()
+        _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, errors
     assert 8 <= read_checkpoint(list_checkpoints(output)[-1])["progress"]["step"] < 400
     run = trainer(output, max_steps=400)

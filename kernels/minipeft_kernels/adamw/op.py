@@ -15,7 +15,7 @@ from torch import Tensor
 from ..dispatch import use_triton
 from ..registration import define_op
 from .eight_bit import STATE_BLOCKSIZE
-from .reference import AdamWNumbers, adamw_8bit_reference, adamw_reference
+from .reference import Hyper, adamw_8bit_reference, adamw_reference
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -116,16 +116,16 @@ def _run_adamw(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    *hyperparameters: Any,
+    step: int,
+    *hyper: Any,
 ) -> None:
     if not params:
         return
-    numbers = AdamWNumbers(*hyperparameters)
     if use_triton(params[0]):
         from .triton import launch_adamw as update
     else:
         update = adamw_reference
-    update(params, grads, exp_avgs, exp_avg_sqs, numbers)
+    update(params, grads, exp_avgs, exp_avg_sqs, step, Hyper(*hyper))
     _mark_changed(params, exp_avgs, exp_avg_sqs)
 
 
@@ -136,17 +136,17 @@ def _run_adamw_8bit(
     exp_avg_absmax: list[Tensor],
     exp_avg_sq_codes: list[Tensor],
     exp_avg_sq_absmax: list[Tensor],
-    *hyperparameters: Any,
+    step: int,
+    *hyper: Any,
 ) -> None:
     if not params:
         return
-    numbers = AdamWNumbers(*hyperparameters)
     if use_triton(params[0]):
         from .triton import launch_adamw_8bit as update
     else:
         update = adamw_8bit_reference
     states = (exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax)
-    update(params, grads, *states, numbers)
+    update(params, grads, *states, step, Hyper(*hyper))
     _mark_changed(params, *states)
 
 

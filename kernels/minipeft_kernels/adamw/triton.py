@@ -24,7 +24,7 @@ from ..dispatch import on_device
 from ..nf4.quantize_triton import _magnitude, _nearest_entry
 from ..rounding_triton import _round_to
 from .eight_bit import STATE_BLOCKSIZE, state_map
-from .reference import AdamWNumbers
+from .reference import Hyper
 
 # Elements a program: 16 a thread at 4 warps, and 8 where the search for codes takes registers.
 CHUNK = 2048
@@ -51,7 +51,7 @@ def _pointer(row, i: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
     """The address in column i of a row of the table, as a pointer to dtype."""
     pointer = tl.load(row + i).to(tl.pointer_type(dtype))
     if ALIGNED:
-        # What makes 16-byte accesses possible; the launcher looked.
+        # Lets the compiler use accesses of 16 bytes; the launcher checked the addresses.
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
@@ -213,10 +213,11 @@ def launch_adamw(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    numbers: AdamWNumbers,
+    step: int,
+    hyper: Hyper,
 ) -> None:
     """`adamw_`: one launch for each pair of dtypes, aligned tensors apart from others."""
-    _launch(_adamw_kernel, (), {"CHUNK": CHUNK}, grads, (params, exp_avgs, exp_avg_sqs), numbers)
+    _launch(_adamw_kernel, (), {"CHUNK": CHUNK}, grads, (params, exp_avgs, exp_avg_sqs), step, hyper)
 
 
 def launch_adamw_8bit(
@@ -226,14 +227,15 @@ def launch_adamw_8bit(
     exp_avg_absmax: Sequence[Tensor],
     exp_avg_sq_codes: Sequence[Tensor],
     exp_avg_sq_absmax: Sequence[Tensor],
-    numbers: AdamWNumbers,
+    step: int,
+    hyper: Hyper,
 ) -> None:
     """`adamw_8bit_`, likewise."""
     device = params[0].device
     maps = (*state_map(True, device), *state_map(False, device))
     states = (params, exp_avg_codes, exp_avg_sq_codes, exp_avg_absmax, exp_avg_sq_absmax)
     constants = {"CHUNK": CHUNK_8BIT, "BLOCK": STATE_BLOCKSIZE}
-    _launch(_adamw_8bit_kernel, maps, constants, grads, states, numbers)
+    _launch(_adamw_8bit_kernel, maps, constants, grads, states, step, hyper)
 
 
 def _launch(
@@ -242,7 +244,8 @@ def _launch(
     constants: dict[str, int],
     grads: Sequence[Tensor],
     written: Sequence[Sequence[Tensor]],
-    numbers: AdamWNumbers,
+    step: int,
+    hyper: Hyper,
 ) -> None:
     groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[Tensor, ...]]] = {}
     for tensors in zip(grads, *written, strict=True):
@@ -250,9 +253,9 @@ def _launch(
         if grad.numel():
             groups.setdefault((param.dtype, grad.dtype, _is_aligned(tensors)), []).append(tensors)
     # The gradient's sign goes with its weight in the first moment; the second is of its square.
-    rest1 = (numbers.beta1 - 1) if numbers.maximize else (1 - numbers.beta1)
-    scalars = [numbers.beta1, rest1, numbers.beta2, 1 - numbers.beta2]
-    scalars += [numbers.eps, numbers.decay, numbers.step_size, numbers.bias2_sqrt]
+    rest1 = (hyper.beta1 - 1) if hyper.maximize else (1 - hyper.beta1)
+    scalars = [hyper.beta1, rest1, hyper.beta2, 1 - hyper.beta2]
+    scalars += [hyper.eps, hyper.decay, hyper.step_size(step), hyper.bias2_sqrt(step)]
     for (param_dtype, grad_dtype, aligned), group in groups.items():
         flat = [tuple(t.contiguous() for t in tensors) for tensors in group]
         device = flat[0][0].device
@@ -276,12 +279,12 @@ def _launch(
 
 
 def _by_name(rows: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-    """As the emulator names them."""
+    """The tensors of the table by the names that an emulator's errors give them, such as "params[0]"."""
     return {f"{n}[{i}]": t for i, row in enumerate(rows) for n, t in zip(_NAMES, row, strict=False)}
 
 
 def _is_aligned(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether all accesses can be of 16 bytes. (What is not contiguous will be copied to where it is aligned.)"""
+    """True if all accesses can be of 16 bytes. (What is not contiguous will be copied to where it is aligned.)"""
     return tensors[0].numel() % ALIGNMENT == 0 and all(
         t.data_ptr() % ALIGNMENT == 0 or not t.is_contiguous() for t in tensors
     )
@@ -298,7 +301,7 @@ def _chunk_table(numels: tuple[int, ...], size: int, device: torch.device) -> Te
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor:
-    """Copied without waiting for the GPU where its memory is pinned first."""
+    """The table on `device`; to a GPU it goes from pinned memory, so that nobody waits for the copy."""
     if device.type == "cuda":
         return table.pin_memory().to(device, non_blocking=True)
     return table.to(device)

@@ -1,4 +1,4 @@
-"""What a launch is given: parameters as bit patterns, and tensors as regions of the GPU's memory.
+"""The arguments of a launch: parameters as bit patterns, and tensors as regions of the GPU's memory.
 
 Tensors lie at made-up addresses a terabyte apart, so that an access which leaves one never lands in another, with the
 alignment that they truly have, since Triton compiled for it. A tensor that a kernel reaches through a table of
@@ -64,7 +64,7 @@ def pack(name: str, kind: str, value: Any) -> bytes:
 
 
 class AddressSpace:
-    """Where the tensors of one launch lie.
+    """The places in device memory of the tensors of one launch.
 
     Args:
         reachable: by name, tensors that the kernel reaches through addresses in memory.
@@ -81,7 +81,7 @@ class AddressSpace:
         return self._regions.values()
 
     def pointer(self, name: str, value: Any) -> int:
-        """What a pointer parameter is given: the address of a tensor, or of `triton.reinterpret`'s result; 0 for None.
+        """The value of a pointer parameter: the address of a tensor, or of `triton.reinterpret`'s result; 0 for None.
 
         Raises:
             TypeError: no tensor. ValueError: a tensor that is not on the CPU.

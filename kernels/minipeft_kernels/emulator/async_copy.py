@@ -40,7 +40,7 @@ class _Copy:
 
 
 class AsyncCopies:
-    """What is on its way in a batch. A thread's copies form groups, which it closes and waits for in order."""
+    """The copies that are on their way in a batch. A thread's form groups, which it closes and waits for in order."""
 
     def __init__(self, context: Context) -> None:
         self.context = context

@@ -16,7 +16,7 @@ Combine = Callable[..., np.ndarray]
 
 
 def combination(instruction: Instruction, operation: str, kind: str) -> Combine:
-    """What an atomic writes, as a function of the old value and its operands."""
+    """The value that an atomic writes, as a function of the old value and its operands."""
     if kind in ("f16", "f16x2", "bf16", "bf16x2") and operation == "add":
         return lambda old, b: _add_halves(old, b, kind)
     increment: dict[str, Combine] = {

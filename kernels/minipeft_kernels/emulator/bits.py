@@ -169,7 +169,7 @@ def _highest(a: np.ndarray) -> np.ndarray:
 
 
 def count_bits(a: np.ndarray) -> np.ndarray:
-    """How many bits of each value are set."""
+    """The number of bits that are set in each value."""
     return _BITS[np.ascontiguousarray(a).view(np.uint8).reshape(a.size, -1)].sum(1)
 
 

@@ -1,4 +1,4 @@
-"""What an instruction of PTX keeps busy: the classes that counts are given in.
+"""The part of a GPU that an instruction of PTX keeps busy: the classes that counts are given in.
 
 PTX is not machine code. The assembler lets moves and changes of an address's width vanish, fuses additions with
 shifts, and spells a division out. So counts by class say what the program asks for; `minipeft kernels` counts what the

@@ -1,4 +1,4 @@
-"""What a launch does, counted: instructions by class and line, sectors, wavefronts, bytes by tensor, tensor operations.
+"""Counts of a launch: instructions by class and line, sectors, wavefronts, bytes by tensor, tensor operations.
 
 Everything is counted as a warp executes it, not a thread: an instruction that one lane of a warp executes takes the
 same slot as one that all 32 do. `Counter` watches a run; `Counts` is the result, which can be added up and scaled.
@@ -139,6 +139,7 @@ class Counter(Observer):
         self._touched: dict[tuple[str, bool], np.ndarray] = {}
 
     def begin(self, launch: Launch) -> None:
+        """Start from zero for a launch."""
         self._program = launch.program
         self._memory = launch.memory
         self._issued = np.zeros(len(launch.program.instructions), np.int64)
@@ -147,9 +148,11 @@ class Counter(Observer):
         self.counts.warps = -(-launch.threads // LANES)
 
     def begin_batch(self, batch: Batch) -> None:
+        """Count the blocks that are executed."""
         self.counts.executed += batch.blocks
 
     def instruction(self, instruction: Instruction, lanes: np.ndarray, issued: np.ndarray) -> None:
+        """Count a warp instruction for each warp that issues it, and the lanes that execute it."""
         # A warp whose lanes are all masked off takes its slot all the same.
         self._issued[instruction.index] += _warps(issued)
         self._lanes[instruction.index] += lanes.size
@@ -157,6 +160,7 @@ class Counter(Observer):
     def global_access(
         self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
     ) -> None:
+        """Count the sectors of an access to global memory, and its bytes by tensor."""
         if not lanes.size:
             return
         others = {"store": self.counts.global_store, "atomic": self.counts.global_atomic}
@@ -171,6 +175,7 @@ class Counter(Observer):
     def shared_access(
         self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
     ) -> None:
+        """Count the wavefronts of an access to shared memory."""
         # The copy's bytes arrive once, whichever way they are told; what tensor cores read by descriptor is their own.
         if not lanes.size or kind in ("async", "matrix"):
             return
@@ -180,6 +185,7 @@ class Counter(Observer):
         access.add(Access(warps, taken, least, size * lanes.size))
 
     def finish(self) -> None:
+        """Sum up by class, mnemonic, line and tensor, scaled from the blocks that were executed to all."""
         assert self._program is not None
         counts = self.counts
         for instruction, issued, lanes in zip(self._program.instructions, self._issued, self._lanes, strict=True):
@@ -241,7 +247,7 @@ def by_warp(lanes: np.ndarray, addresses: np.ndarray) -> tuple[int, np.ndarray, 
 
 
 def _warps(lanes: np.ndarray) -> int:
-    """How many warps ascending lanes belong to."""
+    """The number of warps that ascending lanes belong to."""
     if not lanes.size:
         return 0
     warp = lanes // LANES

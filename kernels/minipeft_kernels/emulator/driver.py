@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from minipeft_kernels.roofline import MULTIPROCESSORS, WARP
+from .lanes import WARP
+from .targets import MULTIPROCESSORS
 
 TRITON_VERSIONS = ("3.8", "3.9")
 MAX_THREADS = 1024
@@ -25,7 +26,7 @@ FIRST_DEVICE = 1_000_000
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the driver "loaded": a kernel's name and PTX."""
+    """A kernel that the driver "loaded": a kernel's name and PTX."""
 
     name: str
     ptx: str
@@ -55,7 +56,7 @@ class Request:
 
 
 class EmulatedDriver:
-    """What Triton asks of a driver, for a GPU of one capability."""
+    """A driver, as far as Triton asks for one, for a GPU of one capability."""
 
     def __init__(self, capability: int, launch: Callable[[Request], None]) -> None:
         self.capability = capability
@@ -74,28 +75,34 @@ class EmulatedDriver:
         self.launcher_cls = _Launcher
 
     def get_current_target(self) -> Any:
+        """The `GPUTarget` that Triton compiles for."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", self.capability, WARP)
 
     def get_current_device(self) -> int:
+        """A number that no GPU has."""
         return FIRST_DEVICE + self.capability
 
     def set_current_device(self, device: int) -> None:
         """There is one."""
 
     def get_current_stream(self, device: int) -> int:
+        """The only stream, 0."""
         return 0
 
     def get_device_capability(self, device: int = 0) -> tuple[int, int]:
+        """(8, 0) for capability 80."""
         return self.capability // 10, self.capability % 10
 
     def get_active_torch_device(self) -> Any:
+        """The CPU, where an emulated kernel's tensors lie."""
         import torch
 
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Callable[..., Any]:
+        """The stand-in for an autotuner's timer."""
         return _first_is_best
 
 

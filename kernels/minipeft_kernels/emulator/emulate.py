@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minipeft_kernels.roofline import WARP, capability_of
-
 from .arguments import AddressSpace, pack
 from .checks import AsyncCopies, Races, Uninitialized
 from .counts import Counter, Counts
 from .driver import EmulatedDriver, Request, active_driver, check_triton
+from .lanes import WARP
 from .machine import run
 from .memory import Memory
 from .observer import Observer
 from .parse import parse
 from .program import Program
+from .targets import capability_of
 from .unwritten import Unwritten
 
 _active: list[Emulation] = []
@@ -57,7 +57,7 @@ class EmulatedLaunch:
 
 @dataclass
 class Emulation:
-    """What `emulate` gives: the launches so far, in order.
+    """The value of `with emulate(...) as`: the launches so far, in order.
 
     Attributes:
         target: such as "sm_80". checks, counts, blocks, watch: as `emulate` was told.

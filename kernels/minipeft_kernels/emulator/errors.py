@@ -1,4 +1,4 @@
-"""What the emulator raises. Every message names the instruction and, where there is one, its line of Python."""
+"""The emulator's errors. Every message names the instruction and, where there is one, its line of Python."""
 
 from __future__ import annotations
 

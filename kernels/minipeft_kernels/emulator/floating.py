@@ -266,7 +266,7 @@ def build_copysign(instruction: Instruction, context: Context) -> Execute:
 
 @opcode("testp")
 def build_test(instruction: Instruction, context: Context) -> Execute:
-    """Whether a float is of a kind."""
+    """True if a float is of a kind."""
     kind = instruction.types[0]
     tiny = np.finfo(DTYPES[kind]).tiny
     tests: dict[str, Compute] = {

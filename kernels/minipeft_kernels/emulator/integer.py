@@ -16,7 +16,7 @@ Compute = Callable[..., np.ndarray]
 
 
 def is_integer(kind: str) -> bool:
-    """Whether a type is an integer or plain bits."""
+    """True if a type is an integer or plain bits."""
     return kind[0] in "usb" and kind != "bf16" and kind != "bf16x2"
 
 

@@ -10,7 +10,7 @@ from .steps import Step
 
 
 def whole_warps(lanes: np.ndarray, width: int = WARP) -> bool:
-    """Whether ascending lanes are whole warps (or groups of `width` lanes)."""
+    """True if ascending lanes are whole warps (or groups of `width` lanes)."""
     if lanes.size % width:
         return False
     first = lanes[::width]

@@ -33,7 +33,7 @@ class Shared:
         self.lanes = context.lanes
 
     def index(self, lanes: ANY, addresses: np.ndarray, size: int) -> np.ndarray:
-        """Where the bytes are in `Lanes.shared`, in units of `size`. Raises `Fault`."""
+        """The places of the bytes in `Lanes.shared`, in units of `size`. Raises `Fault`."""
         end = SHARED_BASE + self.lanes.shared_bytes
         if size > 1 and np.bitwise_or.reduce(addresses) & (size - 1):
             self._refuse(addresses, addresses & (size - 1) != 0, f"no multiple of {size}")

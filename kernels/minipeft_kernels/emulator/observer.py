@@ -1,4 +1,4 @@
-"""What can watch a run: counts, profiles and checks are observers."""
+"""Observers, which watch a run: counts, profiles and checks are such."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Batch:
 
     @property
     def blocks(self) -> int:
-        """How many blocks."""
+        """The number of blocks."""
         return self.indices.size
 
     @property

@@ -22,7 +22,7 @@ Execute = Callable[[ANY], None]
 
 @dataclass
 class Context:
-    """What builders build for: the lanes, the memory, who watches accesses to it, and state that families share."""
+    """The run that builders build for: lanes, memory, observers of accesses to it, and state that families share."""
 
     lanes: Lanes
     memory: Memory
@@ -119,5 +119,5 @@ def refused(context: Context, instruction: Instruction, lanes: ANY, fault: Fault
 
 
 def signed(kind: str) -> bool:
-    """Whether an integer type is signed."""
+    """True if an integer type is signed."""
     return DTYPES[kind].kind == "i"

@@ -1,4 +1,4 @@
-"""Which lanes run next: groups of lanes at one instruction, splitting at branches and meeting again.
+"""The choice of the lanes that run next: groups of lanes at one instruction, splitting at branches and meeting again.
 
 The group with the least instruction runs first, so groups that left a branch meet where its ways join. That rule alone
 would let a group spin for ever on a lock that another holds: one that has jumped back often lets the others pass.
@@ -102,12 +102,12 @@ class Schedule:
         return min(behind, default=1 << 60)
 
     def span(self) -> int:
-        """How many instructions a group may run before another is chosen."""
+        """The number of instructions that a group may run before another is chosen."""
         return self.random.randint(1, _LONGEST_SPAN) if self.random is not None else 1 << 60
 
     @property
     def alone(self) -> bool:
-        """Whether no other group exists than the one that runs."""
+        """True if no other group exists than the one that runs."""
         return not self.ready and not self.stalled
 
     def _joined(self, a: Group, b: Group) -> Group:

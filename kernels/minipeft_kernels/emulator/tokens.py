@@ -14,6 +14,7 @@ _LABEL = re.compile(r"\s*([\w$%]+)\s*:(?!:)")
 
 
 def number(text: str) -> int | float:
+    """The value of a literal that DECIMAL or NUMBER matches, of any base; "0f" and "0d" are the bits of a float."""
     if DECIMAL.match(text):
         return float(text)
     sign, digits = (-1, text[1:]) if text[0] == "-" else (1, text.lstrip("+"))

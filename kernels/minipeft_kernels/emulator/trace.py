@@ -1,4 +1,4 @@
-"""What one thread executes, instruction by instruction, with the values that it gets: for reading, and for lessons."""
+"""A record of one thread, instruction by instruction, with the values that it gets: for reading, and for lessons."""
 
 from __future__ import annotations
 
@@ -48,12 +48,14 @@ class Trace(Observer):
         self._lane: int | None = None
 
     def begin_batch(self, batch: Batch) -> None:
+        """Find the thread's lane, if its block is in the batch."""
         self._settle()
         self._batch = batch
         at = np.flatnonzero(batch.indices == self.block)
         self._lane = int(at[0]) * batch.threads + self.thread if at.size else None
 
     def instruction(self, instruction: Instruction, lanes: np.ndarray, issued: np.ndarray) -> None:
+        """Add an entry for the instruction that the thread executes."""
         self._settle()
         if self._takes_part(lanes):
             self.entries.append(Entry(instruction, self._values(registers_of(instruction.operands))))
@@ -61,16 +63,19 @@ class Trace(Observer):
     def global_access(
         self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
     ) -> None:
+        """Note the address in the thread's last entry."""
         self._note(instruction, lanes, addresses)
 
     def shared_access(
         self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
     ) -> None:
+        """Note the address in the thread's last entry."""
         # A copy has an address in both memories: that of its source is kept.
         if kind in ("load", "store"):
             self._note(instruction, lanes, addresses)
 
     def finish(self) -> None:
+        """Read the results of the last entry."""
         self._settle()
         self._lane = None
 

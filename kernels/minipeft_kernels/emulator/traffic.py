@@ -1,4 +1,4 @@
-"""What one access of a warp costs in memory: sectors of global memory, wavefronts of shared memory.
+"""The cost of one access of a warp in memory: sectors of global memory, wavefronts of shared memory.
 
 Global memory moves in sectors of 32 bytes: an access costs as many as its lanes touch, and at least as many as its
 distinct bytes fill (CUDA C++ Best Practices Guide, "Coalesced Access to Global Memory").

@@ -1,4 +1,4 @@
-"""Which memory has been written: what `torch.empty` gives has not, until somebody writes it.
+"""A record of the memory that nobody has written: what `torch.empty` gives has not been, until somebody writes it.
 
 A kernel that reads such memory reads whatever was there. Torch does not say so; but its functions can be watched. While
 the mode below is active, what `torch.empty` and its like return counts as unwritten, byte by byte, until a kernel

@@ -64,7 +64,7 @@ def _source(mode: str, lane: np.ndarray, by: np.ndarray, clamp: np.ndarray) -> t
 
 
 def _members(context: Context, lanes: ANY, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Which lanes of its warp take part, for each of `lanes`: (n, 32) bool, and its warp; None if all do in all."""
+    """The lanes of its warp that take part, for each of `lanes`: (n, 32) bool, and its warp; None if all do in all."""
     count = context.lanes.count
     if lanes is None and (masks == 0xFFFFFFFF).all():
         return None
@@ -176,7 +176,7 @@ def build_redux(instruction: Instruction, context: Context) -> Execute:
 
 @opcode("match")
 def build_match(instruction: Instruction, context: Context) -> Execute:
-    """Which members have the same value; all: only if all have."""
+    """The members that have the same value; all: only if all have."""
     mods = only(instruction, ("sync", "any", "all"))
     kind = instruction.types[0]
     target, predicate = _results(instruction)

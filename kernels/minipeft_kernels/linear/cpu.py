@@ -20,7 +20,7 @@ from ..packed import NF4
 from .low_rank import Lora, LowRank
 from .reference import multiply_back_reference, multiply_reference
 
-# As in kernels/native/nf4.h: how many rows of x are multiplied by W where it lies.
+# Rows of x up to which a product decodes W row by row and writes no decoded tile; as in kernels/native/nf4.h.
 THIN_ROWS = 4
 _THIN_CALL = struct.Struct("19qd")
 _RESULTS = (torch.float32, torch.bfloat16)
@@ -183,6 +183,6 @@ def _fits(a: torch.dtype, weight: NF4, dtype: torch.dtype, backward: bool) -> bo
     if n == 0 or k == 0 or blocksize < 32 or k % blocksize or blocksize & (blocksize - 1) or dtype not in _RESULTS:
         return False
     if a == torch.bfloat16:
-        # Its instruction adds two terms at a time, backward two rows of W.
+        # The bfloat16 instruction adds two terms at a time: in the backward two rows of W.
         return native.level() == native.AVX512_BF16 and not (backward and n % 2)
     return a == torch.float32 and native.level() >= native.AVX512

@@ -18,10 +18,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..dispatch import capability, emulating, interpreting, on_device
+from ..dispatch import capability, emulating, interpreting, multiprocessors, on_device
 from ..nf4.dequantize_triton import dequantize_into
 from ..packed import NF4
-from ..roofline import GPUS
 from .direct import _nf4_matmul_direct_kernel
 from .low_rank import LowRank
 from .staged import _nf4_matmul_staged_kernel
@@ -153,7 +152,7 @@ def _launch(x: Tensor, weight: NF4, bias: Tensor | None, update: LowRank | None,
     tile = tile_for(rows, grad, capability(x.device), x.dtype == torch.float32, weight.blocksize)
     tile = portable(tile) if foreign else tile
     tiles, steps = grid_of(tile, m, n, chunks, grad)
-    split = split_for(tiles, steps, m, depth, tile.warps, _multiprocessors(x.device))
+    split = split_for(tiles, steps, m, depth, tile.warps, multiprocessors(x.device))
     size = tile.rows * (CHUNK if grad else tile.bn)
     # Where there is no bias, update or double quantization, nothing is read there, but a pointer is a pointer.
     low, up = update or (x, x)
@@ -230,12 +229,3 @@ def _workspace(device: torch.device, tiles: int, split: int, size: int) -> tuple
     if counters is None or counters.numel() < tiles:
         counters = _counters[key] = torch.zeros(max(tiles, 4096), dtype=torch.int32, device=device)
     return partial, counters
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if emulating(device):
-        # As many as the first GPU of that kind has, so that programs share tiles as they would there.
-        return next(gpu.multiprocessors for gpu in GPUS if gpu.capability == capability(device))
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -7,7 +7,7 @@
     dx  = dy W + g A         dA = g^T x         dB = dy^T low         db = the sum of dy's rows
 
 W is frozen, so x is kept for dA alone, as it came: autograd's own graph would keep it once more, cast to the adapter's
-float32. base and update are one sum, rounded once. Without W (None) the operation is the update alone.
+float32. Base and update are one sum, rounded once. Without W (None) the operation is the update alone.
 
 `linear_reference` is what a reader learns from, and the tests hold everything else against it. The same sums are
 computed by `dense` (a dense W), `cpu` (NF4 on a CPU) and `gpu` (NF4 in Triton kernels): each has a `forward` and an
@@ -62,7 +62,7 @@ def linear(
             taken in autocast's dtype, as `F.linear` would.
         weight: (out_features, in_features), frozen: dense, of x's dtype and perhaps a transposed view, or NF4. None
             for the update alone, as where dropout acts on its x: then x is taken as it comes.
-        bias: (out_features,) or None.
+        bias: (out_features,) or None; None for the update alone.
         lora: A (r, in_features), B (out_features, r) and s, or None. x A^T is in autocast's dtype under autocast, else
             in the wider of x's and A's; on a CPU that lacks it, in float32.
         compute_dtype: of the product with an NF4 weight; None for x's. On a CPU that lacks it, float32.
@@ -106,7 +106,7 @@ def _refuse(x: Tensor, weight: NF4) -> None:
 
 
 class _Linear(torch.autograd.Function):
-    """The operation with its backward. Of W the gradient is never asked for."""
+    """The operation with its backward. W is frozen and has no gradient."""
 
     @staticmethod
     def forward(
@@ -140,6 +140,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        """The gradients of x, b, A and B, of those that need one."""
         dx = db = dA = dB = None
         needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         dtype, bias_dtype = ctx.dtypes
@@ -168,6 +169,7 @@ class Form(Protocol):
 
 
 def _form_for(weight: Weight | None, rows: Tensor) -> Form:
+    """The form for a weight, dense also for no weight, where `rows` are."""
     if not isinstance(weight, NF4):
         return dense
     if use_triton(rows):

@@ -1,4 +1,4 @@
-"""Which tile a product with a packed weight runs in, how many programs share one, and where fusing stops paying.
+"""The tile that a product with a packed weight runs in, the programs that share one, and where fusing stops paying.
 
 **Nothing here was timed.** The tiles were chosen by their machine code (`offline.py`: instructions a weight, registers,
 no spills), the numbers of programs and the crossovers come from the model in kernels/README.md. They wait to be
@@ -114,7 +114,7 @@ def tile_for(rows: int, grad: bool, capability: int, wide: bool, blocksize: int 
 
 
 def split_for(tiles: int, steps: int, rows: int, depth: int, warps: int, multiprocessors: int) -> int:
-    """How many programs share a tile: enough to fill the GPU, while each keeps two steps or more.
+    """The number of programs that share a tile: enough to fill the GPU, while each keeps two steps or more.
 
     Args:
         tiles: of the output. steps: of the loop in one tile. rows: of x. depth: length of what is summed over.

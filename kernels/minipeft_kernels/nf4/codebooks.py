@@ -109,7 +109,7 @@ def upper_half_tables(thresholds: Tensor) -> Tables:
 
 
 def count_below(x: Tensor, tables: Tables) -> Tensor:
-    """How many thresholds lie below each number, so the index of the nearest entry, a tie to the lower one.
+    """The number of thresholds below each number, which is the index of the nearest entry, a tie to the lower one.
 
     Args:
         x: float32, contiguous, no NaN. tables: on its device.

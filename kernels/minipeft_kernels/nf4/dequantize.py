@@ -64,7 +64,7 @@ def scales_of(weight: NF4) -> Tensor:
 
 def level_pairs(quant_map: Tensor) -> Tensor:
     """The two levels that each byte stands for, as one 64-bit number: float32 (16,) -> int64 (256,)."""
-    # A comparison is a tenth of the work, which a small layer would feel.
+    # Comparing takes a tenth of the time that making the pairs does, which a small layer would notice.
     if quant_map.device.type == "cpu" and torch.equal(quant_map, NF4_LEVELS):
         return _standard_pairs()
     return _make_pairs(quant_map)

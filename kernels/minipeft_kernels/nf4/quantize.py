@@ -111,7 +111,7 @@ def _scale_blocks(chunk: Tensor, scales: Tensor, blocksize: int) -> Tensor:
 
 
 def _nearest_codes(scaled: Tensor) -> Tensor:
-    """How many boundaries lie below each number: float32 (m,) in [-1, 1] -> uint8 (m,)."""
+    """The number of boundaries below each number, its code: float32 (m,) in [-1, 1] -> uint8 (m,)."""
     return count_below(scaled, _boundary_tables(scaled.device))
 
 
@@ -135,7 +135,7 @@ def _pack(codes: Tensor, out: Tensor) -> None:
 
 
 def _check_finite(w: Tensor, absmax: Tensor, blocksize: int) -> None:
-    """A block with a NaN or an infinity has such an absmax: look for the weight only then."""
+    """Raise ValueError for a weight that is not finite, which is looked for only if the absmax of a block is not."""
     bad = ~torch.isfinite(absmax)
     if not bool(bad.any()):
         return

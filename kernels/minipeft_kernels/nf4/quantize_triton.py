@@ -34,7 +34,7 @@ def _magnitude(x):
 
 @triton.jit
 def _nearest_level(v, lowest, boundary):
-    """How many of the 15 boundaries lie below v, float32 in [-1, 1]: int32 in 0..15.
+    """The number of the 15 boundaries below v, float32 in [-1, 1]: int32 in 0..15.
 
     [-1, 1] is cut into cells of 1/16, in each of which lies one boundary or none: two look-ups and one comparison, ten
     instructions in all. A binary search by selections takes three times as many, and so do 15 comparisons.

@@ -5,9 +5,10 @@ report if one of them does.
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+from processes import run_process
 
 COMPILED = Path(__file__).parent / "compiled"
 
@@ -16,17 +17,5 @@ def run_apart(file: str, *options: str) -> None:
     """Run `compiled/<file>` in a new process; every test in it must pass, and there must be one."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MINIPEFT_", "PYTEST_"))}
     environment["TRITON_INTERPRET"] = "0"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-n",
-        "0",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(COMPILED / file),
-        *options,
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", str(COMPILED / file)]
+    run_process([*command, *options], env=environment, check=True)

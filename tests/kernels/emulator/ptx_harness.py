@@ -1,14 +1,14 @@
 """Small PTX kernels for the emulator's tests: one lane an element, inputs and outputs by name."""
 
-import subprocess
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+from processes import run_process
 
 from minipeft_kernels.emulator import Memory, Observer, parse, run
-from minipeft_kernels.sass import tool
+from minipeft_kernels.lab.sass import tool
 
 SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 # The register that holds a value of so many bytes, and what it is loaded and stored as.
@@ -91,7 +91,7 @@ def evaluate(body: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, 
 def assembles(text: str, target: str = "sm_90a") -> bool:
     """Whether NVIDIA's assembler, which Triton ships, takes a program; its message is raised if it does not."""
     command = [tool("ptxas"), f"-arch={target}", "-", "-o", "/dev/null"]
-    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    done = run_process(command, text=text)
     if done.returncode:
         raise AssertionError(f"{Path(command[0]).name}: {done.stderr[:2000]}")
     return True

@@ -6,8 +6,8 @@ import pytest
 from minipeft_kernels.emulator import Memory, parse, run
 from minipeft_kernels.emulator.classes import CLASSES, class_of, tensor_flops
 from minipeft_kernels.emulator.counts import Counter, Counts
-from minipeft_kernels.emulator.model import bounds, gpus_of
-from minipeft_kernels.roofline import GPU
+from minipeft_kernels.lab.bounds import bounds, gpus_of
+from minipeft_kernels.lab.roofline import GPU
 
 HEAD = ".version 8.0\n.target sm_80\n.address_size 64\n"
 X, OUT = 1 << 40, 2 << 40

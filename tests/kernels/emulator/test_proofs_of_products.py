@@ -1,7 +1,9 @@
 """Every shipped product, compiled and emulated with all checks: see `compiled/test_proofs_products.py`."""
 
+import pytest
 from compiled_apart import run_apart
 
 
-def test_every_shipped_product_equals_float64() -> None:
-    run_apart("test_proofs_products.py")
+@pytest.mark.parametrize("half", ["sm_80", "not sm_80"])
+def test_every_shipped_product_equals_float64(half: str) -> None:
+    run_apart("test_proofs_products.py", "-k", half)

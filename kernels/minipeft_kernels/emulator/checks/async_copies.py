@@ -19,9 +19,11 @@ class AsyncCopies(Observer):
     and for two copies on their way to the same bytes."""
 
     def begin(self, launch: Launch) -> None:
+        """Remember the launch."""
         self.launch = launch
 
     def begin_batch(self, batch: Batch) -> None:
+        """Start with no copy on its way."""
         self.batch = batch
         self.offsets = SharedOffsets(batch.blocks, self.launch.all_shared_bytes, batch.threads, SHARED_BASE)
         # The instruction whose copy is under way, -1 for none.
@@ -30,6 +32,7 @@ class AsyncCopies(Observer):
     def shared_access(
         self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
     ) -> None:
+        """Note the copies that start and arrive, and raise if another access meets one that is on its way."""
         touched = cells(self.offsets.of(lanes, addresses), size, _GRANULE)
         if kind == "arrive":
             self.pending[touched] = -1

@@ -68,7 +68,7 @@ class History:
             self.granule, self.count = 1, self.count * 4
 
     def of(self, kind: str) -> Latest:
-        """Where accesses of a kind are kept: "read", "write" or "atomic"."""
+        """The record of the accesses of a kind: "read", "write" or "atomic"."""
         if kind == "atomic" and self.atomics is None:
             self.atomics = Latest(self.count, self.extra_slots)
         found = {"read": self.reads, "write": self.writes, "atomic": self.atomics}[kind]
@@ -76,7 +76,7 @@ class History:
         return found
 
     def against(self, kind: str) -> list[tuple[str, Latest]]:
-        """What an access of a kind can race with: anything but a read with reads, an atomic with atomics."""
+        """The records that an access of a kind can race with: a read not with reads, an atomic not with atomics."""
         all_kinds = [("write", self.writes), ("read", self.reads), ("atomic", self.atomics)]
         return [
             (k, latest)

@@ -1,4 +1,4 @@
-"""Which accesses of other warps a warp knows to be over: happens-before, by barriers and by releases and acquires."""
+"""The accesses of other warps that a warp knows to be over: happens-before, by barriers, releases and acquires."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Order:
             self.released[address] = row if before is None else np.maximum(row, before)
 
     def _row(self, warp: int) -> np.ndarray:
-        """What a warp knows, as a fresh row."""
+        """A fresh row of all that a warp knows."""
         row = self.rows[warp].copy() if warp in self.rows else np.zeros(self.warps, np.int64)
         block = warp // self.per_block
         own = slice(block * self.per_block, (block + 1) * self.per_block)
@@ -69,5 +69,5 @@ class Order:
 
 
 def synchronizes(instruction: Instruction) -> bool:
-    """Whether an access orders others."""
+    """True if an access orders others."""
     return any(m in ("acquire", "release", "acq_rel") for m in instruction.modifiers)

@@ -27,7 +27,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class _Access:
-    """What one instruction does to memory: each of `cells` is touched by the warp at its place in `warps`.
+    """The effect of one instruction on memory: each of `cells` is touched by the warp at its place in `warps`.
 
     history, buffer: of the memory, buffer None for shared memory. what: "read", "write" or "atomic".
     """
@@ -54,18 +54,21 @@ class Races(Observer):
         self.found: dict[tuple[int, int, str], str] = {}
 
     def begin(self, launch: Launch) -> None:
+        """Start with no access to global memory, and no order between warps."""
         self.launch = launch
         self.order = Order(launch)
         self.now = 0
         self.global_history: dict[Buffer, History] = {}
 
     def begin_batch(self, batch: Batch) -> None:
+        """Start with no access to the shared memory of these blocks."""
         self.batch = batch
         self.offsets = SharedOffsets(batch.blocks, self.launch.all_shared_bytes, batch.threads, SHARED_BASE)
         self.shared_history = History(self.offsets.size, slots=2)
         self.shared_bytes: np.ndarray = np.zeros(self.offsets.size, np.uint8)
 
     def barrier(self, instruction: Instruction, lanes: np.ndarray, whole: bool) -> None:
+        """Order the accesses before a barrier with those after it."""
         self.now += 1
         if whole:
             self.order.whole_barrier(np.unique(self.batch.block_of(lanes)), self.now)
@@ -77,6 +80,7 @@ class Races(Observer):
     def global_access(
         self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
     ) -> None:
+        """Let synchronizing accesses order others, and check all but stores, which `stored` checks."""
         if not lanes.size:
             return
         self.now += 1
@@ -90,6 +94,7 @@ class Races(Observer):
     def stored(
         self, instruction: Instruction, space: str, lanes: np.ndarray, addresses: np.ndarray, values: np.ndarray
     ) -> None:
+        """Check a store against the accesses that it may race with; with `same_value` false, only what it changes."""
         size = values.dtype.itemsize
         if space == "shared":
             starts = self.offsets.of(lanes, addresses)
@@ -108,6 +113,7 @@ class Races(Observer):
     def shared_access(
         self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
     ) -> None:
+        """Check all accesses but stores, which `stored` checks."""
         self.now += 1
         if kind == "store":
             return
@@ -122,7 +128,7 @@ class Races(Observer):
         return self.batch.block_of(lanes) * self.order.per_block + inside
 
     def _changing(self, current: np.ndarray, new: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Which lanes' stores count."""
+        """True for each lane whose store counts."""
         if self.same_value:
             return np.ones(starts.size, bool)
         changing = (current != new).any(1)
@@ -208,5 +214,5 @@ _PAST = {"read": "reads", "write": "writes", "atomic": "updates"}
 
 
 def _strong(instruction: Instruction) -> bool:
-    """Whether a load or store is one that may meet atomics: relaxed, acquiring, releasing or volatile."""
+    """True if a load or store is one that may meet atomics: relaxed, acquiring, releasing or volatile."""
     return any(m in ("relaxed", "acquire", "release", "volatile", "mmio") for m in instruction.modifiers)

@@ -13,7 +13,7 @@ def cells(starts: np.ndarray, size: int, granule: int) -> np.ndarray:
 
 
 class SharedOffsets:
-    """Where the bytes of the blocks' shared memories lie in one array of a batch."""
+    """The places of the bytes of the blocks' shared memories in one array of a batch."""
 
     def __init__(self, blocks: int, shared_bytes: int, threads: int, base: int) -> None:
         self.stride = -(-max(shared_bytes, 1) // 16) * 16

@@ -20,10 +20,12 @@ class Uninitialized(Observer):
     """
 
     def begin(self, launch: Launch) -> None:
+        """Look whether any tensor of the launch has unwritten bytes."""
         self.launch = launch
         self.needed = any(b.written is not None for b in launch.memory.buffers)
 
     def begin_batch(self, batch: Batch) -> None:
+        """Start with shared memory that nobody has written."""
         self.batch = batch
         self.offsets = SharedOffsets(batch.blocks, self.launch.all_shared_bytes, batch.threads, SHARED_BASE)
         self.shared_written = np.zeros(self.offsets.size, bool)
@@ -31,6 +33,7 @@ class Uninitialized(Observer):
     def global_access(
         self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
     ) -> None:
+        """Require written bytes of reads; note the bytes that are written."""
         if not self.needed or not lanes.size:
             return
         for buffer, positions in self.launch.memory.parts(addresses, size):
@@ -47,6 +50,7 @@ class Uninitialized(Observer):
     def shared_access(
         self, instruction: Instruction, kind: str, lanes: np.ndarray, addresses: np.ndarray, size: int
     ) -> None:
+        """Require written bytes of reads; note the bytes that are written."""
         if kind == "async":
             return
         bytes_ = cells(self.offsets.of(lanes, addresses), size, 1)

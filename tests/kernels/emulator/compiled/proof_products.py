@@ -6,8 +6,8 @@ import torch
 from nf4_weights import Weight
 from tolerances import TOLERANCES
 
-from minipeft_kernels.catalogue import Kernel
-from minipeft_kernels.emulator import EmulatedLaunch, emulate
+from minipeft.kernels.emulator import EmulatedLaunch, emulate
+from minipeft_kernels.lab.catalogue import Kernel
 from minipeft_kernels.linear.gpu import launch_forward, launch_input_gradient
 
 TARGETS = ("sm_80", "sm_90")

@@ -1,7 +1,6 @@
 """`emulate`: what a launch may be given, what is put back, and what is said when it cannot be."""
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +10,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from processes import run_process
 from triton.runtime import driver
 
-from minipeft_kernels.emulator import AccessError, RaceError, UninitializedError, emulate
+from minipeft.kernels.emulator import AccessError, RaceError, UninitializedError, emulate
 from minipeft_kernels.emulator.arguments import pack
 
 
@@ -209,6 +209,5 @@ def test_the_operations_run_by_an_environment_variable() -> None:
         "os.environ['MINIPEFT_BACKEND'] = 'ptx'; print(dispatch.capability(torch.device('cpu')))\n"
     )
     environment = {**os.environ, "MINIPEFT_BACKEND": "ptx", "MINIPEFT_PTX_TARGET": "sm_90"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_process([sys.executable, "-c", program], env=environment, check=True)
     assert done.stdout.split() == ["80", "90"]

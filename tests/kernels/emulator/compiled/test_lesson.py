@@ -3,14 +3,14 @@
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import triton
+from processes import run_process
 
-from minipeft_kernels.emulator import emulate
+from minipeft.kernels.emulator import emulate
 from minipeft_kernels.emulator.trace import Trace
 
 DOCS = Path(__file__).parents[4] / "docs"
@@ -36,8 +36,7 @@ def test_the_ten_lines_of_the_guide_run(tmp_path: Path) -> None:
     program = tmp_path / "guide.py"
     program.write_text(code[1])
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run_process([sys.executable, str(program)], env=environment, check=True)
     assert "transactions=" in done.stdout
 
 

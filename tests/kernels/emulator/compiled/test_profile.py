@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minipeft.commands.cli import main
-from minipeft_kernels.emulator.cases import OPERATIONS, case
-from minipeft_kernels.emulator.profile import counts_of, profile, report, some_tiles
+from minipeft_kernels.lab.cases import OPERATIONS, case
+from minipeft_kernels.lab.profile import counts_of, profile, report, some_tiles
 
 SHAPES = {
     "nf4_matmul": "16,512,1024",

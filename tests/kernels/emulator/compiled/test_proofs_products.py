@@ -9,7 +9,7 @@ import torch
 from nf4_weights import Weight
 from proof_products import DTYPES, TARGETS, assert_is, prove
 
-from minipeft_kernels.catalogue import Kernel, matmul_kernels
+from minipeft_kernels.lab.catalogue import Kernel, matmul_kernels
 
 KERNELS = [
     pytest.param(target, dtype, kernel, id=f"{target} {kernel.name}")
@@ -53,7 +53,7 @@ def test_shared_tiles_give_the_same_bits_every_time(target: str, dtype: torch.dt
     """The last program to arrive adds the parts in one order, whatever order they come in."""
     weight = Weight(33, 1024)
     x = torch.randn(2, 1024).to(dtype)
-    from minipeft_kernels.emulator import emulate
+    from minipeft.kernels.emulator import emulate
     from minipeft_kernels.linear.gpu import launch_forward
 
     with emulate(target, counts=False) as run:

@@ -8,10 +8,10 @@ from guarded import Guarded
 from nf4_weights import Weight
 from torch import Tensor
 
+from minipeft.kernels.emulator import emulate
 from minipeft_kernels.adamw.eight_bit import initial_state
-from minipeft_kernels.adamw.reference import AdamWNumbers, adamw_8bit_reference, adamw_reference
+from minipeft_kernels.adamw.reference import Hyper, adamw_8bit_reference, adamw_reference
 from minipeft_kernels.adamw.triton import launch_adamw, launch_adamw_8bit
-from minipeft_kernels.emulator import emulate
 from minipeft_kernels.nf4.dequantize import nf4_dequantize_reference
 from minipeft_kernels.nf4.dequantize_triton import dequantize_into
 from minipeft_kernels.nf4.quantize import nf4_quantize_reference, quantize_absmax_reference
@@ -19,7 +19,7 @@ from minipeft_kernels.nf4.quantize_triton import quantize_absmax_into, quantize_
 
 TARGETS = ("sm_80", "sm_90")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NUMBERS = AdamWNumbers(7, 1e-2, 0.9, 0.99, 1e-8, 0.1, False)
+NUMBERS = (7, Hyper(1e-2, 0.9, 0.99, 1e-8, 0.1, False))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -84,13 +84,13 @@ def test_adamw(target: str, dtype: torch.dtype) -> None:
     places = [guarded(group) for group in groups]
     ours = [[p.out for p in group] for group in places]
     with emulate(target) as run:
-        launch_adamw(ours[0], grads, *ours[1:], NUMBERS)
+        launch_adamw(ours[0], grads, *ours[1:], *NUMBERS)
     assert {launch.constants["ALIGNED"] for launch in run.launches} == {True, False}
     exact = [[t.double() for t in ts] for ts in (params, grads, *moments)]
     from minipeft_kernels.adamw.reference import adamw_update
 
     for tensors in zip(*exact, strict=True):
-        adamw_update(*tensors, NUMBERS)
+        adamw_update(*tensors, *NUMBERS)
     for mine, right in zip(places, (exact[0], *exact[2:]), strict=True):
         for a, b in zip(mine, right, strict=True):
             ulp = torch.finfo(a.out.dtype).eps / 2 if a.out.dtype != torch.float32 else 1e-6
@@ -105,11 +105,11 @@ def test_adamw_in_8_bits_equals_its_reference(target: str, dtype: torch.dtype) -
     lists = [list(group) for group in (params, *states)]
     # Two steps of the reference first: moments that are not zero.
     for _ in range(2):
-        adamw_8bit_reference(lists[0], grads, *lists[1:], NUMBERS)
+        adamw_8bit_reference(lists[0], grads, *lists[1:], *NUMBERS)
     expected = [[t.clone() for t in group] for group in lists]
-    adamw_8bit_reference(expected[0], grads, *expected[1:], NUMBERS)
+    adamw_8bit_reference(expected[0], grads, *expected[1:], *NUMBERS)
     with emulate(target):
-        launch_adamw_8bit(lists[0], grads, *lists[1:], NUMBERS)
+        launch_adamw_8bit(lists[0], grads, *lists[1:], *NUMBERS)
     for mine, right in zip(lists, expected, strict=True):
         for a, b in zip(mine, right, strict=True):
             if a.dtype == torch.uint8:
@@ -123,6 +123,6 @@ def test_the_reference_is_not_the_kernel() -> None:
     """The proofs compare two computations: the references launch nothing."""
     params = [torch.randn(32)]
     with emulate("sm_80") as run:
-        adamw_reference(params, params, [torch.zeros(32)], [torch.zeros(32)], NUMBERS)
+        adamw_reference(params, params, [torch.zeros(32)], [torch.zeros(32)], *NUMBERS)
         nf4_quantize_reference(torch.randn(64), 64)
     assert not run.launches

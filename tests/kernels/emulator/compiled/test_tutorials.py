@@ -20,7 +20,7 @@ from tutorial_kernels import (
     split_matmul_kernel,
 )
 
-from minipeft_kernels.emulator import emulate
+from minipeft.kernels.emulator import emulate
 
 TARGETS = ("sm_80", "sm_90")
 

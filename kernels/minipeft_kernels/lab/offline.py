@@ -16,12 +16,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from . import native
+from .. import native
+from ..dispatch import interpreting
+from ..emulator.lanes import WARP
+from ..emulator.targets import capability_of
+from ..linear.gpu import grid_of
+from ..linear.tiles import CHUNK, split_for, tile_for
 from .catalogue import Kernel, shipped
-from .dispatch import interpreting
-from .linear.gpu import grid_of
-from .linear.tiles import CHUNK, split_for, tile_for
-from .roofline import GPUS, LLAMA_SHAPES, WARP, Floor, budget, capability_of, floor, resident_warps
+from .roofline import GPUS, LLAMA_SHAPES, Floor, budget, floor, resident_warps
 from .sass import MMA, Loop, read_cubin
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
@@ -30,8 +32,11 @@ FLOOR_ROWS = (1, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Report:
-    """What the machine code of one kernel says. Counts are of one thread, and of one turn of the inner loop, or of the
-    whole kernel if it has none (loop_instructions 0); an element is a weight, or what the kernel is over."""
+    """The findings in the machine code of one kernel.
+
+    Counts are of one thread, and of one turn of the inner loop, or of the whole kernel if it has none
+    (loop_instructions 0); an element is a weight, or a parameter or number for kernels that have no weight.
+    """
 
     name: str
     target: str
@@ -105,7 +110,7 @@ def inspect(kernel: Kernel, target: str) -> Report:
 
 
 def floors(reports: Iterable[Report], target: str) -> list[Floor]:
-    """What Llama's products cost at least on the GPUs of a target, both ways, with the reported code."""
+    """The least times of Llama's products on the GPUs of a target, both ways, with the reported code."""
     products = {(r.grad, r.rows): r for r in reports if r.rows}
     capability = capability_of(target)
     gpus = [g for g in GPUS if g.capability == capability]

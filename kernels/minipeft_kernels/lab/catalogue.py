@@ -11,18 +11,18 @@ from typing import Any
 
 import triton.language as tl
 
-from .adamw.triton import CHUNK as ADAMW_CHUNK
-from .adamw.triton import CHUNK_8BIT, STATE_BLOCKSIZE, _adamw_8bit_kernel, _adamw_kernel
-from .adamw.triton import NUM_WARPS as ADAMW_WARPS
-from .linear.direct import _nf4_matmul_direct_kernel
-from .linear.gpu import NESTED_BLOCKSIZE, RANK_TILE, constants_of
-from .linear.staged import _nf4_matmul_staged_kernel
-from .linear.tiles import CHUNK, Tile, tile_for
-from .nf4.dequantize_triton import NUM_WARPS as DEQUANTIZE_WARPS
-from .nf4.dequantize_triton import TILE_BYTES, _nf4_dequantize_kernel
-from .nf4.quantize_triton import NESTED_ROWS, TILE, _nf4_quantize_kernel, _quantize_absmax_kernel
-from .nf4.quantize_triton import NUM_WARPS as QUANTIZE_WARPS
-from .roofline import WARP
+from ..adamw.triton import CHUNK as ADAMW_CHUNK
+from ..adamw.triton import CHUNK_8BIT, STATE_BLOCKSIZE, _adamw_8bit_kernel, _adamw_kernel
+from ..adamw.triton import NUM_WARPS as ADAMW_WARPS
+from ..emulator.lanes import WARP
+from ..linear.direct import _nf4_matmul_direct_kernel
+from ..linear.gpu import NESTED_BLOCKSIZE, RANK_TILE, constants_of
+from ..linear.staged import _nf4_matmul_staged_kernel
+from ..linear.tiles import CHUNK, Tile, tile_for
+from ..nf4.dequantize_triton import NUM_WARPS as DEQUANTIZE_WARPS
+from ..nf4.dequantize_triton import TILE_BYTES, _nf4_dequantize_kernel
+from ..nf4.quantize_triton import NESTED_ROWS, TILE, _nf4_quantize_kernel, _quantize_absmax_kernel
+from ..nf4.quantize_triton import NUM_WARPS as QUANTIZE_WARPS
 
 # A shape of Llama's, for the constants that depend on one.
 TYPICAL_N, TYPICAL_K = 4096, 4096

@@ -48,11 +48,12 @@ class Instruction:
 
     @property
     def name(self) -> str:
+        """`full` without its modifiers."""
         return self.full.split(".")[0]
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes."""
+        """The address that a branch goes to, or None."""
         found = _TARGET.findall(self.operands) if self.name == "BRA" else []
         return int(found[-1], 16) if found else None
 
@@ -64,7 +65,7 @@ class Loop:
     instructions: tuple[Instruction, ...]
 
     def names(self) -> Counter[str]:
-        """How often each instruction occurs."""
+        """The number of times that each instruction occurs."""
         return Counter(i.name for i in self.instructions)
 
     def classes(self) -> Counter[str]:

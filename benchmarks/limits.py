@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.device import MIB, Device
-from minipeft_kernels.roofline import GPUS
+from minipeft_kernels.lab.roofline import GPUS
 
 # The name that CUDA reports, without "NVIDIA" -> GB/s and TFLOP/s in bfloat16 and float16. Only the whole
 # name counts: a laptop's GPU is called almost like the desktop's.

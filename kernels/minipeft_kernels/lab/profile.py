@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ..emulator import EmulatedLaunch, emulate
+from ..emulator.classes import CLASSES
+from ..emulator.counts import Counts
+from ..emulator.traffic import LANES, SECTOR
+from . import emulation  # noqa: F401, lets the operations run in the emulator
+from .bounds import Bound, bounds, gpus_of
 from .cases import Case, case
-from .classes import CLASSES
-from .counts import Counts
-from .emulate import EmulatedLaunch, emulate
-from .model import Bound, bounds, gpus_of
-from .traffic import LANES, SECTOR
 
 # Tiles that are run: 4 took 2 to 12 s for the shipped products on 4096 x 4096, two cores.
 TILES = 4
@@ -71,7 +72,7 @@ def some_tiles(grid: tuple[int, int, int]) -> list[int]:
 
 
 def counts_of(launch: EmulatedLaunch) -> Counts:
-    """What a launch was counted to do."""
+    """The counts of a launch, of which there must be some."""
     assert launch.counts is not None
     return launch.counts
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
-from minipeft_kernels.packed import NF4
+from ..nf4.codebooks import NF4_LEVELS, dynamic_map
+from ..packed import NF4
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
@@ -67,7 +67,7 @@ def _bytes(*tensors: Tensor | None) -> int:
 
 
 def _matmul(shape: tuple[int, ...], dtype: torch.dtype, grad: bool, rank: int = 0) -> Case:
-    from minipeft_kernels.linear import gpu
+    from ..linear import gpu
 
     m, n, k = shape[:3]
     depth, width = (n, k) if grad else (k, n)
@@ -94,7 +94,7 @@ def _matmul(shape: tuple[int, ...], dtype: torch.dtype, grad: bool, rank: int = 
 
 
 def _dequantize(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
-    from minipeft_kernels.nf4.dequantize_triton import dequantize_into
+    from ..nf4.dequantize_triton import dequantize_into
 
     weight, out = _packed(*shape), torch.empty(*shape, dtype=dtype)
     run = lambda: dequantize_into(out, weight)  # noqa: E731
@@ -102,7 +102,7 @@ def _dequantize(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
 
 
 def _quantize(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
-    from minipeft_kernels.nf4.quantize_triton import quantize_absmax_into, quantize_into
+    from ..nf4.quantize_triton import quantize_absmax_into, quantize_into
 
     w = torch.randn(*shape).to(dtype)
     codes = torch.empty((w.numel() + 1) // 2, 1, dtype=torch.uint8)
@@ -118,16 +118,16 @@ def _quantize(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
 
 
 def _adamw(shape: tuple[int, ...], dtype: torch.dtype, eight_bits: bool) -> Case:
-    from minipeft_kernels.adamw.eight_bit import initial_state
-    from minipeft_kernels.adamw.reference import AdamWNumbers
-    from minipeft_kernels.adamw.triton import launch_adamw, launch_adamw_8bit
+    from ..adamw.eight_bit import initial_state
+    from ..adamw.reference import Hyper
+    from ..adamw.triton import launch_adamw, launch_adamw_8bit
 
     p, g = torch.randn(shape[0]).to(dtype), torch.randn(shape[0]).to(dtype)
-    numbers = AdamWNumbers(10, 1e-3, 0.9, 0.999, 1e-8, 0.01, False)
+    hyper = Hyper(1e-3, 0.9, 0.999, 1e-8, 0.01, False)
     state: tuple[Tensor, ...] = initial_state(p) if eight_bits else (torch.zeros(shape), torch.zeros(shape))
     launch: Callable[..., None] = launch_adamw_8bit if eight_bits else launch_adamw
     tensors = [[t] for t in (p, g, *state)]
-    return Case(lambda: launch(*tensors, numbers), p.numel(), 11 * p.numel(), _bytes(g) + 2 * _bytes(p, *state))
+    return Case(lambda: launch(*tensors, 10, hyper), p.numel(), 11 * p.numel(), _bytes(g) + 2 * _bytes(p, *state))
 
 
 OPERATIONS: dict[str, tuple[str, Callable[[tuple[int, ...], torch.dtype], Case]]] = {

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..emulator.lanes import WARP
+from ..emulator.targets import MULTIPROCESSORS
+
 # Warp instructions a multiprocessor issues a clock, and how many of them its integer pipes finish: 64 lanes of 32.
 ISSUE = 4
 INTEGER_ISSUE = 2
-WARP = 32
 
 
 @dataclass(frozen=True)
@@ -44,41 +46,6 @@ LLAMA_SHAPES = (
     ("Llama 3 8B gate, up", 14336, 4096),
     ("Llama 3 8B down", 4096, 14336),
 )
-
-
-@dataclass(frozen=True)
-class Multiprocessor:
-    """What one multiprocessor of a capability holds: registers, bytes of shared memory, warps and blocks."""
-
-    registers: int
-    shared: int
-    shared_block: int
-    warps: int
-    blocks: int
-
-
-# CUDA C++ Programming Guide, technical specifications per compute capability. 1 KB a block is the system's.
-MULTIPROCESSORS = {
-    80: Multiprocessor(65536, 164 << 10, 163 << 10, 64, 32),
-    86: Multiprocessor(65536, 100 << 10, 99 << 10, 48, 16),
-    89: Multiprocessor(65536, 100 << 10, 99 << 10, 48, 24),
-    90: Multiprocessor(65536, 228 << 10, 227 << 10, 64, 32),
-    100: Multiprocessor(65536, 228 << 10, 227 << 10, 64, 32),
-    120: Multiprocessor(65536, 100 << 10, 99 << 10, 48, 24),
-}
-
-
-def capability_of(target: str) -> int:
-    """80 for "sm_80".
-
-    Raises:
-        ValueError: not a target that is known here.
-    """
-    digits = target.removeprefix("sm_")
-    if not digits.isdigit() or int(digits) not in MULTIPROCESSORS:
-        known = ", ".join(f"sm_{c}" for c in MULTIPROCESSORS)
-        raise ValueError(f"target must be one of {known}, got {target!r}")
-    return int(digits)
 
 
 def resident_warps(capability: int, registers: int, shared: int, warps: int) -> int:

@@ -3,7 +3,7 @@
 This is a bound, not a time. No latency is in it, no barrier, no dependence of one instruction on another; a launch
 cannot be faster than the largest of its parts, and is slower by what it waits.
 
-Figures are of `roofline.py`: clock, multiprocessors, memory and tensor cores by their maker's data sheet.
+Figures are of `roofline`: clock, multiprocessors, memory and tensor cores by their maker's data sheet.
 For one multiprocessor and clock (CUDA C++ Programming Guide, "Arithmetic Instructions", throughput of native
 instructions; the tuning guides of each architecture):
 
@@ -26,9 +26,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minipeft_kernels.roofline import GPU, GPUS, INTEGER_ISSUE, ISSUE
-
-from .counts import Counts
+from ..emulator.counts import Counts
+from .roofline import GPU, GPUS, INTEGER_ISSUE, ISSUE
 
 SHARED_WAVEFRONTS = 1
 REQUESTS = 1
@@ -50,7 +49,7 @@ class Bound:
 
 
 def bounds(counts: Counts, gpu: GPU) -> list[Bound]:
-    """What each resource of a GPU needs for a launch, the largest first.
+    """The time that each resource of a GPU needs for a launch, the largest first.
 
     Blocks are spread over as many multiprocessors as there are blocks to give; only those work.
 

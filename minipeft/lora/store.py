@@ -1,0 +1,124 @@
+"""The tensors and numbers of a layer's LoRA adapters, made as late and as cheaply as torch allows.
+
+Loading an adapter means making two small modules for each of hundreds of layers, and nn.Module is slow at that: the
+ways around it, which are no part of LoRA, are collected here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.copies import TrainedBias
+from minipeft.lora.variants import Plain
+
+
+class AdapterStore(TrainedBias):
+    """A layer's holders of what its LoRA adapters have.
+
+    Attributes (all keyed by adapter name, as in PEFT):
+        lora_A, lora_B: `nn.Linear` without bias, whose weights are the factors (r, in_features), (out_features, r).
+        lora_dropout: applied to the update's input; `nn.Identity` for adapters without dropout.
+        lora_magnitude_vector: (out_features,), DoRA's m; only for adapters that use it.
+        lora_start: the factors that are subtracted; only for adapters that start as PiSSA.
+        lora_base: the layer that acts in the place of the base weight; only for adapters that start as LoftQ.
+        r, lora_alpha, scaling: the numbers.
+        variants: the adapter's `Plain`, `Dora`, `Pissa` or `Loftq`.
+    """
+
+    _own_attributes: ClassVar[tuple[str, ...]] = (
+        *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "lora_start", "lora_base"),
+        *("r", "lora_alpha", "scaling", "variants"),
+    )
+
+    lora_A: Any
+    lora_B: Any
+    lora_magnitude_vector: Any
+    lora_start: Any
+    lora_base: Any
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    variants: dict[str, Plain]
+
+    def attach(self, switch: Any) -> None:
+        super().attach(switch)
+        # Empty dictionaries, of which `_container` makes modules when they get something to hold.
+        if "scaling" not in vars(self):
+            vars(self).update({name: {} for name in AdapterStore._own_attributes if name != "lora_dropout"})
+
+    @property
+    def lora_dropout(self) -> nn.ModuleDict:
+        """The dropout of each adapter (PEFT's name). The modules are made when this is first read.
+
+        Most adapters have no dropout, and an nn.Identity for each of them and each layer would never be called.
+        """
+        held: Any = self._modules.get("lora_dropout")
+        if held is None:
+            held = self._modules["lora_dropout"] = nn.ModuleDict().train(self.training)
+        for adapter in (name for name in self.scaling if name not in held):
+            held[adapter] = nn.Identity().train(self.training)
+        return held
+
+    @lora_dropout.deleter
+    def lora_dropout(self) -> None:
+        """Nothing to do: nn.Module deletes the ModuleDict."""
+
+    def dropout_of(self, adapter: str) -> nn.Module | None:
+        """The module that drops numbers of the update's input, if the adapter has one."""
+        held: Any = self._modules.get("lora_dropout")
+        found = held[adapter] if held is not None and adapter in held else None
+        return None if isinstance(found, nn.Identity) else found
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """The live A (r, in_features) and B (out_features, r) of `adapter`."""
+        # Not as attributes: nn.Module looks for those in three places, at every token of every layer.
+        held: Any = self._modules
+        return held["lora_A"][adapter].weight, held["lora_B"][adapter].weight
+
+    def adapts(self, adapter: str) -> bool:
+        """True if `adapter` has a low-rank update here (it may have a bias alone)."""
+        return adapter in self.scaling
+
+    def adapter_names(self) -> set[str]:
+        return set(self.scaling) | super().adapter_names()
+
+    def delete_adapter(self, adapter: str) -> None:
+        super().delete_adapter(adapter)
+        for name in AdapterStore._own_attributes:
+            holder: Any = self._modules.get(name) if name == "lora_dropout" else getattr(self, name)
+            if holder is not None and adapter in holder:
+                del holder[adapter]
+
+    def _create_factors(self, adapter: str, r: int, dtype: torch.dtype) -> None:
+        out_features, in_features = self._lora_shape()
+        device = self._weight_device()
+        for name, shape in (("lora_A", (r, in_features)), ("lora_B", (out_features, r))):
+            factor = _empty_linear(torch.empty(shape, device=device, dtype=dtype))
+            self._container(name, nn.ModuleDict)[adapter] = factor
+
+    def _lora_shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        raise NotImplementedError
+
+    def _weight_device(self) -> torch.device:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight.device
+
+
+def _empty_linear(weight: Tensor) -> nn.Linear:
+    """A linear layer without bias that has `weight`, as it is.
+
+    `nn.Linear(...)` would draw random numbers that are drawn again, or loaded, right after; `nn.utils.skip_init` takes
+    0.1 ms to avoid it, as long as all else of loading a layer's adapter. Assigning the attributes, which nn.Module
+    checks one by one, would be half of the time spent here.
+    """
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    out_features, in_features = weight.shape
+    vars(linear).update(in_features=in_features, out_features=out_features)
+    linear._parameters.update(weight=nn.Parameter(weight), bias=None)
+    return linear

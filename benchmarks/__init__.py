@@ -1,1 +1,1 @@
-"""How fast minipeft's operations are, beside their peers and the hardware's limits: `minipeft bench`."""
+"""The speed of minipeft's operations, beside their peers and the hardware's limits: `minipeft bench`."""

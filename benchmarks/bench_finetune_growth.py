@@ -1,4 +1,4 @@
-"""How costs grow: a training step over tokens, rank and width; adapters over how many there are, and over layers.
+"""Growth of costs: a training step over tokens, rank and width; adapters over their number, and over layers.
 
 Each family of cases differs in one number; after all of them its slope is fitted (`growth.py`). Only minipeft is
 measured, and beside a step over tokens the attention in it, which is torch's and grows with their square. A step is
@@ -122,7 +122,7 @@ def _over_width(what: FineTuning, device: torch.device) -> Iterator[Case]:
 
 
 def _over_layers(what: FineTuning, device: torch.device, folder: Path) -> Iterator[Case]:
-    """What is done to adapters, in models of more and more layers: nothing may grow faster than they do."""
+    """Attaching, saving, loading and switching adapters over the number of layers, which none may grow faster than."""
     deep = {layers: random_llama(HIDDEN, layers).to(device) for layers in what.depths}
     doing: dict[str, Callable[[Any], Run]] = {
         "attach": _attach,

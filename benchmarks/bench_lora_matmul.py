@@ -41,15 +41,18 @@ class Inputs:
         return tuple(t.detach().double() for t in (self.x, self.lora_A, self.lora_B, self.dy))
 
     def right_forward(self) -> Tensor:
+        """y (M, out_features) in float64."""
         x, lora_A, lora_B, _ = self._wide()
         return x @ self.exact.T + SCALING * (x @ lora_A.T) @ lora_B.T
 
     def right_gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dx (M, in_features), dA (r, in_features) and dB (out_features, r) in float64."""
         x, lora_A, lora_B, dy = self._wide()
         low = SCALING * dy @ lora_B
         return dy @ self.exact + low @ lora_A, low.T @ x, SCALING * dy.T @ (x @ lora_A.T)
 
     def work(self, backward: bool, packed: bool) -> Work:
+        """The least bytes and operations of the forward or backward, with the weight packed or dense."""
         n, k = self.weight.shape
         item = self.weight.dtype.itemsize
         weight = self.weight.nbytes if packed else n * k * item

@@ -24,7 +24,7 @@ HEAD_START = 1_000_000
 
 
 class Device(Protocol):
-    """What the harness needs of a device."""
+    """The clock and the caches of a device, as the harness uses them."""
 
     warmups: int
     """Rounds that are run and not timed."""
@@ -34,7 +34,7 @@ class Device(Protocol):
 
     @property
     def torch_device(self) -> torch.device:
-        """Where tensors go."""
+        """The device that tensors are made on."""
 
     def mark(self) -> Any:
         """A point in time."""
@@ -68,16 +68,19 @@ class CpuDevice:
         self._buffer = torch.zeros(size // 4)
 
     def mark(self) -> float:
+        """The clock's time, in seconds."""
         return self._now()
 
     def seconds(self, start: float, stop: float) -> float:
+        """The seconds between two marks."""
         return stop - start
 
     def flush(self) -> None:
+        """Read and write the buffer, which leaves nothing else in the cache."""
         self._buffer.add_(1)
 
     def synchronize(self) -> None:
-        pass
+        """Nothing to wait for: a CPU's calls return when they are done."""
 
 
 class CudaDevice:
@@ -93,18 +96,22 @@ class CudaDevice:
         self._buffer = torch.empty(size // 4, dtype=torch.int32, device=self.torch_device)
 
     def mark(self) -> torch.cuda.Event:
+        """An event in the stream, which the GPU passes when it has done all that was queued before."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
+        """The seconds of the GPU between two events that it has passed."""
         return start.elapsed_time(stop) / 1e3
 
     def flush(self) -> None:
+        """Overwrite the L2 cache, and let the GPU wait until Python has queued the next call."""
         self._buffer.zero_()
         torch.cuda._sleep(HEAD_START)
 
     def synchronize(self) -> None:
+        """Wait for the GPU; raises RuntimeError if any of its work failed."""
         torch.cuda.synchronize(self.torch_device)
 
 

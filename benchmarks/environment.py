@@ -1,4 +1,4 @@
-"""What a measurement was taken on: hardware, versions, commit, command, date, and how busy the machine was."""
+"""The facts that are recorded with a measurement: hardware, versions, commit, command, date, the machine's load."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def device_slug(device: torch.device) -> str:
 
 
 def describe_environment(device: torch.device, command: str) -> dict[str, str]:
-    """What stands above a table of results, as far as it is known before them."""
+    """The facts that stand above a table of results, as far as they are known before it is measured."""
     facts = {"device": f"{device.type}: {device_name(device)}"}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -71,7 +71,7 @@ def describe_limits(roofline: Roofline) -> dict[str, str]:
 
 
 def backend(device: torch.device) -> str:
-    """Which form of our operations is measured."""
+    """The form of minipeft's operations that runs on the device, in words: compiled, Triton or reference."""
     tensor = torch.empty(0, device=device)
     if not use_triton(tensor):
         return native.describe() if use_native(tensor) else "reference (PyTorch)"

@@ -1,4 +1,4 @@
-"""What a user waits for before anything is computed: loading an adapter, the first and one beside many; importing."""
+"""The waits before anything is computed: loading an adapter, the first and one beside many; importing."""
 
 from __future__ import annotations
 

@@ -146,6 +146,7 @@ class ReferenceLayer(nn.Module):
         self.lora_A.weight, self.lora_B.weight = nn.Parameter(lora_A), nn.Parameter(lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features), LoRA written out (Hu et al. 2021, equation 3)."""
         return x @ self.weight.T + self.scaling * (x @ self.lora_A.weight.T) @ self.lora_B.weight.T
 
 
@@ -227,7 +228,7 @@ def step_error(right: Callable[[], Result]) -> Callable[[Result], float]:
 
 
 def choice_error(model: Any, prompt_length: int) -> Callable[[Tensor], float]:
-    """How far the reference prefers another token to a generated one, at most: in logits, over their deviation."""
+    """The error of generated tokens: their logits' largest distance below the best one, in deviations of the logits."""
 
     def error(ids: Tensor) -> float:
         with torch.no_grad():
@@ -272,7 +273,7 @@ def _random_base(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Bench:
-    """What makes the cases: the models, each loaded when first needed."""
+    """The models, sizes and peers that cases are made of; each model is loaded when first needed."""
 
     models: Models
     what: FineTuning
@@ -280,6 +281,7 @@ class Bench:
 
     @property
     def quick(self) -> bool:
+        """True if everything runs once."""
         return self.what.rounds == 1
 
     def forget(self) -> None:
@@ -303,7 +305,7 @@ def shape_title(shape: tuple[int, int]) -> str:
 
 
 def run_python(*words: str) -> str:
-    """What a new interpreter prints. Raises RuntimeError with the end of its errors if it fails."""
+    """Run Python in a new process and return its output. Raises RuntimeError with the end of its errors if it fails."""
     # The allocator's large pages would be counted as used.
     environment = {k: v for k, v in os.environ.items() if k != HUGE_PAGES}
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)

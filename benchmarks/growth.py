@@ -1,4 +1,4 @@
-"""How costs grow: the slope of log(time) over log(number) in each family of cases, said and drawn.
+"""Growth of costs: the slope of log(time) over log(number) in each family of cases, said and drawn.
 
 1 is linear, 0 does not grow, and what is quadratic in a part tends to 2.
 """

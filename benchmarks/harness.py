@@ -31,7 +31,7 @@ OURS = "minipeft"
 
 @dataclass(frozen=True)
 class Work:
-    """What a candidate cannot avoid: bytes to read and to write once, and operations (a multiply-add is two).
+    """The least work of a candidate: bytes to read and to write once, and operations (a multiply-add is two).
 
     dtype: the matrix instructions' whose limit counts.
     """
@@ -59,7 +59,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run gives that measures itself, where a clock around the call would not do.
+    """The result of a run that measures itself, where a clock around the call would not do.
 
     value: seconds, or what else the case's unit says. result: what is checked.
     """
@@ -95,7 +95,7 @@ class Case:
 
 @dataclass
 class Row:
-    """What became of one candidate of one case. Times are in microseconds; where unit says so, they are bytes instead.
+    """The outcome of one candidate of one case. Times are in microseconds, or bytes where unit says so.
 
     status: "right", "wrong" (and not timed), "failed" (raised) or "missing"; note says more.
     ratio: ours / this one's, of each round by itself; below 1 ours is faster.
@@ -164,7 +164,7 @@ def measure(case: Case, device: Device, roofline: Roofline, quick: bool = False)
 
 
 def _known(timed: Sequence[_Entry]) -> list[list[float]] | None:
-    """What the checked calls have measured already, if all of them did: enough where one round is wanted."""
+    """The values that the checked calls have measured already, or None if one did not: enough for a single round."""
     firsts = [entry.first for entry in timed]
     return [[first.value] for first in firsts if first] if all(firsts) else None
 

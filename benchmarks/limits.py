@@ -1,4 +1,4 @@
-"""How fast a device could be at best: bytes a second, and operations a second for each dtype (Williams et al. 2009).
+"""The limits of a device: bytes a second, and operations a second for each dtype (Williams et al. 2009).
 
 For GPUs that the tables know, the maker's numbers: dense, without sparsity, with float32 accumulation. For everything
 else, CPUs first, what the machine itself reaches in the same run in a copy or addition and a matrix product of torch's.

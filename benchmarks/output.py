@@ -45,7 +45,7 @@ def table(rows: Sequence[Row], quick: bool = False) -> str:
 
 
 def case_title(row: Row | Case) -> str:
-    """What was measured: "nf4_matmul forward 4096x4096 M=1 bfloat16"."""
+    """The title of a case: "nf4_matmul forward 4096x4096 M=1 bfloat16"."""
     return " ".join(part for part in (row.op, row.variant, row.shape, row.dtype) if part)
 
 
@@ -97,7 +97,7 @@ def _written(value: Any) -> Any:
 
 
 def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
-    """What `write_csv` wrote: rows and environment."""
+    """Read back the rows and the environment that `write_csv` wrote."""
     lines = path.read_text(encoding="utf-8").splitlines()
     notes = [line[2:] for line in lines if line.startswith("# ")]
     environment = dict(note.split(": ", 1) for note in notes)

@@ -1,4 +1,4 @@
-"""Who we are measured against, each found only if it is installed; one that is not is named with the reason."""
+"""The peers that minipeft is measured against; one that is not installed is named with the reason."""
 
 from __future__ import annotations
 

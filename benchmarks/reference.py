@@ -1,4 +1,4 @@
-"""What the right results are, in float64 and written to be obvious: nothing of minipeft computes here."""
+"""The right results, in float64 and written to be obvious: nothing of minipeft computes here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def block_scales(weight: NF4Weight) -> Tensor:
 
 
 def quantization_error(w: Tensor, quant_map: Tensor, blocksize: int, codes: Tensor, absmax: Tensor) -> float:
-    """How much worse codes and scales are than the best, in units of what is right: up to 1.
+    """The distance of codes and scales from the best ones, in units of the largest that is right: up to 1.
 
     Args:
         w: (n,), n a multiple of blocksize. quant_map: (16,).

@@ -1,4 +1,4 @@
-"""How much memory this process holds. It imports nothing that would be part of the answer."""
+"""The memory of this process. It imports nothing that would be part of the answer."""
 
 import re
 from pathlib import Path

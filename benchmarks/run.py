@@ -71,6 +71,7 @@ class Session:
 
     @property
     def kind(self) -> str:
+        """The type of the device: "cpu" or "cuda"."""
         return self.device.torch_device.type
 
 

@@ -20,16 +20,18 @@ class Layer:
 
     @property
     def label(self) -> str:
+        """The shape in words: "4096x4096"."""
         return f"{self.out_features}x{self.in_features}"
 
     @property
     def numel(self) -> int:
+        """The number of weights."""
         return self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What is measured on a whole model.
+    """The sizes that are measured on a whole model.
 
     batches: (rows, tokens) of a training step. generated: tokens. adapters: that are loaded, one beside the other.
     rounds: of everything that takes long; 1 when quick.
@@ -49,7 +51,7 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What one run measures.
+    """The sizes that one run measures.
 
     rows: M, the tokens of a batch.
     lora_layers: (out, in) of the layers whose adapters AdamW updates at once; big_parameter: elements of the one

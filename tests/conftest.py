@@ -1,4 +1,4 @@
-"""What every test file shares: no network, few threads, one seed."""
+"""Set-up of every test: no network, few threads, one seed, Ctrl-C heard."""
 
 import os
 import signal

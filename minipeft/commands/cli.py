@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser(arguments).parse_args(arguments)
         check_not_empty(args)
-        # Imported here: a mistyped flag needs none of it.
+        # Imported only now, so that a mistyped flag is answered without waiting for it.
         module, _, function = args.command.partition(":")
         return getattr(importlib.import_module(f"minipeft.{module}"), function)(args) or 0
     except KeyboardInterrupt:

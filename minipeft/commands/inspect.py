@@ -181,7 +181,7 @@ def model_parameters(tensors: dict[str, TensorInfo], path: Path) -> int:
         if owner is None:
             total += info.numel
         elif name == owner:
-            # Two values a byte, whatever dtype the bytes are stored as.
+            # A byte holds two values; files store the bytes under several dtypes.
             total += 2 * info.nbytes
     return total
 

@@ -52,7 +52,7 @@ def train(args: argparse.Namespace) -> None:
         print(f"evaluation: {result.eval_end}")
     print(f"adapter saved in {result.adapter_dir}")
     quantize = f" --quantize {config.quantize}" if config.quantize else ""
-    # Texts that were learned as they are must be asked as they are.
+    # A model that learned plain texts must be given plain prompts, without the chat template.
     raw = "" if data.chat else " --raw"
     print(
         f"use it: minipeft generate --model {config.model}{quantize} --adapter {result.adapter_dir}{raw} --prompt '...'"

@@ -94,14 +94,14 @@ def _run(name: str, given: Mapping[str, Any], where: str) -> Run:
     method = given.get("method", name)
     common = COMMON
     if any(key.startswith(("scheduler", "warmup")) for key in given):
-        # A schedule that was chosen may know no warm-up.
+        # The user's own schedule may not take a warm-up.
         common = {}
     settings = {**common, **METHODS[method].compare_defaults, **given, "method": method}
     try:
         checked = TrainConfig(model="model", data="data", output_dir="folder", **settings)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    # As they were understood: YAML's 2e-3 is a string.
+    # Values as TrainConfig converted them: YAML's 2e-3 is a string.
     settings = {key: getattr(checked, key) for key in settings}
     for key, value in METHODS[method].settings.items():
         if key in given and settings[key] != value:
@@ -228,7 +228,7 @@ def train_config(run: Run, shared: Shared, seed: int, folder: Path, data: Path) 
         max_steps=shared.steps,
         epochs=shared.epochs,
         seed=seed,
-        # Every step is a row, for its time.
+        # A log row for every step, from which the time of each is taken.
         log_every=1,
         **settings,
     )

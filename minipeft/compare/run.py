@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def _end_with_the_comparison() -> None:
-    # A raw read: a daemon thread that holds the lock of sys.stdin would disturb the interpreter's end.
+    # os.read, because a daemon thread that holds the lock of sys.stdin would disturb the interpreter's end.
     while os.read(sys.stdin.fileno(), 1024):
         pass
     os._exit(130)
@@ -95,7 +95,7 @@ def attempt(order: Order) -> bool:
     try:
         result = {"identity": order.identity, **perform(order)}
     except TrainingInterrupted:
-        # Ctrl-C reaches the comparison alone: this process had a signal of its own.
+        # Ctrl-C reaches the comparison alone, so this signal was sent to this process.
         return _give_up(order, "its process was told to stop: the same command does it again")
     except Exception as error:
         reason = " ".join(str(error).split())

@@ -29,7 +29,7 @@ from minipeft.files import size, write_text
 from minipeft.train.evaluation import perplexity
 from minipeft.train.models import resolve_device
 
-# The share of the steps that are faster than the low and the high number beside the median.
+# Beside the median step time: the times that 10 % and 90 % of the steps stay below.
 LOW, HIGH = 0.1, 0.9
 
 

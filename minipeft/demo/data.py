@@ -104,7 +104,7 @@ def labels_of(records: Iterable[Record]) -> tuple[str, ...]:
     completions = {record.completion for record in records}
     labels = sorted(completion for completion in completions if completion is not None)
     few = 2 <= len(labels) <= MOST_LABELS and None not in completions
-    # A label that another one begins with can never lose to it, so there is no choosing.
+    # A label that is the beginning of another is never less likely than it, so they cannot be told apart.
     clear = not any(a != b and b.startswith(a) for a in labels for b in labels)
     return tuple(labels) if few and clear else ()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from minipeft.train.encoding import IGNORE, Example
 from minipeft.train.errors import ConfigError
@@ -84,7 +85,7 @@ class Batches:
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        # Rows of like length together: least padding.
+        # Rows of similar length share a batch, which needs the least padding.
         by_length = sorted(range(len(self.rows)), key=lambda row: -self._row_length(row))
         return self._batches(by_length)
 
@@ -99,11 +100,7 @@ class Batches:
     def _batches(self, order: Sequence[int]) -> Iterator[Batch]:
         for at in range(0, len(order), self.batch_size):
             rows = [[self.examples[i] for i in self.rows[row]] for row in order[at : at + self.batch_size]]
-            yield collate_packed(rows, self.pad_id) if self.packing else collate(_firsts(rows), self.pad_id)
-
-
-def _firsts(rows: Sequence[Sequence[Example]]) -> list[Example]:
-    return [row[0] for row in rows]
+            yield collate_packed(rows, self.pad_id) if self.packing else collate([row[0] for row in rows], self.pad_id)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -111,40 +108,33 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
 
     Inputs are input_ids and attention_mask, (B, T) with T the longest example.
     """
-    width = max(map(len, examples))
-    shape = (len(examples), width)
-    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    for row, example in enumerate(examples):
-        input_ids[row, : len(example)] = torch.tensor(example.input_ids)
-        labels[row, : len(example)] = torch.tensor(example.labels)
-        attention_mask[row, : len(example)] = 1
+    input_ids = _padded([example.input_ids for example in examples], pad_id)
+    attention_mask = _padded([[1] * len(example) for example in examples], 0)
+    labels = _padded([example.labels for example in examples], IGNORE)
     return _batch({"input_ids": input_ids, "attention_mask": attention_mask}, labels, examples)
 
 
 def collate_packed(rows: Sequence[Sequence[Example]], pad_id: int) -> Batch:
     """Put each row's documents one after the other; padding becomes a document of its own.
 
-    A document's first token is never a label: what precedes it belongs to another document.
+    A document's first token is never a label: the token before it belongs to another document.
 
     Inputs are input_ids and position_ids, (B, T). There is no attention mask: transformers reads the
     documents off the position ids only when it gets none.
     """
     width = max(sum(map(len, row)) for row in rows)
-    shape = (len(rows), width)
-    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE)
-    position_ids = torch.zeros(shape, dtype=torch.int64)
-    for row, row_documents in enumerate(rows):
-        at = 0
-        for document in row_documents:
-            end = at + len(document)
-            input_ids[row, at:end] = torch.tensor(document.input_ids)
-            labels[row, at + 1 : end] = torch.tensor(document.labels[1:], dtype=torch.int64)
-            position_ids[row, at:end] = torch.arange(end - at)
-            at = end
-        position_ids[row, at:] = torch.arange(width - at)
+    lengths = [[*map(len, row), width - sum(map(len, row))] for row in rows]
+    input_ids = _padded([[token for document in row for token in document.input_ids] for row in rows], pad_id)
+    labels = _padded([[label for doc in row for label in (IGNORE, *doc.labels[1:])] for row in rows], IGNORE)
+    position_ids = _padded([[at for length in row for at in range(length)] for row in lengths], 0)
     documents = [document for row in rows for document in row]
     return _batch({"input_ids": input_ids, "position_ids": position_ids}, labels, documents)
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """The rows as int64 (B, T), filled up on the right with `value`."""
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
 def _batch(inputs: dict[str, torch.Tensor], labels: torch.Tensor, examples: Sequence[Example]) -> Batch:
@@ -171,7 +161,7 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     rows: list[list[int]] = []
-    # (free tokens, row), sorted, so that the tightest row that fits is one bisection away.
+    # (free tokens, row), sorted: a bisection finds the row with the least room that fits.
     free: list[tuple[int, int]] = []
     for item in order:
         size = lengths[item]

@@ -97,7 +97,7 @@ def save_checkpoint(
     }
     with atomic_directory(target) as temporary:
         model.save_pretrained(str(temporary))
-        # Through atomic_path for the permissions only: safetensors writes files that nobody else may read.
+        # safetensors writes files that only their owner may read; atomic_path gives them the usual permissions.
         with atomic_path(temporary / "training_state.safetensors") as path:
             save_file(tensors, str(path))
         if isinstance(optimizer, PagedAdamW):
@@ -179,7 +179,7 @@ def _split_state(
     """Optimizer state by parameter name: tensors as `optimizer/<state>/<name>`, everything else as scalars."""
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
-    # Paged state may be more than memory holds, and is written page by page.
+    # Paged state may be larger than memory: PagedAdamW writes it itself, page by page.
     if isinstance(optimizer, PagedAdamW):
         return tensors, scalars
     for name, parameter in parameters.items():

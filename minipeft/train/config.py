@@ -31,7 +31,7 @@ OPTIMIZER_CHOICES = ("adamw", "paged_adamw", "paged_adamw_8bit")
 # The end of the seeds that both torch and numpy take.
 SEED_END = 2**63
 # transformers' schedules, but for reduce_lr_on_plateau and greedy: those step on a metric, not on the step
-# number, so a run could not be told from its settings.
+# number, so the settings would not decide the learning rates.
 SCHEDULER_CHOICES = (
     "linear",
     "cosine",
@@ -67,7 +67,7 @@ class TrainConfig:
         ConfigError: on a wrong type or a value out of range, naming the setting.
     """
 
-    # What is trained, on what, and where the results go.
+    # The model, the data, the method, and the place of the results.
     model: str = _setting("model directory, hub name, or .gguf file")
     data: str = _setting("JSONL file of training records")
     output_dir: str = _setting("directory for checkpoints, logs and the adapter")
@@ -81,7 +81,7 @@ class TrainConfig:
     eval_data: str | None = _setting("JSONL file of evaluation records", None)
     eval_fraction: float = _setting("share of the training records held out for evaluation", 0.0)
 
-    # How records become batches.
+    # From records to batches.
     max_length: int | None = _setting("longest sequence in tokens (default: 1024 or the model's limit)", None)
     too_long: str = _setting("what to do with longer records", "error", TOO_LONG_CHOICES)
     packing: bool = _setting("pack several records into a row, each isolated from the others", False)
@@ -110,7 +110,7 @@ class TrainConfig:
     gradient_checkpointing: bool = _setting("recompute activations in backward to save memory", False)
     seed: int = _setting("seed of data order and dropout", 0)
 
-    # Watching and keeping.
+    # Evaluating, saving and logging.
     eval_every: int | None = _setting("evaluate every N steps (default: at the end only)", None)
     eval_batch_size: int | None = _setting("rows in an evaluation batch (default: batch_size)", None)
     eval_at_start: bool = _setting("evaluate once before the first step", False)

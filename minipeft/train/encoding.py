@@ -191,7 +191,7 @@ def _encode_messages(record: Record, tokenizer: Any) -> Example:
     except DataError as error:
         raise record.error(str(error)) from None
     except Exception as error:
-        # Templates raise jinja2's TemplateError, and whatever their expressions run into.
+        # Templates raise jinja2's TemplateError, or any error of the expressions in them.
         detail = " ".join(str(error).split())
         raise record.error(f"the tokenizer's chat template refuses the messages: {detail}") from None
     # The template writes the special tokens itself.
@@ -204,7 +204,7 @@ def _encode_messages(record: Record, tokenizer: Any) -> Example:
             ids = extend_ids(ids, full[:done], full[done:stop], encode)
             labels += [*ids[len(labels) :]] if learned else [IGNORE] * (len(ids) - len(labels))
             done = stop
-    # What follows the last assistant turn is never learned from, so it is left out.
+    # The text after the last assistant turn is never learned from, so it is left out.
     ids = _ended(tokenizer, ids)
     labels += ids[len(labels) :]
     return Example(ids, labels)
@@ -242,7 +242,7 @@ def _turn_end(tokenizer: Any, messages: Sequence[Any], number: int, full: str, s
 
 def _render(tokenizer: Any, messages: Sequence[Any], **options: Any) -> str:
     if not messages:
-        # Many templates refuse an empty conversation; an assistant that speaks first has nothing before it.
+        # An assistant that speaks first has nothing before it, and many templates refuse an empty conversation.
         return ""
     return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
 

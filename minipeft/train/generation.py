@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, TextStreamer
 
 from minipeft.train.batches import pad_id_of
@@ -62,7 +63,7 @@ def chat_prompt(tokenizer: Any, text: str, system: str | None = None) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:
-        # Templates raise jinja2's TemplateError, and whatever their expressions run into.
+        # Templates raise jinja2's TemplateError, or any error of the expressions in them.
         detail = " ".join(str(error).split())
         raise ValueError(f"the tokenizer's chat template refuses the messages: {detail}") from error
 
@@ -123,8 +124,10 @@ def generate(
     check_fits(model_position_limit(model), longest, sampling)
     pad_id = pad_id_of(tokenizer)
     device = next(model.parameters()).device
-    input_ids = torch.tensor([[pad_id] * (len(longest) - len(ids)) + ids for ids in prompts], device=device)
-    attention_mask = torch.tensor([[0] * (len(longest) - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+    rows = [torch.tensor(ids) for ids in prompts]
+    on_the_left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
+    input_ids = pad_sequence(rows, padding_value=pad_id, **on_the_left).to(device)
+    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], **on_the_left).to(device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     sampling = copy.deepcopy(sampling)
     sampling.pad_token_id = pad_id

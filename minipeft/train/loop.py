@@ -168,14 +168,14 @@ class Trainer:
         losses: list[torch.Tensor] = []
         for index, batch in enumerate(group):
             if index and self._stop.requested:
-                # Half a step is no step: it is taken anew when the run is resumed.
+                # Nothing of a half-done step is kept: the whole step is taken when the run is resumed.
                 self._save_and_stop()
             with autocast(self.device, self.config.precision):
                 loss = token_loss_sum(self.model, batch.to(self.device))
             (loss / tokens).backward()
             losses.append(loss.detach())
 
-        # 2. Look before leaping: a step with a non-finite gradient would ruin the parameters for good.
+        # 2. Check before the update: a step with a non-finite gradient would ruin the parameters for good.
         # Reading a loss waits for the device, so all are read here, once a step.
         loss_sum = sum(loss.item() for loss in losses)
         mean_loss = loss_sum / tokens
@@ -217,7 +217,7 @@ class Trainer:
                 precision=self.config.precision,
                 should_stop=lambda: self._stop.requested,
             )
-        # Half an evaluation is no measurement; the stop is dealt with after this step.
+        # A stopped evaluation saw only a part of the texts, so it is not logged; the caller then stops the run.
         if not self._stop.requested:
             self._report.log_evaluation(result)
         return result
@@ -280,7 +280,7 @@ class Trainer:
             self.output_dir / "log.jsonl",
             self.output_dir / "tensorboard" if self.config.tensorboard else None,
         )
-        # At step 0 even an evaluation is done again.
+        # A run that starts over at step 0 does its first evaluation again, so its row is dropped too.
         log.rewind(self.progress.step or -1)
         return Reporter(
             log,

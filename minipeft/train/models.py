@@ -45,7 +45,7 @@ def load_base_model(
         raise ValueError(f"quantize must be 'nf4' or None, got {quantize!r}")
     from transformers import AutoModelForCausalLM
 
-    # Importing it makes transformers read 4-bit folders with our quantizer.
+    # Importing minipeft.nf4.hf makes transformers read 4-bit folders with our quantizer.
     import minipeft.nf4.hf  # noqa: F401
 
     source, options = _source(path)
@@ -103,7 +103,7 @@ def load_text_config(path: str | Path) -> Any:
 
 
 def locate_model(path: str | Path) -> str | Path:
-    """Decide what a model path means, without asking the network.
+    """Tell a model path on this machine from a hub name, without asking the network.
 
     Returns:
         A Path for a directory or file that exists, else a string that can only be a hub name.
@@ -166,11 +166,11 @@ def _source(path: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def _check_hub(name: str) -> None:
-    """Say at once that the hub cannot be reached; its client would try for most of a minute."""
+    """Raise ModelLoadError at once if the hub cannot be reached; its client would try for most of a minute."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    # Behind a proxy names may not resolve here and still be reached.
+    # Behind a proxy the hub may be reached although its name does not resolve on this machine.
     if cached or constants.HF_HUB_OFFLINE or urllib.request.getproxies():
         return
     host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
@@ -220,11 +220,11 @@ def _without_gap_report() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loading(what: str, path: str | Path) -> Iterator[None]:
-    """Turn whatever transformers stumbles over in a directory or file into one sentence."""
+    """Turn any error of transformers over a directory or file into a ModelLoadError of one sentence."""
     try:
         yield
     except Exception as error:
-        # Its errors run over many lines, and the cause may stand in any of them.
+        # transformers' errors run over many lines, and the cause may stand in any of them.
         detail = " ".join(str(error).split()) or type(error).__name__
         raise ModelLoadError(f"cannot load a {what} from {path}: {detail}") from error
 

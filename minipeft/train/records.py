@@ -79,7 +79,7 @@ def _parse_line(raw: bytes, path: str | Path, line: int) -> Record:
     except RecursionError:
         raise DataError("expected one JSON object, found JSON that is nested too deep", path, line) from None
     except ValueError:
-        # Python reads whole numbers of up to some thousand digits.
+        # Python refuses whole numbers of more than some thousand digits.
         raise DataError("expected one JSON object, found a number of too many digits", path, line) from None
     return _check_object(obj, path, line)
 

@@ -21,7 +21,7 @@ from minipeft.train.checkpoint import Progress
 from minipeft.train.errors import MissingExtraError
 from minipeft.train.evaluation import EvalResult
 
-# Without a terminal a bar is a long line of control characters: then it is drawn every ten seconds only.
+# Seconds between two drawings of the bar. In a file it is a long line of control characters, so it is drawn rarely.
 _TERMINAL_SECONDS, _FILE_SECONDS = 0.1, 10.0
 
 # Above this many rows the training loss is drawn as a running mean, over so many neighbours on either side.
@@ -198,7 +198,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        # Where there is this file, ru_maxrss will not do: it starts from what the parent process held.
+        # VmHWM where the system has it: ru_maxrss also counts the memory that the parent process held at the fork.
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
@@ -285,7 +285,7 @@ def plot_loss_curve(rows: Sequence[Mapping[str, Any]], path: str | Path, title: 
     axes = figure.add_subplot()
     steps, losses = _series(rows, "loss")
     if len(losses) > FEW_ROWS:
-        # One step's loss is mostly the luck of its batch: it stays visible behind its running mean.
+        # A single step's loss depends much on its batch: it stays visible, pale, behind the running mean.
         axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
         axes.plot(steps, running_mean(losses), color="tab:blue", label="training (running mean)")
     elif losses:

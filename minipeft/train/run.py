@@ -36,8 +36,7 @@ from minipeft.train.errors import CheckpointError, OutputDirError
 
 _TRACES = ("run.json", "log.jsonl", "adapter")
 
-# Settings that decide the numbers. Logging, saving and evaluating do not; neither does gradient
-# checkpointing.
+# Settings that decide the numbers. Those of logging, saving, evaluating and gradient checkpointing do not.
 _SETTINGS = (
     "packing",
     "batch_size",
@@ -58,7 +57,7 @@ _SETTINGS = (
     "precision",
     "seed",
 )
-# Adapter settings that say where something lies or how it was last used, not what it is.
+# Adapter settings that do not decide the numbers: places of files, versions, the way of the last use.
 _INCIDENTAL = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
 
 
@@ -193,7 +192,7 @@ def run_identity(model: Any, data: EncodedDataset, config: TrainConfig) -> dict[
         settings = peft_config.to_dict()
         for key in sorted(settings.keys() - set(_INCIDENTAL)):
             identity[f"adapter {name!r} {key!r}"] = settings[key]
-    # Through JSON, so that it equals what is read back: tuples are lists there, sets are sorted.
+    # Through JSON, so that it equals the identity read back from a file: tuples become lists, sets are sorted.
     return json.loads(json.dumps(identity, default=_plain))
 
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from minipeft import PeftModel
 from minipeft.commands import cli, others
 from minipeft.commands.cli import main
+from minipeft.commands.inspect import read_header
 from minipeft.nf4 import NF4Linear
 from minipeft.optim import PagingError
 from minipeft.train.run import hold_run
@@ -309,6 +310,16 @@ def test_inspect_counts_the_values_of_packed_weights(base, adapter, tmp_path):
     ok(*where, "--output", tmp_path / "packed")
     total = AutoModelForCausalLM.from_pretrained(base).num_parameters()
     assert f"{total:,}" in ok("inspect", tmp_path / "packed")
+
+
+def test_inspect_knows_the_bytes_of_every_dtype(tmp_path):
+    names = ("bool", "uint8", "int16", "float16", "bfloat16", "int32", "float32", "int64", "float64", "float8_e4m3fn")
+    tensors = {name: torch.zeros(3, 5, dtype=getattr(torch, name)) for name in names}
+    save_file(tensors, tmp_path / "all.safetensors")
+    found = read_header(tmp_path / "all.safetensors")
+    assert {name: (info.shape, info.nbytes) for name, info in found.items()} == {
+        name: (tuple(tensor.shape), tensor.nbytes) for name, tensor in tensors.items()
+    }
 
 
 # What is refused

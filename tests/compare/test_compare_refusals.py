@@ -11,6 +11,7 @@ from minipeft.compare import compare as comparing
 from minipeft.compare.compare import compare
 from minipeft.compare.plan import FLAGS, OWN_SETTINGS, CompareConfig, plan_runs, read_entries
 from minipeft.compare.run import attempt
+from minipeft.compare.task import load_task
 from minipeft.train.config import setting_names
 from minipeft.train.errors import ConfigError
 
@@ -199,6 +200,11 @@ def test_other_texts_and_places_that_do_not_do(refuses, tmp_path):
     assert "No such file" in refuses(eval_data=tmp_path / "none")
     assert "no model" in refuses(model=tmp_path / "none")
     assert "parent directory" in refuses(output=tmp_path / "no" / "such")
+
+
+def test_without_another_text_the_one_of_the_package_is_taken(files):
+    task = load_task(files["data"], None, None, quiet)
+    assert task.other.startswith("We the People of the United States") and "Constitution" in task.about
 
 
 def test_the_advice_on_texts_that_are_too_long_can_be_followed(refuses, base, files, tmp_path):

@@ -1,4 +1,4 @@
-"""What the tests of the compiled CPU code share: weights in any state, and what the reference makes of them."""
+"""Helpers of the compiled CPU code's tests: weights in any state, their reference, levels, counted calls."""
 
 import pytest
 import torch

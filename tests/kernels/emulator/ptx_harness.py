@@ -89,7 +89,7 @@ def evaluate(body: str, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, 
 
 @cache
 def assembles(text: str, target: str = "sm_90a") -> bool:
-    """Whether NVIDIA's assembler, which Triton ships, takes a program; its message is raised if it does not."""
+    """True if NVIDIA's assembler, which Triton ships, takes a program; raises AssertionError with its message else."""
     command = [tool("ptxas"), f"-arch={target}", "-", "-o", "/dev/null"]
     done = run_process(command, text=text)
     if done.returncode:

@@ -1,7 +1,7 @@
-"""Where the `minipeft` command begins, also as `python -m minipeft`.
+"""The start of the `minipeft` command, also of `python -m minipeft`.
 
-Ctrl-C while modules are imported would end in a traceback out of some other package. So the first thing is to catch
-it, with as few imports as that takes.
+Ctrl-C while modules are imported would end in a traceback out of some other package. So it is caught
+first, with as few imports as that takes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> int:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    # Nothing has been begun that would have to be tidied up.
+    # The process has begun nothing yet that would have to be tidied up.
     os.write(2, b"minipeft: interrupted\n")
     os._exit(130)
 

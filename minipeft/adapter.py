@@ -185,7 +185,7 @@ class AdapterModule(Mixin):
     def stored_state(self, adapter: str, values: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         """The tensors in the adapter's file, with `values(tensor)` in the place of each live tensor.
 
-        By default those of `adapter_state`. A method whose file holds something else than what it trains overrides it.
+        By default those of `adapter_state`; a method whose file holds other tensors than it trains overrides this.
         """
         return {name: values(tensor) for name, tensor in self.adapter_state(adapter).items()}
 
@@ -279,7 +279,7 @@ class WrappedForward(AdapterModule):
 
 
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The dotted names and modules of the base model: `named_modules` without what adapters added.
+    """The dotted names and modules of the base model: `named_modules` without the modules that adapters added.
 
     So it costs the same however many adapters there are.
     """
@@ -301,7 +301,7 @@ def _find_modules(module: nn.Module, path: str, found: dict[nn.Module, str]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """How adapters of one method find their modules.
+    """The way in which adapters of one method find their modules.
 
     Attributes:
         find: (model, config, paths to leave alone) -> dotted names of the modules to adapt. Fills in what the config

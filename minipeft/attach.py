@@ -1,7 +1,7 @@
 """Adapting a model in place: freeze it, put a method's mixins in front of its modules, create an adapter's tensors.
 
-A method says which modules it adapts and how (`adapter.Method`, found in the table of methods); this file does what is
-the same for all methods.
+A method says which modules it adapts and how (`adapter.Method`, found in the table of methods); the steps that are the
+same for all methods are here.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def attach_adapter(
             module = modules[path]
             mixin = method.mixin_for(module)
             become(module, mixin, switch)
-            # The mixin's own, which need not be the one in front.
+            # Called on the mixin, because another mixin with an `add_adapter` of its own may stand in front.
             mixin.add_adapter(module, adapter, config, path, _adapter_dtype(module, autocast_adapter_dtype), init)
         if method.connect is not None:
             method.connect(model, adapter, targets)
@@ -104,18 +104,18 @@ def add_adapter(
         model._switch.active = (adapter,)
 
 
-def delete_adapter(model: AdaptedModel, adapter: str) -> None:
+def delete_adapter(model: AdaptedModel, adapter_name: str) -> None:
     """Remove an adapter and its tensors; if it was the only one to act, the first of the others acts.
 
     Raises ValueError for an unknown adapter.
     """
-    config_of(model, adapter)
+    config_of(model, adapter_name)
     unmerge(model)
     for _, module in adapter_modules(model):
-        module.delete_adapter(adapter)
-    del model.peft_config[adapter]
-    model._row_functions.pop(adapter, None)
-    left = tuple(name for name in model._switch.active if name != adapter)
+        module.delete_adapter(adapter_name)
+    del model.peft_config[adapter_name]
+    model._row_functions.pop(adapter_name, None)
+    left = tuple(name for name in model._switch.active if name != adapter_name)
     model._switch.active = left or tuple(model.peft_config)[:1]
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from minipeft.config import PeftConfig, TaskType
 from minipeft.model import PeftModel
 
-# Whose `from_pretrained` of transformers makes the base model for a task.
+# The classes of transformers whose `from_pretrained` makes the base model for a task.
 _AUTO_CLASSES = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
     TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
@@ -65,7 +65,7 @@ class AutoPeftModel:
         if task is not None:
             return getattr(transformers, _AUTO_CLASSES[TaskType(task)])
         name = (config.auto_mapping or {}).get("base_model_class", "")
-        # Only transformers' own: a file must not say what code is run.
+        # Only transformers' own classes: a file must not choose the code that is run.
         found = getattr(transformers, name, None)
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Adapter configurations: what PEFT calls `adapter_config.json`, in Python and on disk.
+"""Adapter configurations: the contents of PEFT's `adapter_config.json`, in Python and on disk.
 
 A method's config is a dataclass with PEFT's field names and defaults (checked against PEFT 0.21.2). Fields that
 ask for something minipeft does not have are kept, so that a file written by either library reads in the other;
@@ -109,7 +109,7 @@ class PeftConfig:
         """Raise ValueError if an adapter of this config can be loaded, but not made anew."""
 
     def fields_of_training(self) -> set[str]:
-        """The fields that change nothing about what an adapter with given tensors computes."""
+        """The fields that matter in training alone: an adapter with given tensors computes the same without them."""
         return {
             *("inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type"),
             *("target_modules", "exclude_modules"),

@@ -1,8 +1,8 @@
 """Base tensors that an adapter trains whole: `modules_to_save` and biases.
 
 PEFT trains a base bias in place, so its base model is changed for good and disabling the adapter cannot bring it
-back. Here an adapter owns a copy of what it trains, and the copy stands in for the base tensor while the adapter
-acts.
+back. Here an adapter owns a copy of the tensors that it trains, and the copy stands in for the base tensor while the
+adapter acts.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class TrainedModule(AdapterModule):
         return super().forward(*args, **kwargs)
 
     def _through_copy(self, twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # A float32 copy over a 16-bit model: inputs go up to it, its outputs come back down.
+        # A float32 copy over a 16-bit model: its inputs are cast to float32, its output back to 16 bits.
         wide = next((p.dtype for p in twin.parameters()), None)
         base = next((p.dtype for p in self._parameters.values() if p is not None), wide)
         if wide == base or wide is None or torch.is_autocast_enabled(_device_type(twin)):

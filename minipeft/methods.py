@@ -1,4 +1,4 @@
-"""The one table of fine-tuning methods: what the rest of minipeft needs to know of each, under its name.
+"""The one table of fine-tuning methods: under each name, all that the rest of minipeft needs to know of the method.
 
 The core imports no method. A method's package describes it in a `Registration`, and the core, `minipeft train` and
 `minipeft compare` look it up here. Classes and functions are given as import strings ("package.module:name"), so that

@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minipeft import merge, saving, status
+from minipeft import attach, merge, saving, status
 from minipeft.adapter import AdaptedModel, mix_in
 from minipeft.attach import (
     add_adapter,
     config_of,
-    delete_adapter,
     set_trainable,
     switch_of,
     tell_quantizer,
@@ -27,14 +26,14 @@ from minipeft.attach import (
 )
 from minipeft.config import PeftConfig
 from minipeft.methods import optional_part
-from minipeft.state import LoadResult, base_name
+from minipeft.state import base_name
 
 
 class PeftModel(AdaptedModel):
     """The calls that a model has once adapters are attached (mixed in front of its own class).
 
-    Each is a few lines over functions: `attach.py` adds and removes adapters, `merge.py` folds them into the weights,
-    `saving.py` reads and writes them, `status.py` counts.
+    Each is a function over the model, or a few lines over some: `attach.py` adds and removes adapters, `merge.py` folds
+    them into the weights, `saving.py` reads and writes them, `status.py` counts.
 
     Attributes:
         peft_config: adapter name -> its config.
@@ -68,30 +67,7 @@ class PeftModel(AdaptedModel):
             raise TypeError("PeftModel.from_pretrained takes a model and the adapter's directory")
         return _load_first(model, model_id, adapter_name, *args, **kwargs)
 
-    def load_adapter(
-        self,
-        model_id: str | Path,
-        adapter_name: str,
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        subfolder: str | None = None,
-        **kwargs: Any,
-    ) -> LoadResult:
-        """Load the adapter in directory `model_id` beside those that are there; it is not activated.
-
-        An adapter of that name is given the stored values if they fit it.
-
-        Args:
-            is_trainable: Turn the gradients of the adapter's tensors on.
-            config: Used in the place of the directory's `adapter_config.json`.
-            autocast_adapter_dtype: Hold the adapter in float32 over a 16-bit or 4-bit model.
-
-        Raises FileNotFoundError or ValueError as `from_pretrained`; the model is then as before.
-        """
-        directory = Path(model_id) / (subfolder or "")
-        saving.load_adapter(self, directory, adapter_name, is_trainable, config, autocast_adapter_dtype, **kwargs)
-        return LoadResult([], [])
+    load_adapter = saving.load_adapter
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """Write the adapters in PEFT's format, and nothing of the base model: see `saving.save_adapters`.
@@ -170,10 +146,10 @@ class PeftModel(AdaptedModel):
         _check_free(self, adapter_name)
         kwargs |= {"svd_rank": svd_rank, "svd_clamp": svd_clamp, "svd_full_matrices": svd_full_matrices}
         kwargs |= {"svd_driver": svd_driver, "density": density, "majority_sign_method": majority_sign_method}
-        combine = optional_part("combine", _types(self, adapters))
-        combine(self, adapters, weights, adapter_name, combination_type, **kwargs)
+        types = [self.peft_config[name].type_name for name in adapters if name in self.peft_config]
+        optional_part("combine", types)(self, adapters, weights, adapter_name, combination_type, **kwargs)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make this adapter, or these together, act, and no other. Merged adapters are unmerged.
 
         Unlike PEFT, this does not change which tensors get gradients, unless `inference_mode` turns them off.
@@ -195,12 +171,7 @@ class PeftModel(AdaptedModel):
         for name in self._names(adapter_names):
             set_trainable(self, name, requires_grad)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter and its tensors; if it was the only one to act, the first of the others acts.
-
-        Raises ValueError for an unknown adapter.
-        """
-        delete_adapter(self, adapter_name)
+    delete_adapter = attach.delete_adapter
 
     def disable_adapter_layers(self) -> None:
         """Be the base model until `enable_adapter_layers`; merged adapters are unmerged."""
@@ -211,9 +182,7 @@ class PeftModel(AdaptedModel):
         """Let the adapters act again."""
         self._switch.enabled = True
 
-    def disable_adapter(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which the model is the base model; also when an adapter is merged."""
-        return merge.adapters_off(self)
+    disable_adapter = merge.adapters_off
 
     # An adapter for each row of a batch
 
@@ -251,20 +220,10 @@ class PeftModel(AdaptedModel):
     # Into the weights and out again
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters (those that act by default) into the base weights; the output stays the same.
-
-        The sum is made in float32 and the original weights are kept, so `unmerge_adapter` is exact.
-
-        Args:
-            safe_merge: Check first that no merged weight is infinite or NaN.
-
-        Raises ValueError for unknown adapters and, with `safe_merge`, for non-finite weights, naming the module.
-        """
+        """Fold adapters (those that act by default) into the base weights: see `merge.merge`."""
         merge.merge(self, self._switch.active if adapter_names is None else tuple(adapter_names), safe_merge)
 
-    def unmerge_adapter(self) -> None:
-        """Put the original base weights back. Nothing happens if nothing is merged."""
-        unmerge(self)
+    unmerge_adapter = attach.unmerge
 
     def merge_and_unload(
         self,
@@ -289,10 +248,7 @@ class PeftModel(AdaptedModel):
         return merge.unload(self)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As the plain model's, unless an adapter trains an embedding: its tensors would not fit the new one.
-
-        Raises ValueError then.
-        """
+        """As the plain model's. Raises ValueError if an adapter trains an embedding, whose tensors would not fit."""
         if args or kwargs:
             merge.check_resizable(self)
         return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
@@ -303,23 +259,10 @@ class PeftModel(AdaptedModel):
 
     # Numbers
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(parameters with a gradient, all parameters); a packed 4-bit weight counts all its values."""
-        return status.count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print the two numbers of `get_nb_trainable_parameters` and their ratio."""
-        trainable, total = status.count_parameters(self)
-        share = 100 * trainable / total
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-    def get_layer_status(self) -> list[status.LayerStatus]:
-        """The status of every adapted module, in the model's order."""
-        return status.get_layer_status(self)
-
-    def get_model_status(self) -> status.ModelStatus:
-        """The status of the model."""
-        return status.get_model_status(self)
+    get_nb_trainable_parameters = status.count_parameters
+    print_trainable_parameters = status.print_parameters
+    get_layer_status = status.get_layer_status
+    get_model_status = status.get_model_status
 
     # Inside
 
@@ -446,11 +389,6 @@ def _load_first(
         model.load_adapter(directory, adapter, is_trainable, *args, **kwargs)
     model.set_adapter(adapter)
     return model if is_trainable else model.eval()
-
-
-def _types(model: AdaptedModel, names: Sequence[str]) -> list[str]:
-    """The `peft_type` of each of the adapters, without those that are unknown."""
-    return [model.peft_config[name].type_name for name in names if name in model.peft_config]
 
 
 def _check_config(value: Any) -> None:

@@ -22,7 +22,14 @@ from minipeft.adapter import AdaptedModel
 from minipeft.attach import adapter_modules, add_adapter, config_of, delete_adapter, set_trainable
 from minipeft.config import CONFIG_NAME, PEFT_FORMAT, PeftConfig
 from minipeft.files import atomic_path, write_text
-from minipeft.state import base_name, fill_adapter, get_peft_model_state_dict, load_tensors, training_state_dict
+from minipeft.state import (
+    LoadResult,
+    base_name,
+    fill_adapter,
+    get_peft_model_state_dict,
+    load_tensors,
+    training_state_dict,
+)
 
 logger = logging.getLogger("minipeft")
 
@@ -55,23 +62,28 @@ _IGNORED_AT_SAVING: dict[str, Any] = {
 
 def load_adapter(
     model: AdaptedModel,
-    directory: Path,
-    adapter: str,
-    trainable: bool = False,
+    model_id: str | Path,
+    adapter_name: str,
+    is_trainable: bool = False,
     config: PeftConfig | None = None,
     autocast_adapter_dtype: bool = True,
+    subfolder: str | None = None,
     **ignored: Any,
-) -> None:
-    """Load the adapter in `directory` beside those of `model`; see `PeftModel.load_adapter`.
+) -> LoadResult:
+    """Load the adapter in directory `model_id` beside those of `model`; it is not activated.
+
+    An adapter of that name is given the stored values if they fit it.
 
     Args:
-        trainable: Turn its gradients on.
-        config: Used in the place of the directory's.
+        is_trainable: Turn the gradients of the adapter's tensors on.
+        config: Used in the place of the directory's `adapter_config.json`.
+        autocast_adapter_dtype: Hold the adapter in float32 over a 16-bit or 4-bit model.
         ignored: Arguments of PEFT's that change nothing (`_IGNORED_AT_LOADING`).
 
     Raises FileNotFoundError when there is no adapter, ValueError when it does not fit; the model is then as before.
     """
     _refuse("load_adapter", ignored, _IGNORED_AT_LOADING)
+    directory = Path(model_id) / (subfolder or "")
     if not directory.is_dir():
         raise FileNotFoundError(
             f"no adapter at {str(directory)!r}: expected a directory with {CONFIG_NAME}; for an adapter "
@@ -81,22 +93,23 @@ def load_adapter(
     stored = read_tensors(directory)
     config.check_marks(read_marks(directory), str(directory))
     _warn_other_base(model, config, directory)
-    exists = adapter in model.peft_config
+    exists = adapter_name in model.peft_config
     if exists:
-        _check_same_settings(model.peft_config[adapter], config, adapter, directory)
+        _check_same_settings(model.peft_config[adapter_name], config, adapter_name, directory)
     training = read_training_tensors(directory)
     if not exists:
-        config.for_loading(trainable, bool(training))
-        add_adapter(model, adapter, config, autocast_adapter_dtype, init=False)
+        config.for_loading(is_trainable, bool(training))
+        add_adapter(model, adapter_name, config, autocast_adapter_dtype, init=False)
     try:
-        fill_adapter(model, adapter, stored, str(directory), training)
+        fill_adapter(model, adapter_name, stored, str(directory), training)
     except BaseException:
         if not exists:
-            delete_adapter(model, adapter)
+            delete_adapter(model, adapter_name)
         raise
-    if not exists or trainable:
-        set_trainable(model, adapter, trainable)
-    model.peft_config[adapter].inference_mode = not trainable
+    if not exists or is_trainable:
+        set_trainable(model, adapter_name, is_trainable)
+    model.peft_config[adapter_name].inference_mode = not is_trainable
+    return LoadResult([], [])
 
 
 def save_adapters(

@@ -1,8 +1,8 @@
 """The tensors of an adapter by their names on disk, out of a model and into one.
 
 A tensor is called `base_model.model.` + its module's name + its own name without the adapter's, as in PEFT's files
-(without the prefix for a model that is no `PeftModel`). Loading is strict: what does not fit the model exactly is an
-error that names it, where PEFT loads what fits and is silent about the rest.
+(without the prefix for a model that is no `PeftModel`). Loading is strict: an error names the tensors that do not fit,
+where PEFT loads those that fit and is silent about the rest.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def _embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, pref
     if wanted not in ("auto", True, False):
         raise ValueError(f"save_embedding_layers must be 'auto', True or False, got {wanted!r}")
     embeddings = embedding_keys(model, prefix)
-    # A model without embeddings need not have a vocabulary either.
+    # A model without embeddings may have no vocabulary either.
     changed = bool(embeddings) and wanted == "auto" and _vocabulary_changed(model)
     own = adapter_state(model, adapter, prefix)
     targets = [f"{prefix}{path}." for path, module in adapter_modules(model) if module.stored_beside(adapter)]

@@ -49,6 +49,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters() if p.requires_grad), total
 
 
+def print_parameters(model: nn.Module) -> None:
+    """Print the two numbers of `count_parameters` and their ratio."""
+    trainable, total = count_parameters(model)
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     """The status of every adapted module, in the model's order."""
     layers = []

@@ -105,7 +105,7 @@ def match_targets(
 def check_unused_names(model: nn.Module, config: Any, targets: list[str]) -> None:
     """Raise ValueError for a name in exclude_modules that matches nothing, or a pattern that matches no target.
 
-    For new adapters: a stored one is judged by its tensors, whatever else its configuration mentions.
+    For new adapters alone: a stored adapter is checked by its tensors, and its configuration may mention more names.
     """
     excluded = getattr(config, "exclude_modules", None)
     if isinstance(excluded, list):

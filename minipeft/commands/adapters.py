@@ -62,7 +62,12 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """`minipeft merge`: fold an adapter into its base model and save an ordinary model folder."""
+    """`minipeft merge`: fold an adapter into its base model and save an ordinary model folder.
+
+    Raises:
+        ConfigError: --requantize without a 4-bit base.
+        OutputDirError, ModelLoadError, AdapterError: a place, model or adapter that cannot be used.
+    """
     output = Path(args.output)
     check_output_path(output, may_exist=False)
 
@@ -142,7 +147,7 @@ def read_adapter(args: argparse.Namespace) -> Any:
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt itself, or standard input for "-"."""
+    """The prompt itself, or standard input for "-"; ConfigError if that is not UTF-8 text."""
     if prompt != "-":
         return prompt
     buffer = getattr(sys.stdin, "buffer", None)

@@ -57,7 +57,11 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def kernels(args: argparse.Namespace) -> None:
-    """`minipeft kernels`: the machine code of the GPU kernels, compiled here; with --profile, one of them emulated."""
+    """`minipeft kernels`: the machine code of the GPU kernels, compiled here; with --profile, one of them emulated.
+
+    Raises:
+        KernelsError: flags that do not go together, a target that is unknown, or a compiler that is missing.
+    """
     try:
         if args.profile is not None:
             _profile(args)

@@ -175,7 +175,11 @@ def encode_task(task: Task, tokenizer: Any, shared: Shared) -> Encoded:
 
 
 def windows_of(ids: list[int], width: int) -> list[Example]:
-    """Consecutive pieces of `width` tokens, at least two; a single token that is left over is left out."""
+    """Consecutive pieces of `width` tokens, at least two; a single token that is left over is left out.
+
+    Raises:
+        DataError: fewer than four tokens.
+    """
     width = min(width, len(ids) // 2)
     if width < 2:
         raise DataError(f"the other text has {len(ids)} tokens, at least 4 are needed")

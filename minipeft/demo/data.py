@@ -88,7 +88,11 @@ def sentiment_data(folder: Path, train_rows: int, held_out_rows: int, seed: int)
 
 
 def own_data(path: str, train_rows: int, held_out_rows: int, seed: int) -> DemoData:
-    """A user's records, repeated ones taken once, shuffled and split."""
+    """A user's records, repeated ones taken once, shuffled and split.
+
+    Raises:
+        DataError: the file cannot be read, or holds fewer than two different records.
+    """
     records = list({_key(record): record for record in read_jsonl(path)}.values())
     if len(records) < 2:
         raise DataError("expected at least two different records, one to train on and one held out", path)

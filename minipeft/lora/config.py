@@ -1,4 +1,4 @@
-"""`LoraConfig`: what PEFT's class of this name takes, and what minipeft makes of it."""
+"""`LoraConfig`: PEFT's class of this name, with the checks of its fields and the numbers that follow from them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _UNSUPPORTED = (
     *("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
 )
 
-# PEFT's starts that are not made here. Of the first, A and B mean the same in the file as any others; with the second
-# PEFT takes the start out of the base weight and leaves it to the reader to do so again.
+# Values of init_lora_weights that minipeft does not make. Adapters of the first kind load as plain LoRA. With the
+# second kind PEFT changes the base weight, and a reader of the file would have to change it in the same way.
 _LOADED_STARTS = ("orthogonal",)
 _CHANGE_THE_BASE = ("olora", "corda", "lora_ga")
-# In the files of adapters with "pissa_niter_N": that the numbers were drawn as in `variants.py`, from seed 0.
+# A mark in the files of adapters with "pissa_niter_N": the random numbers were drawn as in `variants.py`, from seed 0.
 _OWN_DRAW = {"pissa_draw": "minipeft"}
 
 
@@ -141,7 +141,7 @@ class LoraConfig(PeftConfig):
     mergeable: ClassVar[bool] = True
     unsupported: ClassVar[Mapping[str, tuple]] = {
         **dict.fromkeys(_UNSUPPORTED, ()),
-        # They only say something beside a field that is refused.
+        # This field has a meaning only beside `megatron_config`, which is refused.
         "megatron_core": ("megatron.core",),
     }
 

@@ -124,7 +124,7 @@ class LoraLayer(AdapterStore):
 
     @torch.no_grad()
     def delta_weight(self, adapter: str) -> Tensor:
-        """(out_features, in_features), in float32 at least: what merging `adapter` adds to the weight."""
+        """(out_features, in_features), in float32 at least: the change of the weight by merging `adapter`."""
         return self.variants[adapter].delta(self, adapter)
 
     def merged_weight(self, adapters: tuple[str, ...]) -> Tensor:

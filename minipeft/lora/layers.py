@@ -165,7 +165,7 @@ class LoraEmbedding(LoraLayer):
         lora_A, lora_B = self.factors(adapter)
         # Padding gets no gradient, as in the table itself.
         looked_up = F.embedding(x, lora_A.T, self.padding_idx)  # (..., r)
-        # Gemma's embeddings multiply what they look up.
+        # Gemma's embeddings multiply the vectors that they look up.
         return looked_up @ lora_B.T * (self.scaling[adapter] * getattr(self, "embed_scale", 1.0))
 
     def delete_adapter(self, adapter: str) -> None:

@@ -22,7 +22,7 @@ def lora_plus_groups(
     loraplus_weight_decay: float = 0.0,
     loraplus_lr_embedding: float = 1e-6,
 ) -> list[dict[str, Any]]:
-    """Parameter groups, for any torch optimizer, of what `model` trains.
+    """Groups of the parameters that `model` trains, for any torch optimizer.
 
     Args:
         lr: eta_A, of the factors A and of every matrix that is no factor (a head in modules_to_save).

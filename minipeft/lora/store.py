@@ -16,7 +16,7 @@ from minipeft.lora.variants import Plain
 
 
 class AdapterStore(TrainedBias):
-    """A layer's holders of what its LoRA adapters have.
+    """A layer's holders of its LoRA adapters' tensors and numbers.
 
     Attributes (all keyed by adapter name, as in PEFT):
         lora_A, lora_B: `nn.Linear` without bias, whose weights are the factors (r, in_features), (out_features, r).

@@ -97,7 +97,7 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[Any, str], bool] | None = None,
 ) -> None:
-    """Let a LoRA adapter over NF4 layers start from what their quantization lost (LoftQ with one round).
+    """Let a LoRA adapter over NF4 layers start from the error of their quantization (LoftQ with one round).
 
     A and B become the leading components of W - Q, Q being the layer's packed weight, which stays as it is.
 

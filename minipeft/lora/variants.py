@@ -51,7 +51,7 @@ class Plain:
 
         Args:
             dtype: Of the adapter's tensors.
-            init: False leaves what a file will hold uninitialized.
+            init: False leaves the tensors that will be loaded uninitialized.
         """
         if init:
             layer._init_factors(adapter, config.init_lora_weights)
@@ -289,7 +289,7 @@ def loftq(weight: Tensor, r: int, scaling: float, rounds: int) -> tuple[NF4Weigh
         lora_A, lora_B = leading_factors(lost, r, scaling)
         low = scaling * lora_B @ lora_A
         error = (lost - low).norm().item()
-        # Rounds can undo a little of what those before gained, as a block's scale follows its largest weight.
+        # A round can be worse than the one before it, as a block's scale follows its largest weight.
         if best is None or error < smallest:
             best, smallest = (packed, lora_A, lora_B), error
     assert best is not None

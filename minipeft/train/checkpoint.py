@@ -159,7 +159,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def checkpoint_step(path: Path) -> int:
-    """The optimizer step in a checkpoint's name."""
+    """The optimizer step in a checkpoint's name; CheckpointError for a name of another form."""
     match = _NAME.fullmatch(path.name)
     if match is None:
         raise CheckpointError(f"{path} is not named checkpoint-<step>")

@@ -342,6 +342,7 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which yaml would drop the first in silence."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a YAML node; ConstructorError for a key that is given twice."""
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":

@@ -73,7 +73,7 @@ def logits_at(model: Any, inputs: dict[str, Tensor], positions: Tensor) -> Tenso
 def _keeps_logits(model: Any) -> bool:
     """True if the model takes a (B, T) mask of the positions to compute logits for."""
     configs = getattr(model, "peft_config", {}).values()
-    if any(getattr(config, "num_virtual_tokens", None) for config in configs):
+    if any(getattr(config, "is_prompt_learning", False) for config in configs):
         return False
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters
@@ -146,6 +146,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, *trained: Tensor) -> Tensor:
+        """(N, hidden), (N,) int64 -> scalar. `trained` are the head's parameters that need a gradient."""
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grads = [torch.zeros_like(t) for t in trained]
         logits_of, total = _logits_of(head), _zero(hidden)
@@ -168,6 +169,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of `hidden` (N, hidden) and of `trained`, which the forward computed, times `grad`."""
         first, *others = (None if t is None else t * grad.to(t.dtype) for t in ctx.saved_tensors)
         return (first, None, None, *others)
 

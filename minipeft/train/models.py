@@ -130,7 +130,11 @@ def locate_model(path: str | Path) -> str | Path:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is the first CUDA device where there is one, else the CPU."""
+    """The device that a setting names; "auto" is the first CUDA device where there is one, else the CPU.
+
+    Raises:
+        ValueError: a device of another kind than CPU and CUDA, or one that this machine does not have.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

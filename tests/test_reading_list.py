@@ -31,7 +31,11 @@ def test_the_core_is_read_in_an_afternoon() -> None:
 
 def test_the_sizes_in_the_readme_are_those_of_the_files() -> None:
     core = sum(map(lines_of, reading_list()))
-    sources = [*(ROOT / "minipeft").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "kernels").rglob("*.[ch]")]
+    sources = [
+        *(ROOT / "minipeft").rglob("*.py"),
+        *(ROOT / "kernels").rglob("*.py"),
+        *(ROOT / "kernels").rglob("*.[ch]"),
+    ]
     rest = sum(map(lines_of, sources)) - core
     assert abs(stated("of core") - core) < 100
     assert abs(stated("around it") - rest) < 1000
@@ -43,7 +47,12 @@ def test_the_readme_is_a_front_door() -> None:
 
 def test_links_in_the_pages_lead_somewhere() -> None:
     dead = []
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")]:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        *ROOT.glob("*/README.md"),
+    ]:
         for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
             if "://" not in link and not (page.parent / link).exists():
                 dead.append(f"{page.relative_to(ROOT)}: {link}")

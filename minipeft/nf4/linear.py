@@ -17,7 +17,8 @@ from minipeft_kernels.nf4.codebooks import NESTED_BLOCKSIZE, NF4_LEVELS, dynamic
 from minipeft_kernels.nf4.quantize import WEIGHT_DTYPES, check_blocksize
 from minipeft_kernels.packed import NF4
 
-from .weight import STATE_NAMES, NF4Weight
+from .format import STATE_NAMES
+from .weight import NF4Weight
 
 SCALES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "offset")
 

@@ -21,7 +21,7 @@ CORE = {
 }
 
 # Room -> the other rooms that its modules import. "core" is CORE, "kernels" the package minipeft_kernels without its
-# emulator, which is a room of its own.
+# emulator, which knows nothing else, and its lab, which knows both: those are rooms of their own.
 MAY_IMPORT: dict[str, set[str]] = {
     "core": set(),
     "lora": {"core", "nf4", "kernels"},
@@ -32,10 +32,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"core", "nf4", "optim", "kernels"},
     "demo": {"core", "lora", "nf4", "train", "kernels"},
     "compare": {"core", "train", "demo", "kernels"},
-    "commands": {"core", "nf4", "train", "demo", "compare", "kernels", "emulator"},
+    "commands": {"core", "nf4", "train", "demo", "compare", "kernels", "lab", "emulator"},
     "__main__": {"commands"},
-    "kernels": {"emulator"},
-    "emulator": {"kernels"},
+    "kernels": set(),
+    "lab": {"kernels", "emulator"},
+    "emulator": set(),
 }
 
 # The modules that import transformers, all but the first line's for one task of theirs.
@@ -101,9 +102,10 @@ def room_of(module: str) -> str:
     """The room that a module belongs to; a package is in its own room, and minipeft itself in none."""
     package, *parts = module.split(".")
     if package == "minipeft_kernels":
-        return "emulator" if parts[:1] == ["emulator"] else "kernels"
+        return parts[0] if parts[:1] in (["emulator"], ["lab"]) else "kernels"
     if package == "minipeft" and parts[:1] == ["kernels"]:
-        return "emulator" if parts[1:] == ["emulator"] else "kernels"
+        # Importing the emulator from there lets it run the operations.
+        return "lab" if parts[1:] == ["emulator"] else "kernels"
     if package != "minipeft" or not parts:
         return ""
     return "core" if parts[0] in CORE else parts[0]

@@ -12,20 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.nf4.format import (
-    QUANT_STATE,
-    WEIGHT_DTYPE_NAMES,
-    check,
-    dtype_name,
-    entries_as_tensor,
-    read_entries,
-    take,
-)
+from minipeft.nf4.format import QUANT_STATE, dtype_name, read_fields, write_entries
 from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
 from minipeft_kernels.nf4.dequantize import nf4_dequantize, scales_of
 from minipeft_kernels.nf4.quantize import (
     NESTED_BLOCKSIZE,
-    check_blocksize,
     nf4_quantize,
     quantize_absmax,
 )
@@ -144,7 +135,7 @@ class NF4Weight:
             entries["nested_dtype"] = "float32"
             # A tensor without data has no offset to write; its state serves for names and shapes only.
             entries["nested_offset"] = 0.0 if self.offset.is_meta else self.offset.item()
-        state[QUANT_STATE] = entries_as_tensor(entries, self.codes.is_meta)
+        state[QUANT_STATE] = write_entries(entries, self.codes.device)
         return {prefix + name: tensor for name, tensor in state.items()}
 
     @classmethod
@@ -154,35 +145,9 @@ class NF4Weight:
         Raises:
             ValueError: a tensor is missing or does not fit the others, or the weight is not NF4; names it.
         """
-        return _read_state(state, prefix)
+        return cls(**read_fields(state, prefix))
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name; what is None is left out."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-
-def _read_state(state: Mapping[str, Tensor], prefix: str) -> NF4Weight:
-    name = prefix + "weight"
-    entries = read_entries(state, name)
-    shape, blocksize = torch.Size(entries["shape"]), entries["blocksize"]
-    check_blocksize(blocksize)
-    n = shape.numel()
-    blocks = -(-n // blocksize)
-    # A checkpoint with another `quant_storage` holds the same bytes under another dtype.
-    codes = take(state, name).contiguous().view(torch.uint8).reshape(-1, 1)
-    check(f"{name} (as bytes)", codes, torch.uint8, ((n + 1) // 2, 1))
-    double = "nested_offset" in entries
-    absmax = take(state, f"{name}.absmax", torch.uint8 if double else torch.float32, (blocks,))
-    quant_map = take(state, f"{name}.quant_map", torch.float32, (16,))
-    single = NF4Weight(codes, absmax, quant_map, blocksize, shape, WEIGHT_DTYPE_NAMES[entries["dtype"]])
-    if not double:
-        return single
-    nested_blocks = -(-blocks // entries["nested_blocksize"])
-    return replace(
-        single,
-        nested_absmax=take(state, f"{name}.nested_absmax", torch.float32, (nested_blocks,)),
-        nested_quant_map=take(state, f"{name}.nested_quant_map", torch.float32, (256,)),
-        nested_blocksize=entries["nested_blocksize"],
-        offset=torch.tensor(entries["nested_offset"], dtype=torch.float32, device=absmax.device),
-    )

@@ -17,7 +17,7 @@ OUTSIDE_OF_KERNELS = {"torch", "triton", "numpy", *sys.stdlib_module_names}
 # The files right in minipeft/: what an adapter is, and a model with adapters.
 CORE = {
     *("config", "methods", "adapter", "targets", "attach", "copies", "model", "merge", "state", "saving", "files"),
-    *("status", "preparing", "auto"),
+    *("embeddings", "status", "preparing", "auto"),
 }
 
 # Room -> the other rooms that its modules import. "core" is CORE, "kernels" the package minipeft_kernels without its
@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 IMPORT_TRANSFORMERS = {
     *("nf4.hf", "nf4.hf.config", "nf4.hf.load", "nf4.hf.modules", "nf4.hf.quantizer"),  # a quantizer of transformers'
     "auto",  # loads base models
-    "state",  # reads the vocabulary's size from a base model's folder
+    "embeddings",  # reads the vocabulary's size from a base model's folder
     "nf4.linear",  # gives back the Conv1D that a layer was made of
     "virtual.prompt",  # reads the text that a prompt starts from
     "demo.assets",  # makes a small model
@@ -140,7 +140,7 @@ def circles(imports: dict[str, set[str]]) -> list[list[str]]:
 
 
 def test_the_reader_of_imports_sees_them() -> None:
-    assert "minipeft.state" in imported_by("minipeft.model")
+    assert "minipeft.saving" in imported_by("minipeft.model")
     assert "minipeft.nf4.linear" in imported_by("minipeft.nf4")
     assert "minipeft_kernels.emulator" in imported_by("minipeft.kernels.emulator")
     assert {"torch", "minipeft.model"} <= imported_by("minipeft.train.methods")

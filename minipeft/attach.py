@@ -178,6 +178,11 @@ def tell_quantizer(model: nn.Module, attached: bool) -> None:
         quantizer._minipeft_attached = attached
 
 
+def base_name(model: nn.Module) -> str | None:
+    """The folder or hub name that the base model was loaded from, if any."""
+    return getattr(model, "name_or_path", None) or None
+
+
 def freeze(model: nn.Module) -> None:
     """Turn off the gradient of every parameter."""
     for parameter in model.parameters():

@@ -18,6 +18,7 @@ from minipeft import attach, merge, saving, status
 from minipeft.adapter import AdaptedModel, mix_in
 from minipeft.attach import (
     add_adapter,
+    base_name,
     config_of,
     set_trainable,
     switch_of,
@@ -26,7 +27,6 @@ from minipeft.attach import (
 )
 from minipeft.config import PeftConfig
 from minipeft.methods import optional_part
-from minipeft.state import base_name
 
 
 class PeftModel(AdaptedModel):

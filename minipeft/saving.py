@@ -19,12 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minipeft.adapter import AdaptedModel
-from minipeft.attach import adapter_modules, add_adapter, config_of, delete_adapter, set_trainable
+from minipeft.attach import adapter_modules, add_adapter, base_name, config_of, delete_adapter, set_trainable
 from minipeft.config import CONFIG_NAME, PEFT_FORMAT, PeftConfig
 from minipeft.files import atomic_path, write_text
 from minipeft.state import (
     LoadResult,
-    base_name,
     fill_adapter,
     get_peft_model_state_dict,
     load_tensors,

@@ -12,15 +12,14 @@ import difflib
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import base_modules
 from minipeft.attach import adapter_modules
 from minipeft.config import PeftConfig
+from minipeft.embeddings import embedding_keys, embeddings_to_save
 
 KEY_PREFIX = PeftConfig.key_prefix
 
@@ -54,8 +53,8 @@ def get_peft_model_state_dict(
     tensors = stored_state(model, adapter_name, prefix, values, plain)
     if not tensors:
         raise ValueError(f"there is no adapter called {adapter_name!r} in this model")
-    embeddings = _embeddings_to_save(model, adapter_name, save_embedding_layers, prefix)
-    return {**tensors, **{key: values(tensor) for key, tensor in embeddings.items()}}
+    embeddings, own = embeddings_to_save(model, adapter_name, save_embedding_layers, prefix), tensors.keys()
+    return {**tensors, **{key: values(tensor) for key, tensor in embeddings.items() if key not in own}}
 
 
 def training_state_dict(
@@ -156,36 +155,6 @@ def _on_disk(prefix: str, path: str, name: str) -> str:
     return name[1:] if name.startswith("/") else f"{prefix}{path}.{name}"
 
 
-def _embeddings(model: nn.Module) -> list[nn.Module]:
-    """The modules that transformers calls the model's embeddings; a model for images may have others or none."""
-    found = []
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            embedding = getattr(model, get)() if hasattr(model, get) else None
-        except NotImplementedError:
-            continue
-        if isinstance(embedding, nn.Module):
-            found.append(embedding)
-    return found
-
-
-def embedding_keys(model: nn.Module, prefix: str = KEY_PREFIX) -> dict[str, Tensor]:
-    """The base embeddings of `model`, under the names that PEFT stores them by when it stores them.
-
-    PEFT writes them beside an adapter of an embedding, or of a model whose vocabulary was resized.
-    """
-    found: dict[str, Tensor] = {}
-    paths = {module: path for path, module in base_modules(model)}
-    for embedding in _embeddings(model):
-        path = paths.get(embedding)
-        # While an update is merged, the base weight is among the originals.
-        weight = getattr(embedding, "_originals", {}).get("weight", embedding._parameters.get("weight"))
-        if path is None or weight is None:
-            continue
-        found[f"{prefix}{path}.weight"] = found[f"{prefix}{path}.base_layer.weight"] = weight
-    return found
-
-
 @torch.no_grad()
 def load_tensors(
     expected: Mapping[str, Tensor],
@@ -250,37 +219,3 @@ def _key_errors(missing: list[str], unexpected: list[str], expected: Iterable[st
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def base_name(model: nn.Module) -> str | None:
-    """The folder or hub name that the base model was loaded from, if any."""
-    return getattr(model, "name_or_path", None) or None
-
-
-def _embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, prefix: str) -> dict[str, Tensor]:
-    if wanted not in ("auto", True, False):
-        raise ValueError(f"save_embedding_layers must be 'auto', True or False, got {wanted!r}")
-    embeddings = embedding_keys(model, prefix)
-    # A model without embeddings may have no vocabulary either.
-    changed = bool(embeddings) and wanted == "auto" and _vocabulary_changed(model)
-    own = adapter_state(model, adapter, prefix)
-    targets = [f"{prefix}{path}." for path, module in adapter_modules(model) if module.stored_beside(adapter)]
-    kept = {}
-    for key, tensor in embeddings.items():
-        is_target = key.startswith(tuple(targets))
-        if key.endswith(".base_layer.weight") != is_target:
-            continue  # one of the two names is right: PEFT's wrapper renames the module that it adapts
-        if wanted is True or changed or (wanted == "auto" and is_target):
-            kept[key] = tensor
-    return {key: tensor for key, tensor in kept.items() if key not in own}
-
-
-def _vocabulary_changed(model: nn.Module) -> bool:
-    """True if the base model's own folder (if it has one) says another vocabulary size than the model has now."""
-    name = base_name(model)
-    config: Any = getattr(model, "config", None)
-    if name is None or config is None or not (Path(name) / "config.json").is_file():
-        return False
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(name).get_text_config().vocab_size != config.get_text_config().vocab_size

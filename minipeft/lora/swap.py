@@ -19,13 +19,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minipeft import saving
-from minipeft.attach import adapter_modules
+from minipeft.attach import adapter_modules, base_name
 from minipeft.config import PeftConfig
 from minipeft.lora.config import LoraConfig, changes_base
 from minipeft.lora.layer import LoraLayer
 from minipeft.lora.layers import LoraNF4Linear
 from minipeft.lora.variants import leading_factors
-from minipeft.state import base_name, fill_adapter
+from minipeft.state import fill_adapter
 
 
 def hotswap_adapter(

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from minipeft.adapter import PackedLayer
 from minipeft.nf4.dense import make_plain
+from minipeft.nf4.format import STATE_NAMES
+from minipeft.nf4.weight import NF4Weight
 from minipeft_kernels.linear.op import linear
 from minipeft_kernels.nf4.codebooks import NESTED_BLOCKSIZE, NF4_LEVELS, dynamic_map
 from minipeft_kernels.nf4.quantize import WEIGHT_DTYPES, check_blocksize
 from minipeft_kernels.packed import NF4
-
-from .weight import STATE_NAMES, NF4Weight
 
 SCALES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "offset")
 

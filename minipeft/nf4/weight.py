@@ -5,8 +5,6 @@ library reads the other's checkpoints without quantizing again.
 """
 
 import copy
-import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -14,26 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minipeft.nf4.format import QUANT_STATE, dtype_name, read_fields, write_entries
 from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
 from minipeft_kernels.nf4.dequantize import nf4_dequantize, scales_of
 from minipeft_kernels.nf4.quantize import (
     NESTED_BLOCKSIZE,
-    WEIGHT_DTYPES,
-    check_blocksize,
     nf4_quantize,
     quantize_absmax,
 )
 from minipeft_kernels.packed import NF4
-
-QUANT_STATE = "weight.quant_state.bitsandbytes__nf4"
-STATE_NAMES = (
-    "weight",
-    "weight.absmax",
-    "weight.quant_map",
-    "weight.nested_absmax",
-    "weight.nested_quant_map",
-    QUANT_STATE,
-)
 
 
 @dataclass(eq=False)
@@ -136,7 +123,7 @@ class NF4Weight:
         entries: dict[str, Any] = {
             "quant_type": "nf4",
             "blocksize": self.blocksize,
-            "dtype": _dtype_name(self.dtype),
+            "dtype": dtype_name(self.dtype),
             "shape": list(self.shape),
         }
         state = {"weight": self.codes, "weight.absmax": self.absmax, "weight.quant_map": self.quant_map}
@@ -148,8 +135,7 @@ class NF4Weight:
             entries["nested_dtype"] = "float32"
             # A tensor without data has no offset to write; its state serves for names and shapes only.
             entries["nested_offset"] = 0.0 if self.offset.is_meta else self.offset.item()
-        packed = torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8)
-        state[QUANT_STATE] = packed.to("meta") if self.codes.is_meta else packed
+        state[QUANT_STATE] = write_entries(entries, self.codes.device)
         return {prefix + name: tensor for name, tensor in state.items()}
 
     @classmethod
@@ -159,103 +145,9 @@ class NF4Weight:
         Raises:
             ValueError: a tensor is missing or does not fit the others, or the weight is not NF4; names it.
         """
-        return _read_state(state, prefix)
+        return cls(**read_fields(state, prefix))
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by field name; what is None is left out."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _read_state(state: Mapping[str, Tensor], prefix: str) -> NF4Weight:
-    name = prefix + "weight"
-    entries = _read_entries(state, name)
-    shape, blocksize = torch.Size(entries["shape"]), entries["blocksize"]
-    check_blocksize(blocksize)
-    n = shape.numel()
-    blocks = -(-n // blocksize)
-    # A checkpoint with another `quant_storage` holds the same bytes under another dtype.
-    codes = _take(state, name).contiguous().view(torch.uint8).reshape(-1, 1)
-    _check(f"{name} (as bytes)", codes, torch.uint8, ((n + 1) // 2, 1))
-    double = "nested_offset" in entries
-    absmax = _take(state, f"{name}.absmax", torch.uint8 if double else torch.float32, (blocks,))
-    quant_map = _take(state, f"{name}.quant_map", torch.float32, (16,))
-    single = NF4Weight(codes, absmax, quant_map, blocksize, shape, _WEIGHT_DTYPE_NAMES[entries["dtype"]])
-    if not double:
-        return single
-    nested_blocks = -(-blocks // entries["nested_blocksize"])
-    return replace(
-        single,
-        nested_absmax=_take(state, f"{name}.nested_absmax", torch.float32, (nested_blocks,)),
-        nested_quant_map=_take(state, f"{name}.nested_quant_map", torch.float32, (256,)),
-        nested_blocksize=entries["nested_blocksize"],
-        offset=torch.tensor(entries["nested_offset"], dtype=torch.float32, device=absmax.device),
-    )
-
-
-_WEIGHT_DTYPE_NAMES = {_dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-# What each entry of the JSON may be.
-_ENTRIES: dict[str, Callable[[Any], bool]] = {
-    "quant_type": lambda value: value == "nf4",
-    "blocksize": _is_size,
-    "dtype": lambda value: isinstance(value, str) and value in _WEIGHT_DTYPE_NAMES,
-    "shape": lambda value: isinstance(value, list) and all(map(_is_size, value)),
-}
-_NESTED_ENTRIES: dict[str, Callable[[Any], bool]] = {
-    "nested_blocksize": lambda value: _is_size(value) and value > 0,
-    "nested_dtype": lambda value: value == "float32",
-    "nested_offset": lambda value: type(value) in (int, float) and math.isfinite(value),
-}
-
-
-def _read_entries(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
-    """The JSON beside a packed weight, checked."""
-    if f"{name}.quant_state.bitsandbytes__fp4" in state:
-        raise ValueError(f"{name} is in FP4, which minipeft does not read: quantize the model to NF4 instead")
-    key = f"{name}.quant_state.bitsandbytes__nf4"
-    packed = _take(state, key)
-    if packed.is_meta:
-        raise ValueError(f"{key} has no data (device meta): it says how the weight is packed, and is needed")
-    try:
-        entries = json.loads(bytes(packed.tolist()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{key} should hold JSON as uint8, and does not: {error}") from error
-    if not isinstance(entries, dict):
-        raise ValueError(f"{key} should hold a JSON object, and holds {entries!r}")
-    double = "nested_offset" in entries or f"{name}.nested_absmax" in state
-    needed = _ENTRIES | _NESTED_ENTRIES if double else _ENTRIES
-    if missing := sorted(needed.keys() - entries.keys()):
-        raise ValueError(f"{key} lacks {', '.join(missing)}: it has {', '.join(entries)}")
-    for entry, value in entries.items():
-        # An entry of a later version passes while it asks for nothing.
-        supports = (_ENTRIES | _NESTED_ENTRIES).get(entry, lambda value: value is None)
-        if not supports(value):
-            raise ValueError(f"{key} has {entry} = {value!r}, which minipeft does not support")
-    return entries
-
-
-def _take(
-    state: Mapping[str, Tensor], name: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] = ()
-) -> Tensor:
-    if name not in state:
-        raise ValueError(f"{name} is missing from the state of an NF4 weight")
-    if dtype is not None:
-        _check(name, state[name], dtype, shape)
-    return state[name]
-
-
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name} should be {_dtype_name(dtype)} {shape}, and is {_dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
-        )

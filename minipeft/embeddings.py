@@ -1,0 +1,76 @@
+"""Base embeddings that are stored beside an adapter, as PEFT does: of adapted ones, and of a resized vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from minipeft.adapter import base_modules
+from minipeft.attach import adapter_modules, base_name
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """The modules that transformers calls the model's embeddings; a model for images may have others or none."""
+    found = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            embedding = getattr(model, get)() if hasattr(model, get) else None
+        except NotImplementedError:
+            continue
+        if isinstance(embedding, nn.Module):
+            found.append(embedding)
+    return found
+
+
+def embedding_keys(model: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """The base embeddings of `model`, under the names that PEFT stores them by when it stores them.
+
+    PEFT writes them beside an adapter of an embedding, or of a model whose vocabulary was resized.
+    """
+    found: dict[str, Tensor] = {}
+    paths = {module: path for path, module in base_modules(model)}
+    for embedding in _embeddings(model):
+        path = paths.get(embedding)
+        # While an update is merged, the base weight is among the originals.
+        weight = getattr(embedding, "_originals", {}).get("weight", embedding._parameters.get("weight"))
+        if path is None or weight is None:
+            continue
+        found[f"{prefix}{path}.weight"] = found[f"{prefix}{path}.base_layer.weight"] = weight
+    return found
+
+
+def embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, prefix: str) -> dict[str, Tensor]:
+    """The base embeddings that the file of `adapter` is to hold, by their names there.
+
+    Args:
+        wanted: True for all; "auto" for those that the adapter adapts, and for all once the vocabulary was resized.
+
+    Raises ValueError for another `wanted`.
+    """
+    if wanted not in ("auto", True, False):
+        raise ValueError(f"save_embedding_layers must be 'auto', True or False, got {wanted!r}")
+    embeddings = embedding_keys(model, prefix)
+    # A model without embeddings may have no vocabulary either.
+    changed = bool(embeddings) and wanted == "auto" and _vocabulary_changed(model)
+    targets = [f"{prefix}{path}." for path, module in adapter_modules(model) if module.stored_beside(adapter)]
+    kept = {}
+    for key, tensor in embeddings.items():
+        is_target = key.startswith(tuple(targets))
+        if key.endswith(".base_layer.weight") != is_target:
+            continue  # one of the two names is right: PEFT's wrapper renames the module that it adapts
+        if wanted is True or changed or (wanted == "auto" and is_target):
+            kept[key] = tensor
+    return kept
+
+
+def _vocabulary_changed(model: nn.Module) -> bool:
+    """True if the base model's own folder (if it has one) says another vocabulary size than the model has now."""
+    name = base_name(model)
+    config: Any = getattr(model, "config", None)
+    if name is None or config is None or not (Path(name) / "config.json").is_file():
+        return False
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name).get_text_config().vocab_size != config.get_text_config().vocab_size

@@ -1,0 +1,136 @@
+"""NF4 weights in checkpoints as bitsandbytes and transformers write them: the tensors' names, and the JSON beside them.
+
+Whatever is read is checked: a missing tensor, one of another dtype or shape, and an entry that asks for something else
+are ValueErrors that name it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipeft_kernels.nf4.quantize import WEIGHT_DTYPES, check_blocksize
+
+QUANT_STATE = "weight.quant_state.bitsandbytes__nf4"
+STATE_NAMES = (
+    "weight",
+    "weight.absmax",
+    "weight.quant_map",
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+    QUANT_STATE,
+)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype in the JSON: "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+_DTYPES = {dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}
+
+
+def write_entries(entries: dict[str, Any], device: torch.device) -> Tensor:
+    """The JSON of `entries` as uint8: on device meta for a weight on meta, else on the CPU."""
+    packed = torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8)
+    return packed.to("meta") if device.type == "meta" else packed
+
+
+def read_fields(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    """The fields of the `NF4Weight` that lies in `state` under `prefix`; its tensors are shared, not copied.
+
+    Raises:
+        ValueError: a tensor is missing or does not fit the others, or the weight is not NF4; names it.
+    """
+    name = prefix + "weight"
+    entries = _read_entries(state, name)
+    shape, blocksize = torch.Size(entries["shape"]), entries["blocksize"]
+    check_blocksize(blocksize)
+    n = shape.numel()
+    blocks = -(-n // blocksize)
+    # A checkpoint with another `quant_storage` holds the same bytes under another dtype.
+    codes = _take(state, name).contiguous().view(torch.uint8).reshape(-1, 1)
+    _check(f"{name} (as bytes)", codes, torch.uint8, ((n + 1) // 2, 1))
+    double = "nested_offset" in entries
+    absmax = _take(state, f"{name}.absmax", torch.uint8 if double else torch.float32, (blocks,))
+    found = {
+        "codes": codes,
+        "absmax": absmax,
+        "quant_map": _take(state, f"{name}.quant_map", torch.float32, (16,)),
+        "blocksize": blocksize,
+        "shape": shape,
+        "dtype": _DTYPES[entries["dtype"]],
+    }
+    if not double:
+        return found
+    nested_blocks = -(-blocks // entries["nested_blocksize"])
+    return found | {
+        "nested_absmax": _take(state, f"{name}.nested_absmax", torch.float32, (nested_blocks,)),
+        "nested_quant_map": _take(state, f"{name}.nested_quant_map", torch.float32, (256,)),
+        "nested_blocksize": entries["nested_blocksize"],
+        "offset": torch.tensor(entries["nested_offset"], dtype=torch.float32, device=absmax.device),
+    }
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+# The values that are accepted for each entry of the JSON.
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "quant_type": lambda value: value == "nf4",
+    "blocksize": _is_size,
+    "dtype": lambda value: isinstance(value, str) and value in _DTYPES,
+    "shape": lambda value: isinstance(value, list) and all(map(_is_size, value)),
+}
+_NESTED_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "nested_blocksize": lambda value: _is_size(value) and value > 0,
+    "nested_dtype": lambda value: value == "float32",
+    "nested_offset": lambda value: type(value) in (int, float) and math.isfinite(value),
+}
+
+
+def _read_entries(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+    """The JSON beside a packed weight, checked."""
+    if f"{name}.quant_state.bitsandbytes__fp4" in state:
+        raise ValueError(f"{name} is in FP4, which minipeft does not read: quantize the model to NF4 instead")
+    key = f"{name}.quant_state.bitsandbytes__nf4"
+    packed = _take(state, key)
+    if packed.is_meta:
+        raise ValueError(f"{key} has no data (device meta): it says how the weight is packed, and is needed")
+    try:
+        entries = json.loads(bytes(packed.tolist()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{key} should hold JSON as uint8, and does not: {error}") from error
+    if not isinstance(entries, dict):
+        raise ValueError(f"{key} should hold a JSON object, and holds {entries!r}")
+    double = "nested_offset" in entries or f"{name}.nested_absmax" in state
+    needed = _ENTRIES | _NESTED_ENTRIES if double else _ENTRIES
+    if missing := sorted(needed.keys() - entries.keys()):
+        raise ValueError(f"{key} lacks {', '.join(missing)}: it has {', '.join(entries)}")
+    for entry, value in entries.items():
+        # An entry of a later version passes while it asks for nothing.
+        supports = (_ENTRIES | _NESTED_ENTRIES).get(entry, lambda value: value is None)
+        if not supports(value):
+            raise ValueError(f"{key} has {entry} = {value!r}, which minipeft does not support")
+    return entries
+
+
+def _take(
+    state: Mapping[str, Tensor], name: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] = ()
+) -> Tensor:
+    if name not in state:
+        raise ValueError(f"{name} is missing from the state of an NF4 weight")
+    if dtype is not None:
+        _check(name, state[name], dtype, shape)
+    return state[name]
+
+
+def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} should be {dtype_name(dtype)} {shape}, and is {dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
+        )

@@ -40,7 +40,7 @@ _HOME = {
     "get_peft_model": "minipeft.model",
     "get_peft_model_state_dict": "minipeft.state",
     "inject_adapter_in_model": "minipeft.preparing",
-    "load_peft_weights": "minipeft.saving",
+    "load_peft_weights": "minipeft.directory",
     "PagedAdamW": "minipeft.optim",
     "prepare_model_for_kbit_training": "minipeft.preparing",
     "set_peft_model_state_dict": "minipeft.state",

@@ -190,7 +190,7 @@ def test_failed_write_leaves_the_old_adapter_whole(directory: Path, monkeypatch:
     def disk_full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("minipeft.saving.save_file", disk_full)
+    monkeypatch.setattr("minipeft.directory.save_file", disk_full)
     with pytest.raises(OSError, match="No space left"):
         adapted(seed=3).save_pretrained(directory)
     assert {name: (directory / name).read_bytes() for name in os.listdir(directory)} == before

@@ -16,7 +16,20 @@ OUTSIDE_OF_KERNELS = {"torch", "triton", "numpy", *sys.stdlib_module_names}
 
 # The files right in minipeft/: what an adapter is, and a model with adapters.
 CORE = {
-    *("config", "methods", "adapter", "targets", "attach", "copies", "model", "merge", "state", "saving", "files"),
+    *(
+        "config",
+        "methods",
+        "adapter",
+        "targets",
+        "attach",
+        "copies",
+        "model",
+        "merge",
+        "state",
+        "saving",
+        "directory",
+        "files",
+    ),
     *("embeddings", "status", "preparing", "auto"),
 }
 

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from minipeft import saving
 from minipeft.attach import adapter_modules, base_name
 from minipeft.config import PeftConfig
+from minipeft.directory import read_tensors
 from minipeft.lora.config import LoraConfig, changes_base
 from minipeft.lora.layer import LoraLayer
 from minipeft.lora.layers import LoraNF4Linear
@@ -47,7 +47,7 @@ def hotswap_adapter(
         raise ValueError(f"there is no adapter called {adapter_name!r}; there are {sorted(model.peft_config)}")
     here, new = model.peft_config[adapter_name], PeftConfig.from_pretrained(directory)
     _check_alike(here, new, str(directory))
-    tensors = saving.read_tensors(directory)
+    tensors = read_tensors(directory)
     for path, layer in adapter_modules(model):
         if adapter_name in layer.merged_adapters:
             raise ValueError(

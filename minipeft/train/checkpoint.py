@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minipeft import set_peft_model_state_dict
+from minipeft.directory import TRAINING_NAME
 from minipeft.files import atomic_directory, atomic_path, remove_directory, write_text
 from minipeft.optim import PagedAdamW
-from minipeft.saving import TRAINING_NAME
 from minipeft.train.errors import CheckpointError
 from minipeft.train.schedule import trainable_parameters
 

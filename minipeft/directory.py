@@ -1,0 +1,120 @@
+"""One adapter's directory, in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, a model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minipeft.config import CONFIG_NAME, PEFT_FORMAT, PeftConfig
+from minipeft.files import atomic_path, write_text
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+# Not PEFT's: tensors that training goes on from, where the first file holds only tensors computed from them.
+TRAINING_NAME = "adapter_training.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+
+
+def save_adapter(
+    directory: str | Path,
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    model_card: str | None = None,
+    training: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write one adapter directory; every file appears whole or not at all, the configuration last.
+
+    Args:
+        directory: Made if it does not exist.
+        config: Written with `inference_mode` true, as PEFT does.
+        tensors: On-disk names to tensors, kept in their dtype.
+        model_card: Text of README.md, written unless there is one.
+        training: Tensors for a second file, which PEFT does not read; without any, an old one is removed.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"cannot save an adapter to {str(directory)!r}: it is a file, expected a directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / TRAINING_NAME).unlink(missing_ok=True)
+    for file, named in ((WEIGHTS_NAME, tensors), (TRAINING_NAME, training)):
+        if named:
+            flat = _without_shared_memory(named)
+            with atomic_path(directory / file) as temporary:
+                save_file(flat, temporary, metadata={"format": "pt", **config.file_marks()})
+    if model_card is not None and not (directory / "README.md").exists():
+        write_text(directory / "README.md", model_card)
+    values = {**config.to_dict(), "inference_mode": True, "peft_version": config.peft_version or PEFT_FORMAT}
+    write_text(directory / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True))
+
+
+def _without_shared_memory(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU; of those that share memory (tied embeddings) the later are copies, for safetensors."""
+    flat: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in named.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        flat[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return flat
+
+
+def read_tensors(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors of an adapter directory, on the CPU.
+
+    Raises FileNotFoundError when there are none (for a pickled `adapter_model.bin` with the command that converts
+    it: a pickle can run code, so it is never opened here), ValueError when the file is damaged.
+    """
+    file = Path(directory) / WEIGHTS_NAME
+    if not file.is_file():
+        pickled = file.with_name(PICKLE_NAME)
+        if pickled.is_file():
+            raise FileNotFoundError(
+                f"{pickled} is a pickle, which minipeft does not open; if you trust it, convert it with: python -c "
+                f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{pickled}', weights_only=True), "
+                f"'{file}', metadata={{'format': 'pt'}})\""
+            )
+        raise FileNotFoundError(f"no adapter weights at {str(directory)!r}: expected a file {WEIGHTS_NAME}")
+    return _read(file)
+
+
+def read_marks(directory: str | Path) -> dict[str, str]:
+    """The metadata of the file of tensors in an adapter directory (`PeftConfig.file_marks`).
+
+    Raises ValueError when the file is damaged.
+    """
+    file = Path(directory) / WEIGHTS_NAME
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return dict(tensors.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+
+
+def load_peft_weights(model_id: str | Path, device: str | None = None) -> dict[str, Tensor]:
+    """The tensors in an adapter's folder, for `set_peft_model_state_dict` (PEFT's function).
+
+    Args:
+        device: Where they go; the CPU by default.
+
+    Raises as `read_tensors`.
+    """
+    return {name: tensor.to(device or "cpu") for name, tensor in read_tensors(model_id).items()}
+
+
+def read_training_tensors(directory: str | Path) -> dict[str, Tensor]:
+    """The tensors of the second file of an adapter directory; none if there is no such file."""
+    file = Path(directory) / TRAINING_NAME
+    return _read(file) if file.is_file() else {}
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error

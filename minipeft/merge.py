@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from minipeft.attach import adapter_modules, config_of, tell_quantizer, unmerge
 logger = logging.getLogger("minipeft")
 
 
-def merge(model: AdaptedModel, names: tuple[str, ...], safe_merge: bool = False) -> None:
-    """Fold the adapters `names` into the base weights; the output stays the same.
+def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+    """Fold adapters (those that act by default) into the base weights; the output stays the same.
 
-    The sum is made in float32 and the original weights are kept, so `unmerge` is exact.
+    The sum is made in float32 and the original weights are kept, so unmerging is exact.
 
     Args:
         safe_merge: Check first that no merged weight is infinite or NaN.
@@ -27,6 +27,7 @@ def merge(model: AdaptedModel, names: tuple[str, ...], safe_merge: bool = False)
     Raises ValueError for unknown adapters, adapters that cannot be merged or not together and, with `safe_merge`, for
         non-finite weights, naming the module.
     """
+    names = model._switch.active if adapter_names is None else tuple(adapter_names)
     for name in names:
         config = config_of(model, name)
         if not config.mergeable:
@@ -75,10 +76,45 @@ def adapters_off(model: AdaptedModel) -> Iterator[None]:
 
 
 def unload(model: AdaptedModel) -> Any:
-    """Remove all adapters and `PeftModel` itself; return the plain model. Merged weights stay merged.
+    """Remove all adapters and return the plain model, base weights as they were."""
+    unmerge(model)
+    return _remove_adapters(model)
 
-    A packed layer that is merged becomes a dense one.
+
+def merge_and_unload(
+    model: AdaptedModel,
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: Sequence[str] | None = None,
+    requantize: bool = False,
+) -> Any:
+    """Fold the adapters (those that act by default) into the weights and return the plain model.
+
+    Args:
+        progressbar: Accepted for compatibility.
+        requantize: For a 4-bit model. By default all its layers come back in the dtype that they had before
+            quantization, exactly as they acted with the adapter. True quantizes the merged weights again: small, but
+            rounded. The log says which of the two happened.
+
+    Raises as `merge`.
     """
+    merge(model, adapter_names, safe_merge)
+    packed = next((module for module in model.modules() if isinstance(module, PackedLayer)), None)
+    for _, module in adapter_modules(model) if requantize else ():
+        module.requantize()
+    plain = _remove_adapters(model)
+    if packed is not None and requantize:
+        logger.warning("merged into NF4: the merged weights were quantized again, which rounds them")
+    elif packed is not None:
+        packed.make_dense(plain)
+        if getattr(plain, "hf_quantizer", None) is not None:
+            plain.hf_quantizer.remove_quantization_config(plain)
+        logger.warning("merged into %s: the model is no longer quantized", _weight_dtype(plain))
+    return plain
+
+
+def _remove_adapters(model: AdaptedModel) -> Any:
+    """Take all mixins out, `PeftModel` itself too. Merged weights stay; a merged packed layer becomes a dense one."""
     for path, module in list(adapter_modules(model)):
         dense = module.dense_form()
         module.detach()
@@ -89,28 +125,6 @@ def unload(model: AdaptedModel) -> Any:
     del model.peft_config, model._switch, model._row_functions
     mix_out(model)
     return model
-
-
-def merge_and_unload(model: AdaptedModel, names: tuple[str, ...], safe_merge: bool, requantize: bool) -> Any:
-    """`merge`, then `unload`: the plain model with the adapters in its weights.
-
-    Args:
-        requantize: Pack merged 4-bit weights again, which rounds them. Without, all packed layers of the model become
-            dense, in the dtype that they had before quantization. The log says which of the two happened.
-    """
-    merge(model, names, safe_merge)
-    packed = next((module for module in model.modules() if isinstance(module, PackedLayer)), None)
-    for _, module in adapter_modules(model) if requantize else ():
-        module.requantize()
-    plain = unload(model)
-    if packed is not None and requantize:
-        logger.warning("merged into NF4: the merged weights were quantized again, which rounds them")
-    elif packed is not None:
-        packed.make_dense(plain)
-        if getattr(plain, "hf_quantizer", None) is not None:
-            plain.hf_quantizer.remove_quantization_config(plain)
-        logger.warning("merged into %s: the model is no longer quantized", _weight_dtype(plain))
-    return plain
 
 
 def check_resizable(model: Any) -> None:

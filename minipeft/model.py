@@ -52,12 +52,19 @@ class PeftModel(AdaptedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[no-untyped-def]
-        cls, model: Any, model_id: str | Path | None = None, adapter_name: str = "default", *args: Any, **kwargs: Any
+        cls,
+        model: Any,
+        model_id: str | Path | None = None,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ):
         """Attach the adapter in directory `model_id` to `model`, activate it, and return `model`.
 
         Args:
-            args, kwargs: As in `load_adapter`: is_trainable (without it the model is put in eval mode), config, ...
+            is_trainable: Turn the gradients of the adapter's tensors on; if not, the model is put in eval mode.
+            args, kwargs: Further arguments of `load_adapter`.
 
         Raises FileNotFoundError when there is no adapter, ValueError when it does not fit; `model` is then as before.
         """
@@ -65,7 +72,10 @@ class PeftModel(AdaptedModel):
             return super().from_pretrained(model, **kwargs)  # type: ignore[misc]  # the plain class's own meaning
         if model_id is None or isinstance(model, str | Path):
             raise TypeError("PeftModel.from_pretrained takes a model and the adapter's directory")
-        return _load_first(model, model_id, adapter_name, *args, **kwargs)
+        with _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext():
+            model.load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
+        model.set_adapter(adapter_name)
+        return model if is_trainable else model.eval()
 
     load_adapter = saving.load_adapter
 
@@ -219,33 +229,10 @@ class PeftModel(AdaptedModel):
 
     # Into the weights and out again
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters (those that act by default) into the base weights: see `merge.merge`."""
-        merge.merge(self, self._switch.active if adapter_names is None else tuple(adapter_names), safe_merge)
-
+    merge_adapter = merge.merge
     unmerge_adapter = attach.unmerge
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        requantize: bool = False,
-    ) -> Any:
-        """Fold the adapters (those that act by default) into the weights and return the plain model.
-
-        Args:
-            requantize: For a 4-bit model. By default all its layers come back in the dtype that they had before
-                quantization, exactly as they acted with the adapter. True quantizes the merged weights again: small,
-                but rounded. The log says which of the two happened.
-        """
-        names = self._switch.active if adapter_names is None else tuple(adapter_names)
-        return merge.merge_and_unload(self, names, safe_merge, requantize)
-
-    def unload(self) -> Any:
-        """Remove all adapters and return the plain model, base weights as they were."""
-        unmerge(self)
-        return merge.unload(self)
+    merge_and_unload = merge.merge_and_unload
+    unload = merge.unload
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain model's. Raises ValueError if an adapter trains an embedding, whose tensors would not fit."""
@@ -379,16 +366,6 @@ def _becoming_peft_model(model: Any) -> Iterator[None]:
         for parameter, required in gradients:
             parameter.requires_grad = required
         raise
-
-
-def _load_first(
-    model: Any, directory: str | Path, adapter: str, is_trainable: bool = False, *args: Any, **kwargs: Any
-) -> Any:
-    """`load_adapter` into a plain model or beside other adapters, and activate it. Returns `model`."""
-    with _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext():
-        model.load_adapter(directory, adapter, is_trainable, *args, **kwargs)
-    model.set_adapter(adapter)
-    return model if is_trainable else model.eval()
 
 
 def _check_config(value: Any) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from minipeft import LoraConfig, NF4Config, get_peft_model, inject_adapter_in_model, quantize_model
-from minipeft.lora.layers import LORA
+from minipeft.lora.find import LORA
 
 
 def targets(model: nn.Module, **config: Any) -> list[str]:

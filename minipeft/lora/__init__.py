@@ -8,7 +8,7 @@ _LORA = Registration(
     "lora",
     peft_type="LORA",
     config="minipeft.lora.config:LoraConfig",
-    attach="minipeft.lora.layers:LORA",
+    attach="minipeft.lora.find:LORA",
     train_defaults={"target_modules": "all-linear"},
     # The learning rate is the best of those tried on the demo's task, see docs/comparison.md.
     compare_defaults={"lr": 1e-3, "method_args": {"r": 16, "lora_alpha": 32}},

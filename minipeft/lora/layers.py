@@ -1,4 +1,4 @@
-"""LoRA on linear layers, plain and packed, and on GPT-2's Conv1D; and the search for the modules that it adapts."""
+"""The layers that LoRA adapts: linear ones, plain and packed, GPT-2's Conv1D and embeddings."""
 
 from __future__ import annotations
 
@@ -9,17 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.adapter import AdapterModule, Method, base_modules
-from minipeft.copies import TrainedModule
-from minipeft.lora.config import LoraConfig, changes_base
-from minipeft.lora.default_targets import usual_targets
-from minipeft.lora.embedding import LoraEmbedding
-from minipeft.lora.experts import LoraParameters, check_target_parameters, find_target_parameters
 from minipeft.lora.layer import LoraLayer
 from minipeft.lora.variants import wide
 from minipeft.nf4 import NF4Linear, NF4Weight
 from minipeft.nf4.dense import DenseLinear
-from minipeft.targets import is_conv1d, match_targets, shortest_names
+from minipeft.targets import is_conv1d
 from minipeft_kernels.linear.op import linear
 from minipeft_kernels.packed import NF4
 
@@ -142,71 +136,67 @@ class LoraConv1D(LoraDenseLayer):
         return behind is not None and behind.__name__ == "Conv1D" and is_conv1d(self)
 
 
-def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
-    """The mixin that adapts `module`, or None if LoRA cannot."""
-    if isinstance(module, NF4Linear):
-        return LoraNF4Linear
-    if isinstance(module, nn.Embedding):
-        return LoraEmbedding
-    if is_conv1d(module):
-        return LoraConv1D
-    # nn.MultiheadAttention reads its out_proj's weight without calling it, and bitsandbytes' layers are nn.Linear
-    # with a packed weight: an update on either would be lost or wrong.
-    # Llama 4's router is an nn.Linear that returns two things.
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or "Router" in type(module).__name__:
-        return None
-    if isinstance(module, nn.Linear) and module.weight.shape == (module.out_features, module.in_features):
-        return LoraLinear
-    return None
+class LoraEmbedding(LoraLayer):
+    """LoRA on `nn.Embedding`: the table is W^T, one input feature a token, and A's columns are looked up.
 
+    The factors are parameters, `lora_embedding_A` (r, num_embeddings) and `lora_embedding_B` (embedding_dim, r).
+    A starts at zero and B random, so that the start is the identity.
+    """
 
-_ROUTER = ", the router of a mixture of experts, whose weight target_parameters takes"
+    _own_attributes: ClassVar[tuple[str, ...]] = ("lora_embedding_A", "lora_embedding_B")
 
+    weight: nn.Parameter
+    padding_idx: int | None
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
 
-def _mixin_for(module: nn.Module) -> type[AdapterModule] | None:
-    """`lora_mixin_for`, and for a module that holds parameters for `target_parameters` `LoraParameters`."""
-    fused = any(p is not None and p.dim() >= 2 for p in module._parameters.values())
-    return lora_mixin_for(module) or (LoraParameters if fused else None)
+    def attach(self, switch: Any) -> None:
+        super().attach(switch)
+        if hasattr(self, "lora_embedding_A"):
+            return
+        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
 
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """s B A[:, x]: token ids (...) -> (..., embedding_dim)."""
+        lora_A, lora_B = self.factors(adapter)
+        # Padding gets no gradient, as in the table itself.
+        looked_up = F.embedding(x, lora_A.T, self.padding_idx)  # (..., r)
+        # Gemma's embeddings multiply the vectors that they look up.
+        return looked_up @ lora_B.T * (self.scaling[adapter] * getattr(self, "embed_scale", 1.0))
 
-def _reads_its_own(module: nn.Module) -> bool:
-    """True if a 2-D weight of `module` is read in the module's own forward, where an update of it can stand in."""
-    plain_layer = isinstance(module, nn.Linear) and "Router" not in type(module).__name__
-    return lora_mixin_for(module) is None and not plain_layer
+    def delete_adapter(self, adapter: str) -> None:
+        for factors in (self.lora_embedding_A, self.lora_embedding_B):
+            if adapter in factors:
+                del factors[adapter]
+        super().delete_adapter(adapter)
 
+    def dense_weight(self) -> Tensor:
+        return wide(self.weight.detach().T)
 
-def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
-    if not config.target_parameters:
-        return _find_layers(model, config, skip)
-    check_target_parameters(config)
-    holders = find_target_parameters(dict(base_modules(model)), config, _reads_its_own)
-    # As in PEFT, a config that names parameters and no modules adapts the parameters alone.
-    return [*(_find_layers(model, config, skip) if config.target_modules else ()), *holders]
+    def _install_weight(self, weight: Tensor) -> None:
+        self._install("weight", weight.T.contiguous().to(self.weight.dtype))
 
+    def _lora_shape(self) -> tuple[int, int]:
+        vocabulary, hidden = self.weight.shape
+        return hidden, vocabulary
 
-def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
-    if config.target_modules is None:
-        config.target_modules = usual_targets(model)
-    targets = match_targets(model, config, lambda module: lora_mixin_for(module) is not None, skip)
-    for path in targets:
-        module = model.get_submodule(path)
-        if isinstance(module, TrainedModule):
-            raise ValueError(f"target_modules: {path!r} is another adapter's modules_to_save")
-        if lora_mixin_for(module) is None:
-            kind = f"{type(module).__module__}.{type(module).__name__}"
-            if kind.startswith("bitsandbytes."):
-                raise ValueError(f"{path!r} is a {kind}: load the model with minipeft's BitsAndBytesConfig instead")
-            raise ValueError(
-                f"target_modules: {path!r} is a {kind}{_ROUTER if 'Router' in kind else ''}; LoRA adapts "
-                "torch.nn.Linear, torch.nn.Embedding, transformers' Conv1D and minipeft's NF4Linear"
-            )
-        if changes_base(config.init_lora_weights) and isinstance(module, nn.Embedding):
-            raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} is for linear layers, {path!r} is not one"
-            )
-    if config.target_modules == "all-linear":
-        config.target_modules = shortest_names(model, targets)
-    return targets
+    def _create_factors(self, adapter: str, r: int, dtype: torch.dtype) -> None:
+        hidden, vocabulary = self._lora_shape()
+        like: dict[str, Any] = {"device": self._weight_device(), "dtype": dtype}
+        self.lora_embedding_A[adapter] = nn.Parameter(torch.empty(r, vocabulary, **like))
+        self.lora_embedding_B[adapter] = nn.Parameter(torch.empty(hidden, r, **like))
 
+    def _init_factors(self, adapter: str, kind: bool | str) -> None:
+        lora_A, lora_B = self.factors(adapter)
+        nn.init.normal_(lora_B)
+        if kind is False:
+            nn.init.normal_(lora_A)
+        else:
+            nn.init.zeros_(lora_A)
 
-LORA = Method(find=_find_targets, mixin_for=_mixin_for)
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
+
+    def _factor_state(self, adapter: str) -> dict[str, Tensor]:
+        lora_A, lora_B = self.factors(adapter)
+        return {"lora_embedding_A": lora_A, "lora_embedding_B": lora_B}

@@ -79,7 +79,7 @@ def _is_size(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-# What each entry of the JSON may be.
+# The values that are accepted for each entry of the JSON.
 _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "quant_type": lambda value: value == "nf4",
     "blocksize": _is_size,

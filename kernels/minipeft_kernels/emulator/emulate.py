@@ -95,7 +95,7 @@ class Emulation:
         if 0 in request.grid:
             return
         program = _program(request.ptx)
-        # What is done here with torch is not the user's doing: `unwritten` must not see it.
+        # The calls of torch in here are the emulator's, not the user's: `unwritten` must not take them for writes.
         with torch._C.DisableTorchFunction():
             arguments, memory = self._bind(program, request)
         counter = Counter() if self.counts else None

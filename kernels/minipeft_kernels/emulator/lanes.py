@@ -21,7 +21,8 @@ ANY = np.ndarray | None
 Read = Callable[[ANY], np.ndarray]
 Write = Callable[[ANY, np.ndarray], None]
 
-# What a value of a type is computed as. bfloat16, tf32 and packed types are bits: their operations unpack them.
+# The numpy dtype that a value of a type is computed in. bfloat16, tf32 and packed types are bits: their operations
+# unpack them.
 _KINDS = {"u": "u", "b": "u", "s": "i", "f": "f"}
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(f"{_KINDS.get(name[0], 'u')}{size}")

@@ -39,6 +39,6 @@ def split_by_warp(step: Step, active: np.ndarray, alive: np.ndarray, lanes: Lane
     missing = step.members(active) & ~here.reshape(-1, step.width)[rows] & living
     complete = ~missing.any(1)
     if step.aligned:
-        # What one lane misses, all of its warp wait for.
+        # If one lane of a warp has not come yet, the whole warp waits.
         complete = ~np.isin(rows, rows[~complete])
     return active[complete], active[~complete]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# What a value of so many bytes is kept as. complex128 is numpy's only plain type of 16 bytes.
+# The numpy dtype that a value of so many bytes is kept in. complex128 is numpy's only plain type of 16 bytes.
 WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
 

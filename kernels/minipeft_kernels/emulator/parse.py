@@ -30,8 +30,8 @@ from .program import (
 )
 from .tokens import DECIMAL, NUMBER, number, split, statements
 
-# Where a block's first variable lies. Not 0, as on the hardware, so that a forgotten base shows; a multiple of what the
-# matrix instructions' swizzles repeat in.
+# The address of a block's first shared variable. Not 0, as on the hardware, so that a forgotten base shows; a multiple
+# of what the matrix instructions' swizzles repeat in.
 SHARED_BASE = 1024
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)\s*([^{]*)\{", re.S)

@@ -13,10 +13,10 @@ from .registry import Context, Execute, build, only, unsupported
 
 PLAIN, BRANCH, EXIT, BARRIER, MEET = range(5)
 
-# Where the member mask stands among the operands, from the end or the start; None: no mask, all lanes.
+# The place of the member mask among the operands, from the end or the start; None: no mask, all lanes.
 _MASK = {"shfl": -1, "vote": -1, "match": -1, "redux": -1, "elect": -1, "ldmatrix": None, "stmatrix": None, "mma": None}
 _BITS = (np.ones(WARP, np.uint64) << np.arange(WARP, dtype=np.uint64)).astype(np.uint32)
-# What may let another thread go on, and what a thread that waits for another looks at.
+# Opcodes that may let another thread go on, and modifiers of loads by which a thread waits for another.
 _STORING = ("st", "red")
 _POLLING = ("volatile", "relaxed", "acquire")
 

@@ -49,25 +49,27 @@ class NF4HfQuantizer(HfQuantizer):
         self.hooks: list[RemovableHandle] = []
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raise ValueError for a device_map with "disk"."""
         if isinstance(device_map, dict) and "disk" in {str(place) for place in device_map.values()}:
             raise ValueError("NF4 models cannot be offloaded to disk: remove 'disk' from device_map")
 
     def update_device_map(self, device_map: Any) -> Any:
-        # as bitsandbytes: without a device_map the model goes to the current accelerator, if there is one
+        """The map, or for None the current accelerator, if there is one: as bitsandbytes."""
         if device_map is None and torch.cuda.is_available():
             return {"": torch.cuda.current_device()}
         return device_map
 
     @property
     def quantized_element_size(self) -> float | None:
-        # for device maps; a packed checkpoint's weights have their own size already
+        """Bytes of a packed weight's element, for device maps; a packed checkpoint has its own sizes already: None."""
         return None if self.pre_quantized else 0.5
 
     def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
-        # room for the one dense weight that exists while it is quantized
+        """The memory that the model may take: room is left for the one dense weight that is being quantized."""
         return {device: size if isinstance(size, str) else int(size * 0.9) for device, size in max_memory.items()}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """True for the weight of an NF4Linear."""
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, NF4Linear) and name == "weight"
 

@@ -100,6 +100,7 @@ class TrainedModule(AdapterModule):
         self.modules_to_save[adapter] = twin.to(dtype) if dtype is not None else twin
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the acting adapter's trained copy; without one, and while merged, the module's own."""
         if not self.merged_adapters:
             for adapter in self.switch.acting:
                 if adapter in self.modules_to_save:

@@ -16,40 +16,6 @@ from torch import nn
 from minipeft.adapter import PackedLayer, base_modules
 from minipeft.config import TaskType
 
-# The targets of a config that names none, by transformers' `config.model_type`: PEFT's choice where PEFT has one.
-# Mostly the projections of the queries and of the values, which the LoRA paper found best at a given number of
-# parameters (Hu et al. 2021, table 5), or the fused layer that they are part of.
-_SEPARATE = (
-    *("llama", "mistral", "mixtral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
-    *("gemma", "gemma2", "gemma3", "gemma3_text", "gemma4_text", "llama4_text", "smollm3"),
-    *("olmo", "olmo2", "olmo3", "granite", "cohere", "cohere2", "glm", "glm4", "stablelm", "starcoder2"),
-    *("gpt_oss", "phimoe", "helium", "exaone4", "ernie4_5", "seed_oss", "hunyuan_v1_dense"),
-    *("opt", "gptj", "gpt_neo", "bart", "mbart"),
-)
-_BERTS = ("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "albert", "layoutlm")
-
-DEFAULT_TARGETS: dict[str, list[str]] = {
-    **{family: ["q_proj", "v_proj"] for family in _SEPARATE},
-    **{family: ["query", "value"] for family in _BERTS},
-    **{family: ["q", "v"] for family in ("t5", "mt5", "mpnet")},
-    "distilbert": ["q_lin", "v_lin"],
-    "deberta": ["in_proj"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "modernbert": ["Wqkv"],
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-    "phi3": ["qkv_proj"],
-    "gpt2": ["c_attn"],
-    "gpt_bigcode": ["c_attn"],
-    "gpt_neox": ["query_key_value"],
-    "bloom": ["query_key_value"],
-    "falcon": ["query_key_value"],
-    "codegen": ["qkv_proj"],
-    "mpt": ["Wqkv"],
-    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    # Its name for the receptance's projection is misspelt in transformers, too.
-    "rwkv": ["key", "value", "receptance", "output"],
-}
-
 # Heads that start out random in these tasks, so that an adapter without them would be useless: saved whole.
 TASK_HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -65,16 +31,16 @@ def match_targets(
 
     Args:
         config: Its target_modules and, where it has them, exclude_modules, layers_to_transform and layers_pattern say
-            which; targets left to the library (None) are filled in.
+            which.
         adaptable: True for a module that the method can adapt.
         skip: Dotted names that are no targets, with all that lies under them.
 
-    Raises ValueError when a name in target_modules matches nothing, a module that it matches cannot be adapted, or
-    nothing is left after the exclusions.
+    Raises ValueError when target_modules is empty, when a name in it matches nothing or a module that cannot be
+    adapted, and when nothing is left after the exclusions.
     """
     modules = dict(base_modules(model))
     names = [name for name in modules if name]
-    targets = _targets_or_default(model, config)
+    targets = _targets_of(config)
     if targets == "all-linear":
         found = _inner_linear(model, modules, adaptable)
     elif isinstance(targets, str):
@@ -124,15 +90,12 @@ def plain_module_names(model: nn.Module) -> list[str]:
     return [name for name, _ in base_modules(model) if name]
 
 
-def _targets_or_default(model: nn.Module, config: Any) -> list[str] | str:
-    if config.target_modules is None:
-        family = getattr(getattr(model, "config", None), "model_type", None)
-        if family not in DEFAULT_TARGETS:
-            raise ValueError(f"target_modules must be given: there is no usual choice for model type {family!r}")
-        config.target_modules = list(DEFAULT_TARGETS[family])
+def _targets_of(config: Any) -> list[str] | str:
     if not config.target_modules:
-        raise ValueError("target_modules is empty: name the modules to adapt, or give 'all-linear'")
-    return config.target_modules
+        problem = "must be given" if config.target_modules is None else "is empty"
+        raise ValueError(f"target_modules {problem}: name the modules to adapt, or give 'all-linear'")
+    targets: list[str] | str = config.target_modules
+    return targets
 
 
 def _inner_linear(model: Any, modules: Mapping[str, nn.Module], adaptable: Callable[[nn.Module], bool]) -> list[str]:

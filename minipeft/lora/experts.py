@@ -74,6 +74,7 @@ class LoraParameters(AdapterModule):
                 init_factors(factors.lora_A, factors.lora_B, config.init_lora_weights)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with W + s B A in the place of each adapted parameter W while it runs."""
         acting = [adapter for adapter in self.switch.acting if adapter in self.lora_experts]
         if self.merged_adapters or not acting:
             return super().forward(*args, **kwargs)

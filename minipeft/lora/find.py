@@ -7,6 +7,7 @@ from torch import nn
 from minipeft.adapter import AdapterModule, Method, base_modules
 from minipeft.copies import TrainedModule
 from minipeft.lora.config import LoraConfig, changes_base
+from minipeft.lora.default_targets import usual_targets
 from minipeft.lora.experts import LoraParameters, check_target_parameters, find_target_parameters
 from minipeft.lora.layer import LoraLayer
 from minipeft.lora.layers import LoraConv1D, LoraEmbedding, LoraLinear, LoraNF4Linear
@@ -57,6 +58,8 @@ def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list
 
 
 def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
+    if config.target_modules is None:
+        config.target_modules = usual_targets(model)
     targets = match_targets(model, config, lambda module: lora_mixin_for(module) is not None, skip)
     for path in targets:
         module = model.get_submodule(path)

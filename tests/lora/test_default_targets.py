@@ -13,10 +13,10 @@ from tiny import randomize
 from tiny_families import FAMILIES, OTHERS, RELATIVES, Family
 
 from minipeft import LoraConfig, get_peft_model
+from minipeft.lora.default_targets import DEFAULT_TARGETS
 from minipeft.lora.layer import LoraLayer
-from minipeft.targets import DEFAULT_TARGETS
 
-DOCS = Path(__file__).parents[1] / "docs" / "families.md"
+DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 every_other = pytest.mark.parametrize("family", OTHERS.values(), ids=lambda family: family.model_type)
 
 

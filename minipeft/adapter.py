@@ -163,7 +163,7 @@ class AdapterModule(Mixin):
             mix_out(self)
 
     def _container(self, name: str, kind: type[nn.Module]) -> Any:
-        """The attribute `name`, a `kind` keyed by adapter; `attach` left it an empty dict, for most are never filled.
+        """The attribute `name`, a `kind` keyed by adapter, made with its first entry; until then it is a plain dict.
 
         Making a module for each of them would take most of the time in which an adapter is attached.
         """

@@ -1,4 +1,4 @@
-"""Adapting a model in place: freeze it, put a method's mixins in front of its modules, create an adapter's tensors.
+"""Adapting a model in place: put a method's mixins in front of its modules, create an adapter's tensors.
 
 A method says which modules it adapts and how (`adapter.Method`, found in the table of methods); the steps that are the
 same for all methods are here.
@@ -51,8 +51,8 @@ def attach_adapter(
 ) -> None:
     """Add `adapter` to `model`: put the method's mixins in front of its modules and create the tensors, trainable.
 
-    Targets and modules to save that `config` left open are filled in. Nothing is changed when a name does not match:
-    all checks come first.
+    Targets and modules to save that `config` left open are filled in. The model is not changed when a name does not
+    match: all checks come first. Merged weights are unmerged then.
 
     Args:
         autocast_adapter_dtype: Hold the tensors in float32 over 16-bit and 4-bit modules.
@@ -70,6 +70,8 @@ def attach_adapter(
     if init:
         check_unused_names(model, config, targets)
     modules: dict[str, Any] = dict(base_modules(model))
+    # A start may be computed from the base weights, which must be the originals then.
+    unmerge(model)
     with _undone_on_error(model, adapter):
         for path in saved:
             module = modules[path]
@@ -94,7 +96,6 @@ def add_adapter(
 
     Raises as `attach_adapter`.
     """
-    unmerge(model)
     attach_adapter(model, config, adapter, model._switch, autocast_adapter_dtype, init)
     model.peft_config[adapter] = config
     by_row = method_of(str(config.type_name)).load("rows")

@@ -23,7 +23,7 @@ ENTRY_POINTS = "minipeft.methods"
 
 @dataclasses.dataclass(frozen=True)
 class Registration:
-    """One method. Whatever is not plain data is an import string, or the object itself.
+    """All that minipeft knows of one method. Whatever is not plain data is an import string, or the object itself.
 
     Attributes:
         name: The method's name on the command line.
@@ -146,7 +146,8 @@ def type_of(config_class: type) -> str | None:
 def optional_part(part: str, peft_types: Iterable[str]) -> Any:
     """The function `part` (`rows`, `combine`, `rates`) of the first of these methods that has it.
 
-    If none of them has, it is that of any method: the function itself says which adapters it takes.
+    If none of them has one, another method's is returned: called, it raises an error that names the adapters that it
+    does take.
     """
     methods = [*(method_of(peft_type) for peft_type in peft_types), *METHODS.values()]
     return next(method.load(part) for method in methods if getattr(method, part) is not None)

@@ -44,7 +44,7 @@ class PeftModel(AdaptedModel):
         return super().__new__(cls) if "_plain_class" in vars(cls) else get_peft_model(*args, **kwargs)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # `__new__` gave a whole model already, unless the plain class is being made.
+        # Python calls `__init__` also on the finished model that `__new__` returned: then nothing is left to do.
         if "peft_config" not in vars(self):
             super().__init__(*args, **kwargs)
 

@@ -110,7 +110,8 @@ def fill_adapter(
     """
     prefix = key_prefix(model, adapter)
     live = adapter_state(model, adapter, prefix)
-    # If the file's keys are those of the live tensors, it holds no tensor that is computed from them.
+    # A prefix with a projection trains other tensors than its file holds: `made` are the file's tensors that are
+    # computed from trained ones. A file whose keys are those of the live tensors has none.
     products = stored_state(model, adapter, prefix) if training or stored.keys() != live.keys() else live
     made = [name for name in products if name not in live]
     read = {**stored, **training} if made else stored

@@ -109,7 +109,7 @@ def _inner_linear(model: Any, modules: Mapping[str, nn.Module], adaptable: Calla
 
 
 def may_not_be_called(modules: Mapping[str, nn.Module], name: str) -> bool:
-    """True for a layer of a state-space mixer, whose fused CUDA kernels are given weights, not layers.
+    """True for a layer of a state-space mixer other than in_proj: fused CUDA kernels are given weights, not layers.
 
     Args:
         modules: All of the model's, by name.

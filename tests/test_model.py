@@ -231,6 +231,17 @@ def test_safe_merge_refuses_non_finite_weights_and_changes_nothing() -> None:
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items() if not t.isnan().any())
 
 
+def test_an_adapter_that_does_not_fit_leaves_merged_adapters_merged() -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    randomize(model)
+    model.merge_adapter()
+    before = model.model.layers[0].self_attn.q_proj.weight
+    with pytest.raises(ValueError, match="nothing_here"):
+        model.add_adapter("other", LoraConfig(target_modules=["nothing_here"]))
+    assert model.get_model_status().merged_adapters == ["default"]
+    assert model.model.layers[0].self_attn.q_proj.weight is before
+
+
 def test_merged_weights_follow_the_model_to_another_dtype() -> None:
     model = get_peft_model(tiny_llama(), lora())
     randomize(model)

@@ -61,12 +61,12 @@ SCHEMA = (
 
 
 def flatten(weight: Weight | None) -> Sequence[Any]:
-    """The arguments of SCHEMA that `weight` is."""
+    """`weight` as arguments of SCHEMA: the ten fields of an NF4, or the dense tensor alone."""
     return weight if isinstance(weight, NF4) else (weight,)
 
 
 def unflatten(arguments: Sequence[Any]) -> Weight | None:
-    """The weight that came as arguments of SCHEMA; those at the end that are missing have their defaults."""
+    """The weight that came as arguments of SCHEMA; torch leaves out those at the end that are at their defaults."""
     weight: Any
     weight, *rest = arguments or (None,)
     return NF4(weight, *rest) if rest and rest[0] is not None else weight

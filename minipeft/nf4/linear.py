@@ -1,6 +1,6 @@
 """NF4Linear: nn.Linear with a frozen weight in 4-bit NormalFloat (Dettmers et al. 2023, QLoRA).
 
-Forward and the input gradient decode the packed weight as they go; nothing but the packed weight is kept for backward.
+Forward and the input gradient decode the packed weight when they need it; nothing else of it is kept for backward.
 The scales are buffers that no cast touches, and state_dict speaks bitsandbytes' names.
 """
 

@@ -169,7 +169,7 @@ class Form(Protocol):
 
 
 def _form_for(weight: Weight | None, rows: Tensor) -> Form:
-    """The form for a weight, dense also for no weight, where `rows` are."""
+    """The form that multiplies by `weight` on the device of `rows`; `dense` where there is no weight."""
     if not isinstance(weight, NF4):
         return dense
     if use_triton(rows):

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import triton
-
 CHUNK = 64
 """Weights of a row that a tile takes at once: the smallest blocksize that the kernels read."""
 
 SPLITS = (1, 2, 4, 8, 16)
 """How many programs may share a tile: few values, since each compiles a kernel of its own."""
 
-# Before 3.5 Triton multiplies no fewer than 16 rows.
-SMALLEST_ROWS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
+SMALLEST_ROWS = 8
+"""Rows of the smallest tile: Triton multiplies no fewer."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Tile:
 
 # Two stages, not three: a third halves the warps that a multiprocessor holds, for the same bytes in flight.
 # Two warps, not four: with four, Hopper's and Blackwell's own matrix instructions are taken, which want the packed
-# bytes in single-byte loads. Counted on sm_90, 16 rows: 5.5 instructions a weight against 4.2.
+# bytes in single-byte loads. Counted on sm_90, 16 rows: 5.5 instructions a weight against 4.1.
 _DIRECT = (
     Tile("direct", rows=8, bn=64, nb=4, warps=2, stages=2),
     Tile("direct", rows=16, bn=64, nb=4, warps=2, stages=2),

@@ -5,10 +5,11 @@ distribution and stretched to [-1, 1], so that normally distributed weights use 
 The scales of the blocks are stored in 8 bits by a "dynamic" map (Dettmers 2015, "8-Bit Approximations for
 Parallelism in Deep Learning"): seven decades, with more entries the larger the decade.
 
-The nearest entry of a map is found by the upper half of a float32's bits (sign, exponent, 7 bits of mantissa). It tells
-how many thresholds lie below the number, unless one of them lies among the numbers that share it: then one comparison
-settles it. So two look-ups and a comparison replace a search. NF4 quantization of 4096x4096 on one thread: 41 ms so,
-117 ms with 15 comparisons, 368 ms with torch.bucketize.
+The nearest entry of a map is found by the upper half of a float32's bits (sign, exponent, 7 bits of mantissa). Numbers
+with equal upper halves mostly have equally many thresholds below them, and a table gives that count; where a threshold
+falls between such numbers, one comparison with it adds 0 or 1. So two look-ups and a comparison replace a search. NF4
+quantization of 4096x4096 on one thread of an AMD EPYC: 41 ms so, 117 ms with 15 comparisons, 368 ms with
+torch.bucketize.
 """
 
 import functools
@@ -93,7 +94,7 @@ def exact_thresholds(entries: Tensor) -> Tensor:
 
 
 Tables = tuple[Tensor, Tensor]
-"""uint8 (65536,): the least count of an upper half. float32 (65536,): the threshold within it, infinity for none."""
+"""By upper half: the number of thresholds below its numbers, uint8 (65536,); the threshold inside or inf, float32."""
 
 
 def upper_half_tables(thresholds: Tensor) -> Tables:

@@ -103,7 +103,7 @@ def _scale_blocks(chunk: Tensor, scales: Tensor, blocksize: int) -> Tensor:
         scaled = (blocks * whole.clamp(min=MIN_ABSMAX).reciprocal().unsqueeze(1)).view(-1)
         if full == chunk.numel():
             return scaled
-    # The short last block divides, and stores the raised scale itself.
+    # As in bitsandbytes, a short last block is divided by its scale, and the stored scale is at least MIN_ABSMAX.
     tail = chunk[full:]
     scales[-1] = tail.abs().amax().clamp(min=MIN_ABSMAX)
     tail = tail / scales[-1]
@@ -135,7 +135,7 @@ def _pack(codes: Tensor, out: Tensor) -> None:
 
 
 def _check_finite(w: Tensor, absmax: Tensor, blocksize: int) -> None:
-    """Raise ValueError for a weight that is not finite, which is looked for only if the absmax of a block is not."""
+    """Raise ValueError for a weight that is not finite. Only blocks whose absmax is not finite are searched."""
     bad = ~torch.isfinite(absmax)
     if not bool(bad.any()):
         return

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch and transformers are imported: tests must not reach for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +22,16 @@ from minipeft_kernels import native
 
 # What a CPU takes by itself, in spite of the interpreter.
 os.environ.setdefault("MINIPEFT_BACKEND", "reference" if native.obstacle() else "native")
+
+
+SLOW = {line for line in Path(__file__).with_name("slow.txt").read_text().splitlines() if not line.startswith("#")}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that tests/slow.txt names, so that `.ci/check` can leave them out by `-m "not slow"`."""
+    for item in items:
+        if item.nodeid.split("[")[0] in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from processes import run_process
 from tiny import some_ids, tiny_llama
 from tiny_folder import save_model, write_jsonl
 from torch import Tensor, nn
@@ -208,7 +208,5 @@ def test_the_command_line_finds_an_installed_method(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text("[minipeft.methods]\ntoy = test_registry:register_toy\n")
     paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
     command = [sys.executable, "-c", "from minipeft import methods; print(*methods.METHODS)"]
-    printed = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=True
-    )
+    printed = run_process(command, env={**os.environ, "PYTHONPATH": paths}, check=True)
     assert printed.stdout.split() == ["lora", "qlora", "bottleneck", "prefix", "prompt", "toy"]

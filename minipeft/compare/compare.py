@@ -149,7 +149,7 @@ def in_own_process(order: Order) -> None:
             process.stdin.flush()
         code = process.wait()
     finally:
-        # It still runs only if this process was interrupted.
+        # The run's process is still alive only if this process was interrupted.
         process.kill()
         process.wait()
         with contextlib.suppress(BrokenPipeError):

@@ -74,7 +74,7 @@ class AdapterStore(TrainedBias):
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """The live A (r, in_features) and B (out_features, r) of `adapter`."""
-        # Not as attributes: nn.Module looks for those in three places, at every token of every layer.
+        # Read from the dictionaries, since nn.Module searches three of them for an attribute, at every token.
         held: Any = self._modules
         return held["lora_A"][adapter].weight, held["lora_B"][adapter].weight
 

@@ -17,7 +17,7 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        # None where it is made at every call, as by `torch.nn.utils.parametrize`.
+        # A weight that is computed at every call, as by `torch.nn.utils.parametrize`, is no parameter: None here.
         weight = self._parameters.get("weight")
         return linear(x, weight, self.bias) if _is_frozen(weight, x) else super().forward(x)
 

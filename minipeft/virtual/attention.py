@@ -80,8 +80,8 @@ class Rotation:
         self._find_functions()
 
     def _find_functions(self) -> None:
-        # Under its decorators, which may choose new frequencies for the positions that they see: we need the ones
-        # that the text is rotated by right now.
+        # The function without its decorators, which may choose new frequencies for the positions that they see: the
+        # prefix must be turned by the frequencies that the text is rotated by right now.
         self.angles = inspect.unwrap(type(self.rotary).forward)
         self.apply = sys.modules[self.home].apply_rotary_pos_emb
 

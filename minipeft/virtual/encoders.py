@@ -75,7 +75,7 @@ class PromptedEncoder(VirtualTokensHolder):
     cuts: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # Prefixes, which may be here too, stand in the layers.
+        # Of prefixes, which this holder may have too, the layers take care.
         """input_ids (B, T) or inputs_embeds (B, T, hidden) -> the plain forward's results, cut to the text if `cuts`.
 
         Raises ValueError for positions, or a mask that is not about the text alone.

@@ -77,7 +77,7 @@ class PrefixTuningConfig(VirtualTokensConfig):
         self._settle("token_dim", sizes.heads * sizes.head_dim, accepted=(sizes.hidden,))
         self._settle("num_attention_heads", sizes.heads, accepted=(sizes.queries,))
         self._settle("num_layers", sizes.layers)
-        # Two, as PEFT's files say, or one: see `PrefixEncoder`.
+        # The number of submodules is two, as in PEFT's files, or one: see `PrefixEncoder`.
         self.num_transformer_submodules = self.num_transformer_submodules or sizes.submodules
         if self.num_transformer_submodules > sizes.submodules:
             self._settle("num_transformer_submodules", sizes.submodules)

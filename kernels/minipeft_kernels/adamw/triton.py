@@ -196,7 +196,7 @@ def _adamw_8bit_kernel(
     )
     tl.store(p, _round_to(new_p, PARAM), mask=inside)
 
-    # Beyond the end the codes decoded to something: it must not count in the last block's scale.
+    # Elements beyond the end were decoded, too: they must not count in the last block's scale.
     m, v = tl.where(inside, m, 0.0), tl.where(inside, v, 0.0)
     m_largest, v_largest = _block_absmax(m), _block_absmax(v)
     m_code = _nearest_entry(_scaled(m, m_largest), m_thresholds)

@@ -95,7 +95,7 @@ def _launch_lines(launch: EmulatedLaunch, made: Case) -> Iterator[str]:
     if counts.executed < counts.blocks:
         yield f"  {counts.executed:,} of the blocks were run, and every number scaled up to all of them"
     issued = max(1.0, counts.issued)
-    # A warp instruction is 32 of a thread.
+    # One instruction of a warp is 32 instructions of threads.
     per_element = LANES * issued / made.elements
     yield f"  {issued:,.0f} warp instructions, moves apart: {per_element:.2f} a thread and element, of"
     parts = [(name, counts.instructions[name]) for name in CLASSES if counts.instructions[name]]

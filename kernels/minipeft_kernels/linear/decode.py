@@ -83,7 +83,7 @@ _PAIR_FP16 = tl.constexpr("cvt.rn.f16x2.f32 $0, $1, $1;")
 # a * b + (-0): sm_80 multiplies bfloat16 only by multiplying and adding.
 _SCALE_BF16 = tl.constexpr("{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }")
 _SCALE_FP16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
-# Zero in every lane, which the assembler cannot know.
+# A number that is zero in every lane; the assembler cannot know that, and so keeps the instruction.
 _ZERO_A = ".reg .b32 a, b; mov.u32 a, %lanemask_lt; mov.u32 b, %lanemask_ge; and.b32 a, a, b;"
 _LANE_ZERO = tl.constexpr(f"{{ {_ZERO_A} mov.b32 $0, a; }}")
 _SHIFT_FACTORS = tl.constexpr(f"{{ {_ZERO_A} or.b32 $0, a, 0x10000; or.b32 $1, a, 0x80000000; }}")

@@ -154,7 +154,7 @@ def _launch(x: Tensor, weight: NF4, bias: Tensor | None, update: LowRank | None,
     tiles, steps = grid_of(tile, m, n, chunks, grad)
     split = split_for(tiles, steps, m, depth, tile.warps, multiprocessors(x.device))
     size = tile.rows * (CHUNK if grad else tile.bn)
-    # Where there is no bias, update or double quantization, nothing is read there, but a pointer is a pointer.
+    # A bias, update or nested scale that is missing is not read; the kernel must be given some pointer all the same.
     low, up = update or (x, x)
     arguments: tuple[Any, ...] = (
         *(x, *_pointers(weight)),

@@ -151,7 +151,7 @@ class _Linear(torch.autograd.Function):
             dx, dA, dB = call(dy, x, lora_A, lora_B, low, *ctx.numbers, needed, *weight, *ctx.sizes)
         if dy is not None and needs_bias:
             db = _as_rows(dy).sum(0, dtype=torch.float32).to(bias_dtype)  # (..., N) -> (N,), added up in float32
-        # An update alone is in the adapter's dtype, and so is dy.
+        # Of an update alone, y and dy are in the adapter's dtype, which need not be x's.
         dx = dx.to(dtype) if dx is not None and needs_x else None
         return dx, db, dA if needs_A else None, dB if needs_B else None, None, None, None
 

@@ -90,7 +90,7 @@ def dequantize_into(out: Tensor, weight: NF4) -> Tensor:
         "ROWS": tile // columns,
         "COLS": columns,
     }
-    # Without double quantization the nested tensors are not read, but a pointer is a pointer.
+    # Without double quantization the nested tensors are not read; the kernel must be given some pointers all the same.
     tensors = (weight.quant_map.contiguous() if t is None else t.contiguous() for t in weight.tensors())
     with on_device(out):
         _nf4_dequantize_kernel[(-(-n // tile),)](

@@ -59,9 +59,9 @@ def _nf4_quantize_kernel(w, lowest, boundary, codes, absmax, n, n_bytes, BLOCK: 
     place = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     x = tl.load(w + place, mask=place < n, other=0.0).to(tl.float32)
     largest = tl.max(_magnitude(x), axis=1).to(tl.float32, bitcast=True)
-    # A NaN must survive the maximum: it is what tells the caller.
+    # A NaN must survive the maximum: by it the caller knows that the weight is not finite.
     raised = tl.where(largest < _MIN_ABSMAX, _MIN_ABSMAX, largest)
-    # The short last block divides and stores the raised scale; the others multiply by the rounded reciprocal.
+    # A short last block is divided by its scale, stored at MIN_ABSMAX at least; others times the reciprocal.
     short = (row + 1) * BLOCK > n
     tl.store(absmax + row, tl.where(short, raised, largest), mask=row * BLOCK < n)
     reciprocal = tl.div_rn(1.0, raised)

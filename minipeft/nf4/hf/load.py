@@ -41,7 +41,7 @@ class LoadRecord:
 
     filled: set[str] = field(default_factory=set)
     problems: dict[str, str] = field(default_factory=dict)
-    # transformers' own set, kept up to date by it; ours to read when loading is over
+    # transformers' own set, which it keeps up to date; read when loading is over
     missing: set[str] = field(default_factory=set)
 
     @contextmanager

@@ -29,7 +29,7 @@ import torch
 
 from minipeft.compare.page import write_pages
 from minipeft.compare.plan import CompareConfig, Run, Shared, bases_of, train_config
-from minipeft.compare.run import FAILED, RESULT, Order
+from minipeft.compare.run import FAILED, RESULT, RunOrder
 from minipeft.compare.table import Outcome, Table, make_rows, make_table, plain_text, write_table
 from minipeft.compare.task import WINDOW, Task, encode_task, load_task, task_hashes, without_long
 from minipeft.demo.assets import smollm2_folder
@@ -57,7 +57,7 @@ def say_now(line: str) -> None:
 def compare(
     config: CompareConfig,
     say: Callable[[str], None] = say_now,
-    execute: Callable[[Order], None] | None = None,
+    execute: Callable[[RunOrder], None] | None = None,
 ) -> Table:
     """Train and measure the runs that are not done yet, write everything, and print a report as it goes.
 
@@ -101,7 +101,7 @@ def compare(
     return table
 
 
-def _outcome(order: Order, where: str, say: Callable[[str], None], execute: Callable[[Order], None]) -> Outcome:
+def _outcome(order: RunOrder, where: str, say: Callable[[str], None], execute: Callable[[RunOrder], None]) -> Outcome:
     """The result of a run, from its folder or made now."""
     run, folder = order.run, Path(order.folder)
     said = f"{where} {run.name}" + ("" if run.is_base else f", seed {order.seed}")
@@ -137,7 +137,7 @@ def say_outcome(outcome: Outcome) -> str:
     return ", ".join(parts)
 
 
-def in_own_process(order: Order) -> None:
+def in_own_process(order: RunOrder) -> None:
     """Do a run in a process of its own, which ends with this one; afterwards its folder holds a result or a reason."""
     command = [sys.executable, "-m", "minipeft.compare.run"]
     # A session of its own, so that Ctrl-C reaches this process alone.
@@ -244,7 +244,7 @@ def choose_threads(folder: Path) -> int:
     return _read(folder / COMPARISON, "threads", "choose another --output")
 
 
-def make_orders(config: CompareConfig, task: Task, shared: Shared, threads: int) -> list[Order]:
+def make_orders(config: CompareConfig, task: Task, shared: Shared, threads: int) -> list[RunOrder]:
     """The orders for all runs, the base models first; each has its identity, by which a later call knows it again."""
     common: dict[str, Any] = {"labels": task.labels}
     common |= {f"sha256 of {name}": value for name, value in task_hashes(task).items()}
@@ -257,7 +257,7 @@ def make_orders(config: CompareConfig, task: Task, shared: Shared, threads: int)
         for seed in config.seeds[:1] if run.is_base else config.seeds:
             own = {f"setting {name!r}": value for name, value in run.settings.items()}
             orders.append(
-                Order(
+                RunOrder(
                     comparison=str(config.output),
                     folder=str(config.output / RUNS / _folder_name(run, seed)),
                     run=run,
@@ -280,7 +280,7 @@ def _folder_name(run: Run, seed: int) -> str:
     return plain.lstrip("-") if run.is_base else f"{plain.lstrip('-')}-seed{seed}"
 
 
-def open_folder(folder: Path, task: Task, orders: Sequence[Order]) -> None:
+def open_folder(folder: Path, task: Task, orders: Sequence[RunOrder]) -> None:
     """Start a comparison in `folder`, or go on with the one there.
 
     Raises:

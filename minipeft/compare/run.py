@@ -44,7 +44,7 @@ class NotFiniteError(TrainingError, ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Order:
+class RunOrder:
     """The order for one process: a run with all that it needs.
 
     Attributes:
@@ -69,7 +69,7 @@ class Order:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Order:
+    def from_json(cls, text: str) -> RunOrder:
         """The order that `to_json` wrote."""
         values = json.loads(text)
         values.update(run=Run(**values["run"]), shared=Shared(**values["shared"]), labels=tuple(values["labels"]))
@@ -78,7 +78,7 @@ class Order:
 
 def main() -> int:
     """Do the run that standard input names; 0 when its result is there, else 1."""
-    order = Order.from_json(sys.stdin.readline())
+    order = RunOrder.from_json(sys.stdin.readline())
     threading.Thread(target=_end_with_the_comparison, daemon=True).start()
     return 0 if attempt(order) else 1
 
@@ -90,7 +90,7 @@ def _end_with_the_comparison() -> None:
     os._exit(130)
 
 
-def attempt(order: Order) -> bool:
+def attempt(order: RunOrder) -> bool:
     """Do the run and write its result, or the reason why there is none. True for a result."""
     try:
         result = {"identity": order.identity, **perform(order)}
@@ -107,12 +107,12 @@ def attempt(order: Order) -> bool:
     return True
 
 
-def _give_up(order: Order, reason: str) -> bool:
+def _give_up(order: RunOrder, reason: str) -> bool:
     write_text(Path(order.folder) / FAILED, json.dumps({"reason": reason}) + "\n")
     return False
 
 
-def perform(order: Order) -> dict[str, Any]:
+def perform(order: RunOrder) -> dict[str, Any]:
     """Train the run's adapter, if it has one, and measure the model; return the numbers.
 
     Raises:
@@ -138,7 +138,7 @@ def perform(order: Order) -> dict[str, Any]:
     return result
 
 
-def _train(model: Any, data: Encoded, order: Order, pad_id: int) -> tuple[Any, dict[str, Any]]:
+def _train(model: Any, data: Encoded, order: RunOrder, pad_id: int) -> tuple[Any, dict[str, Any]]:
     """Attach and train the adapter; return the model, and the numbers of the training."""
     folder = Path(order.folder)
     config = train_config(order.run, order.shared, order.seed, folder, Path(order.comparison) / "train.jsonl")

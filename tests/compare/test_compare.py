@@ -26,7 +26,7 @@ from minipeft.compare import compare as comparing
 from minipeft.compare import run as compare_run
 from minipeft.compare.compare import compare, in_own_process
 from minipeft.compare.plan import CompareConfig, Run, Shared, plan_runs
-from minipeft.compare.run import Order, attempt
+from minipeft.compare.run import RunOrder, attempt
 from minipeft.train import loop
 from minipeft.train.errors import CheckpointError, OutputDirError, TrainingError, TrainingInterrupted
 from minipeft.train.records import read_jsonl
@@ -366,14 +366,14 @@ def test_too_long_texts_are_left_out_for_all(base, tmp_path, files):
 
 
 def order_in(folder):
-    return Order(
+    return RunOrder(
         str(folder), str(folder), Run("lora", {}), Shared("m", 8, 8, False, 1, 1, 1.0, "auto", "auto"), 0, ("a",)
     )
 
 
 def test_an_order_survives_the_way_to_its_process(tmp_path):
     order = dataclasses.replace(order_in(tmp_path), identity={"seed": 0}, run=Run("ü\n", {"lr": 1e-3}))
-    assert Order.from_json(order.to_json()) == order and "\n" not in order.to_json()
+    assert RunOrder.from_json(order.to_json()) == order and "\n" not in order.to_json()
 
 
 @pytest.mark.parametrize(

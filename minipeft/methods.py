@@ -54,13 +54,18 @@ class Registration:
     def load(self, part: str) -> Any:
         """The object that the attribute `part` names, imported if need be; None if the method has none.
 
-        Raises ImportError or AttributeError for an import string that leads nowhere.
+        Raises ValueError for an import string that leads nowhere; names the method and the string.
         """
         value = getattr(self, part)
         if not isinstance(value, str):
             return value
         module, _, name = value.partition(":")
-        return getattr(importlib.import_module(module), name)
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"method {self.name!r}: {part}={value!r} leads nowhere ({error}); it must be 'package.module:name'"
+            ) from error
 
     def is_config_of(self, config_class: type) -> bool:
         """True if `config_class` is the method's config class. Imports nothing."""
@@ -95,12 +100,27 @@ def _own_methods() -> dict[str, Registration]:
     return {method.name: method for room in ROOMS for method in importlib.import_module(room).METHODS}
 
 
-@functools.cache
+_entry_points_loaded = False
+
+
 def _load_entry_points() -> None:
+    global _entry_points_loaded
+    if _entry_points_loaded:
+        return
+    # Set first: an entry point may look into the table itself.
+    _entry_points_loaded = True
     import importlib.metadata
 
     for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        point.load()()
+        try:
+            point.load()()
+        except Exception as error:
+            _entry_points_loaded = False
+            package = point.dist.name if point.dist else "an installed package"
+            raise ValueError(
+                f"{package} offers minipeft a method by the entry point {point.name} = {point.value}, which failed "
+                f"({type(error).__name__}: {error}): mend it, or uninstall the package"
+            ) from error
 
 
 class _Methods(Mapping[str, Registration]):

@@ -372,6 +372,8 @@ def _check_config(value: Any) -> None:
     if not isinstance(value, PeftConfig):
         name = f"{type(value).__module__}.{type(value).__name__}"
         raise TypeError(f"peft_config must be minipeft's LoraConfig or another of its configs, got {name}")
+    if value.type_name is None:
+        raise ValueError(f"{type(value).__name__} is the config of no registered method: see minipeft.methods.register")
 
 
 def _check_free(model: AdaptedModel, adapter: str) -> None:

@@ -210,3 +210,27 @@ def test_the_command_line_finds_an_installed_method(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from minipeft import methods; print(*methods.METHODS)"]
     printed = run_process(command, env={**os.environ, "PYTHONPATH": paths}, check=True)
     assert printed.stdout.split() == ["lora", "qlora", "bottleneck", "prefix", "prompt", "toy"]
+
+
+def test_import_strings_that_lead_nowhere_are_named() -> None:
+    for where in ("no_such_module:ToyConfig", "test_registry:Nothing", "test_registry"):
+        method = methods.Registration("toy", "TOY", config=where, attach=TOY)
+        with pytest.raises(ValueError, match=f"method 'toy': config='{where}' leads nowhere"):
+            method.load("config")
+
+
+def test_a_config_of_no_registered_method_is_refused() -> None:
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="ToyConfig is the config of no registered method"):
+        get_peft_model(model, ToyConfig(target_modules=["q_proj"]))
+    assert type(model) is type(tiny_llama()) and all(p.requires_grad for p in model.parameters())
+
+
+def test_an_entry_point_that_fails_is_named(tmp_path: Path) -> None:
+    info = tmp_path / "toy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[minipeft.methods]\nbroken = math:no_such_function\n")
+    command = [sys.executable, "-c", "from minipeft import methods; print(*methods.METHODS)"]
+    printed = run_process(command, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert "toy offers minipeft a method by the entry point broken = math:no_such_function" in printed.stderr

@@ -1,8 +1,8 @@
 """The operations on packed weights and optimizer state: the public names of `minipeft_kernels`, in `kernels/`.
 
-Each is `torch.ops.minipeft.<name>`: PyTorch or compiled C on a CPU, a Triton kernel on a GPU. `linear` is the one
-product with a frozen weight, a tensor or `NF4`; `frozen_linear`, `lora_linear`, `nf4_matmul`, `lora_matmul` and
-`lora_update` are its cases by name.
+Each is, or calls, an operation of `torch.ops.minipeft`: PyTorch or compiled C on a CPU, a Triton kernel on a GPU.
+`linear` is the one product with a frozen weight, a tensor or `NF4`; `frozen_linear`, `lora_linear`, `nf4_matmul`,
+`lora_matmul` and `lora_update` are its cases by name.
 """
 
 from minipeft_kernels.adamw.op import adamw_, adamw_8bit_

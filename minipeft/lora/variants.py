@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Plain:
     """LoRA itself: h = W0 x + b + s B A x. The other variants change parts of it."""
 
     # True if the update is s B A x alone, so that it can be made in one operation with the base product.
-    fuses: ClassVar[bool] = True
+    fuses: bool = True
 
     def start(self, layer: LoraLayer, adapter: str, config: LoraConfig, dtype: torch.dtype, init: bool) -> None:
         """Give `adapter` its start values, and the tensors that the variant has besides A and B.
@@ -85,7 +85,7 @@ class Plain:
 class Pissa(Plain):
     """LoRA that starts from the weight's principal components: h = W0 x + b + s (B A - B0 A0) x."""
 
-    fuses: ClassVar[bool] = False
+    fuses = False
 
     def start(self, layer: LoraLayer, adapter: str, config: LoraConfig, dtype: torch.dtype, init: bool) -> None:
         kind = str(config.init_lora_weights)
@@ -113,18 +113,19 @@ class Pissa(Plain):
 class Loftq(Plain):
     """LoRA on a weight Q of the adapter's own: h = Q x + b + s B A x."""
 
-    fuses: ClassVar[bool] = False
+    fuses = False
 
     def start(self, layer: LoraLayer, adapter: str, config: LoraConfig, dtype: torch.dtype, init: bool) -> None:
         rounds = LoftQConfig(**config.loftq_config).loftq_iter
         if isinstance(layer, PackedLayer):
-            # An adapter of one round was trained on the plain quantization, which this layer has.
+            # An adapter of one round was trained on the plain quantization, which this layer has: it needs no Q.
             if init or rounds != 1:
                 raise ValueError(
                     "init_lora_weights='loftq' needs the weights before quantization, and this layer is NF4 already: "
                     "attach the adapter to the plain model, or attach an ordinary one and call "
                     "replace_lora_weights_loftq"
                 )
+            self.fuses = True
             return
         packed, *new = loftq(layer.dense_weight().float(), layer.r[adapter], layer.scaling[adapter], rounds)
         layer._container("lora_base", nn.ModuleDict)[adapter] = LoftqBase.of(packed, layer._weight_device())
@@ -135,7 +136,7 @@ class Loftq(Plain):
 class Dora(Plain):
     """DoRA over another variant's low-rank matrix D: h = m / |W0 + D| (W0 + D) x + b."""
 
-    fuses: ClassVar[bool] = False
+    fuses = False
 
     def __init__(self, inner: Plain) -> None:
         self.inner = inner

@@ -42,8 +42,10 @@ def sampling_config(
     if top_k < 0:
         raise ValueError(f"top_k must be 0 or greater, got {top_k}")
     if temperature == 0:
-        # transformers' own defaults: for values left out it takes the model's, and warns that they have no effect.
-        return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, temperature=1.0, top_p=1.0, top_k=50)
+        # transformers' own defaults: for values left out it takes the model's, and warns that they have no effect. A
+        # model's penalty_alpha would turn these into contrastive search.
+        plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "penalty_alpha": 0.0}
+        return GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, **plain)
     return GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k
     )

@@ -15,6 +15,7 @@ import torch
 from processes import run_process
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tiny import tiny_llama
 from tiny_folder import byte_tokenizer, save_model, write_jsonl
 from tolerances import TOLERANCES
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -25,6 +26,7 @@ from minipeft.commands.cli import main
 from minipeft.commands.inspect import read_header
 from minipeft.nf4 import NF4Linear
 from minipeft.optim import PagingError
+from minipeft.train.generation import sampling_config
 from minipeft.train.run import hold_run
 
 RECORDS = [{"prompt": f"{word}?", "completion": f" {word[::-1]}"} for word in ("abc", "cab", "bca", "acb") * 4]
@@ -226,6 +228,15 @@ def test_generate_uses_the_chat_template_unless_raw(base, tmp_path):
     system = ok("generate", "--model", base, "--prompt", "ab?", "--max-new-tokens", "8", "--system", "cd")
     expected = "<|im_start|>system\ncd<|im_end|>\n<|im_start|>user\nab?<|im_end|>\n<|im_start|>assistant\n"
     assert system == greedy(expected)
+
+
+def test_the_likeliest_token_is_taken_whatever_search_the_model_is_set_to() -> None:
+    model = tiny_llama().eval()
+    config = sampling_config(max_new_tokens=5)
+    plain = model.generate(torch.ones(1, 3, dtype=torch.long), generation_config=config, pad_token_id=0)
+    model.generation_config.penalty_alpha = 0.6
+    again = model.generate(torch.ones(1, 3, dtype=torch.long), generation_config=config, pad_token_id=0)
+    assert torch.equal(plain, again)
 
 
 def test_generate_draws_the_same_for_the_same_seed(base):

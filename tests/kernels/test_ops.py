@@ -13,6 +13,7 @@ import minipeft.kernels
 from minipeft import LoraConfig, get_peft_model, inject_adapter_in_model
 from minipeft.nf4 import NF4Config, NF4Linear, NF4Weight, quantize_model
 from minipeft_kernels.adamw.eight_bit import initial_state
+from minipeft_kernels.linear.op import linear, linear_reference
 
 # The interpreter computes in numpy, which warns where a GPU says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -148,3 +149,18 @@ def test_a_compiled_layer_takes_any_number_of_rows_in_one_graph() -> None:
             torch.testing.assert_close(y, layer(x))
             (dx,) = torch.autograd.grad(y.sum(), x)
             torch.testing.assert_close(dx, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("size", [64, 1200])
+def test_dense_products_that_record_nothing_have_forward_derivatives(recorded: bool, size: int) -> None:
+    x, tangent, w, bias = torch.randn(2, size), torch.randn(2, size), torch.randn(size, size), torch.randn(size)
+    lora = (torch.randn(4, size), torch.randn(size, 4), 0.5)
+    with forward_ad.dual_level(), torch.set_grad_enabled(recorded):
+        for given in (None, lora):
+            y = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, tangent), w, bias, given))
+            exact = linear_reference(tangent.double(), w.double())
+            if given is not None:
+                exact += 0.5 * tangent.double() @ given[0].T.double() @ given[1].T.double()
+            torch.testing.assert_close(y.tangent.double(), exact, rtol=1e-4, atol=1e-4 * size**0.5)

@@ -195,3 +195,11 @@ def test_layers_that_do_not_fit_are_refused() -> None:
         get_peft_model(tiny_llama(), config(target_modules=["embed_tokens"]))
     with pytest.raises(ValueError, match="this layer is NF4 already"):
         get_peft_model(quantize_model(tiny_llama(), NF4Config()), config())
+
+
+def test_one_round_over_a_packed_base_is_computed_as_plain_lora_is(tmp_path: Path) -> None:
+    get_peft_model(tiny_llama(), config()).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(quantize_model(tiny_llama(), NF4Config(double_quant=False)), tmp_path)
+    assert model.model.layers[0].self_attn.q_proj.one_plain_adapter() is not None
+    over_plain = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert over_plain.model.layers[0].self_attn.q_proj.one_plain_adapter() is None

@@ -27,7 +27,7 @@ from ..dispatch import runs_native, use_triton
 from ..nf4.dequantize import nf4_dequantize_reference
 from ..nf4.quantize import WEIGHT_DTYPES
 from ..packed import NF4, SCHEMA, TENSORS, Weight, flatten, unflatten
-from ..registration import below_autograd, define_op, is_plain_call, without_autocast
+from ..registration import below_autograd, define_op, forward_mode, is_plain_call, without_autocast
 from . import cpu, dense
 from .low_rank import Lora, LowRank, grad_of_A, grad_of_B, project, project_back, update_dtype
 
@@ -56,6 +56,8 @@ def linear(
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x W^T + b + s (x A^T) B^T, differentiable once, in reverse mode, in x, b, A and B.
+
+    Forward-mode derivatives are taken of a dense product that records no gradient, and refused elsewhere.
 
     Args:
         x: (..., in_features), floating point; float32, bfloat16 or float16 for an NF4 weight. Under autocast it is
@@ -90,13 +92,40 @@ def linear(
         dtype = arithmetic_dtype(dtype, x.device)
     numbers = (scaling, compute_dtype or x.dtype, dtype)
     out: Tensor
-    if not plain:
+    if not plain and not recorded and _only_forward_mode() and isinstance(weight, Tensor):
+        out = _differentiable(x, weight, bias, lora, dtype)
+    elif not plain:
         out, _ = _linear_op(x, bias, lora_A, lora_B, *numbers, *flatten(weight))
     elif recorded:
         out, _ = _Linear.apply(x, bias, lora_A, lora_B, numbers, weight, True)
     else:
         out, _ = _run(x, bias, lora_A, lora_B, *numbers, weight)
     return out
+
+
+def _only_forward_mode() -> bool:
+    """True if derivatives are taken forward, and nothing else traces, compiles or transforms the call."""
+    return (
+        forward_mode()
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _differentiable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None, dtype: torch.dtype) -> Tensor:
+    """`linear` with a dense W by PyTorch's own operations, which have forward-mode derivatives.
+
+    Args:
+        dtype: of x A^T and its product with B.
+    """
+    y = torch.nn.functional.linear(x, weight, bias)
+    if lora is None:
+        return y
+    lora_A, lora_B, scaling = lora
+    with without_autocast():
+        update = scaling * (x.to(dtype) @ lora_A.to(dtype).T) @ lora_B.to(dtype).T
+    return (y + update).to(y.dtype)
 
 
 def _refuse(x: Tensor, weight: NF4) -> None:

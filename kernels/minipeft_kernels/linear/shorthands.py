@@ -16,7 +16,7 @@ def nf4_matmul(x: Tensor, weight: NF4, bias: Tensor | None = None, compute_dtype
         x: (..., in_features), float32, bfloat16 or float16.
 
     Returns:
-        (..., out_features) in x's dtype.
+        (..., out_features) in x's dtype, or under autocast in autocast's.
 
     Raises:
         TypeError: another dtype. ValueError: x has not in_features columns.
@@ -43,7 +43,7 @@ def lora_matmul(
         lora_A: (r, in_features). lora_B: (out_features, r). scaling: s.
 
     Returns:
-        (..., out_features) in x's dtype.
+        (..., out_features) in x's dtype, or under autocast in autocast's.
 
     Raises:
         TypeError: another dtype. ValueError: x has not in_features columns.

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from minipeft.commands.bench import load_benchmarks
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"minipeft": "minipeft", "minipeft_kernels": "kernels/minipeft_kernels", "benchmarks": "benchmarks"}
 QUESTION_WORDS = {"What", "Whether", "How", "Where", "Which", "Who", "When", "Why"}
@@ -19,6 +21,7 @@ OURS = tuple(PACKAGES)
 
 def modules() -> list[ModuleType]:
     """Every module of the three packages, imported; the programs' starts and the compiled library are left out."""
+    load_benchmarks()
     found = []
     for name, folder in PACKAGES.items():
         found.append(importlib.import_module(name))

@@ -27,7 +27,7 @@ from ..dispatch import runs_native, use_triton
 from ..nf4.dequantize import nf4_dequantize_reference
 from ..nf4.quantize import WEIGHT_DTYPES
 from ..packed import NF4, SCHEMA, TENSORS, Weight, flatten, unflatten
-from ..registration import below_autograd, define_op, forward_mode, is_plain_call, without_autocast
+from ..registration import below_autograd, define_op, is_plain_call, without_autocast
 from . import cpu, dense
 from .low_rank import Lora, LowRank, grad_of_A, grad_of_B, project, project_back, update_dtype
 
@@ -92,7 +92,7 @@ def linear(
         dtype = arithmetic_dtype(dtype, x.device)
     numbers = (scaling, compute_dtype or x.dtype, dtype)
     out: Tensor
-    if not plain and not recorded and _only_forward_mode() and isinstance(weight, Tensor):
+    if not plain and not recorded and isinstance(weight, Tensor) and is_plain_call(x, forward_mode_too=True):
         out = _differentiable(x, weight, bias, lora, dtype)
     elif not plain:
         out, _ = _linear_op(x, bias, lora_A, lora_B, *numbers, *flatten(weight))
@@ -101,16 +101,6 @@ def linear(
     else:
         out, _ = _run(x, bias, lora_A, lora_B, *numbers, weight)
     return out
-
-
-def _only_forward_mode() -> bool:
-    """True if derivatives are taken forward, and nothing else traces, compiles or transforms the call."""
-    return (
-        forward_mode()
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
 
 
 def _differentiable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None, dtype: torch.dtype) -> Tensor:

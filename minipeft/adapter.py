@@ -24,40 +24,82 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-_mixed_classes: dict[tuple[type, type], type] = {}
+_mixed_classes: dict[tuple[type, type, tuple[str, ...]], type] = {}
 
 
-def mix_in(obj: Any, mixin: type, name: str) -> None:
-    """Put `mixin` in front of the class of `obj`, in place. The class made is called `name` and made once."""
+def mix_in(obj: Any, mixin: Any, offered: tuple[str, ...] = ()) -> None:
+    """Put `mixin` in front of the class of `obj`, in place. The class is made once, and named `mixin.name_prefix` more.
+
+    Args:
+        offered: Names of attributes that the class gets besides (`Face.offer`).
+    """
     plain = type(obj)
-    if (mixin, plain) not in _mixed_classes:
-        namespace = {"__module__": plain.__module__, "__qualname__": name, "_plain_class": plain}
-        _mixed_classes[mixin, plain] = type(name, (mixin, plain), namespace)
-    obj.__class__ = _mixed_classes[mixin, plain]
+    if (mixin, plain, offered) not in _mixed_classes:
+        name = f"{mixin.name_prefix}{plain.__name__}"
+        namespace = {"__module__": plain.__module__, "__qualname__": name, "_plain_class": plain, "_offered": offered}
+        namespace.update({attribute: mixin.offer(attribute) for attribute in offered})
+        _mixed_classes[mixin, plain, offered] = type(name, (mixin, plain), namespace)
+    obj.__class__ = _mixed_classes[mixin, plain, offered]
 
 
-def mix_out(obj: Any) -> None:
-    """Undo `mix_in`: give `obj` back the class that it had."""
-    obj.__class__ = obj._plain_class
+def mix_out(obj: Any, kind: type) -> list[tuple[Any, tuple[str, ...]]]:
+    """Take the mixins of `kind` out of the class of `obj`, in place; others stay. Returns those taken, outer last."""
+    plain, mixins = _taken_apart(type(obj))
+    obj.__class__ = plain
+    for mixin, offered in mixins:
+        if not issubclass(mixin, kind):
+            mix_in(obj, mixin, offered)
+    return [(mixin, offered) for mixin, offered in mixins if issubclass(mixin, kind)]
+
+
+def plain_class(obj: Any) -> Any:
+    """The class that `obj` had before any mixin."""
+    return _taken_apart(type(obj))[0]
+
+
+def _taken_apart(cls: Any) -> tuple[Any, list[tuple[Any, tuple[str, ...]]]]:
+    """A plain class, and the mixins in front of it with what they offer, outer last."""
+    mixins = []
+    while "_plain_class" in vars(cls):
+        mixins.append((cls.__mro__[1], vars(cls)["_offered"]))
+        cls = cls._plain_class
+    return cls, mixins[::-1]
 
 
 class Mixin(_Base):
     """The base of every mixin: an object whose class was put together at run time can be pickled and copied."""
 
+    # An adapted `Linear` is shown as `<name_prefix>Linear`.
+    name_prefix: ClassVar[str] = ""
+    # A mixin stays in front of those that are put in later and have a smaller number.
+    outermost: ClassVar[int] = 0
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        cls, mixins = type(self), []
-        while "_plain_class" in vars(cls):
-            mixins.append((cls.__mro__[1], cls.__name__))
-            cls = cls._plain_class  # type: ignore[attr-defined]
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _put_together, (cls, mixins[::-1]), state
+        return _put_together, _taken_apart(type(self)), state
 
 
-def _put_together(plain: Any, mixins: list[tuple[type, str]]) -> Any:
+def _put_together(plain: Any, mixins: list[tuple[Any, tuple[str, ...]]]) -> Any:
     obj = plain.__new__(plain)
-    for mixin, name in mixins:
-        mix_in(obj, mixin, name)
+    for mixin, offered in mixins:
+        mix_in(obj, mixin, offered)
     return obj
+
+
+class Face(Mixin):
+    """The public verbs of a model, in front of all else: also of what adapts the model as one module."""
+
+    outermost: ClassVar[int] = 2
+
+    @classmethod
+    def offer(cls, name: str) -> Any:
+        """The descriptor of an attribute that an object has by this mixin where it has none of that name itself."""
+        raise NotImplementedError
+
+
+def behind_face(module: Any) -> Any:
+    """`module` as its adapters' mixins see it: a model's verb may have the name of a module's."""
+    return super(Face, module) if isinstance(module, Face) else module
 
 
 def own_attributes(module: Any) -> tuple[str, ...]:
@@ -91,18 +133,20 @@ class Switch:
         return self.by_row if self.enabled else None
 
 
-class AdaptedModel(Mixin):
+class AdaptedModel(Face):
     """A model that carries adapters, as the functions of the core see it; `PeftModel` is its public face.
 
     Attributes:
         peft_config: adapter name -> its config.
         _switch: the switch that its adapted modules share.
+        _targets: adapter name -> dotted names of the modules that it adapts.
         _row_functions: adapter name -> its method's `Registration.rows`, looked up when the adapter is attached:
             torch.compile cannot follow the look-up during a call.
     """
 
     peft_config: dict[str, Any]
     _switch: Switch
+    _targets: dict[str, list[str]]
     _row_functions: dict[str, Callable[..., Any]]
 
 
@@ -136,10 +180,6 @@ class AdapterModule(Mixin):
     exact in every dtype, and a tensor that another module shares (tied embeddings) is left alone.
     """
 
-    # An adapted `Linear` is shown as `<name_prefix>Linear`.
-    name_prefix: ClassVar[str]
-    # True if this mixin stays in front of those that are put in later.
-    outermost: ClassVar[bool] = False
     # Attributes that this class adds to the module, removed when it becomes plain again.
     _own_attributes: ClassVar[tuple[str, ...]] = ("switch", "merged_adapters", "_originals")
 
@@ -158,9 +198,7 @@ class AdapterModule(Mixin):
         """Make the module plain again: every mixin goes, and all adapters with them. Merged weights stay."""
         for name in own_attributes(self):
             delattr(self, name)
-        # PeftModel's mixin stays, on a model that is itself one adapted module.
-        while "_plain_class" in vars(type(self)) and issubclass(type(self).__mro__[1], AdapterModule):
-            mix_out(self)
+        mix_out(self, AdapterModule)
 
     def _container(self, name: str, kind: type[nn.Module]) -> Any:
         """The attribute `name`, a `kind` keyed by adapter, made with its first entry; until then it is a plain dict.
@@ -192,6 +230,10 @@ class AdapterModule(Mixin):
     def plain_state(self, adapter: str, values: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         """As `stored_state`, of the plain adapter that acts alike on the base model itself (`PeftConfig.plain`)."""
         return self.stored_state(adapter, values)
+
+    def parameter_targets(self, adapter: str) -> list[str]:
+        """The module's own parameters that `adapter` updates where it was aimed at them and not at the module."""
+        return []
 
     def stored_beside(self, adapter: str) -> bool:
         """True if the file of `adapter` holds the base weight of this module as well, should it be an embedding.
@@ -258,7 +300,6 @@ class WrappedForward(AdapterModule):
     call it as the module's own.
     """
 
-    name_prefix: ClassVar[str] = ""
     _own_attributes: ClassVar[tuple[str, ...]] = ("wrapped_forward",)
 
     wrapped_forward: Callable[..., Any]

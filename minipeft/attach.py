@@ -18,10 +18,12 @@ from minipeft.adapter import (
     AdaptedModel,
     AdapterModule,
     Method,
+    Mixin,
     PackedLayer,
     Switch,
     WrappedForward,
     base_modules,
+    behind_face,
     mix_in,
     mix_out,
 )
@@ -48,7 +50,7 @@ def attach_adapter(
     switch: Switch,
     autocast_adapter_dtype: bool = True,
     init: bool = True,
-) -> None:
+) -> list[str]:
     """Add `adapter` to `model`: put the method's mixins in front of its modules and create the tensors, trainable.
 
     Targets and modules to save that `config` left open are filled in. The model is not changed when a name does not
@@ -57,6 +59,8 @@ def attach_adapter(
     Args:
         autocast_adapter_dtype: Hold the tensors in float32 over 16-bit and 4-bit modules.
         init: Give the tensors their start values; without, they are for loading.
+
+    Returns: the dotted names of the modules that it adapts.
 
     Raises ValueError for an invalid adapter name, names that match nothing, and modules that cannot be adapted.
     """
@@ -87,6 +91,7 @@ def attach_adapter(
             method.connect(model, adapter, targets)
         if getattr(config, "bias", "none") == "all":
             _train_all_biases(model, adapter, switch, autocast_adapter_dtype)
+    return targets
 
 
 def add_adapter(
@@ -96,7 +101,7 @@ def add_adapter(
 
     Raises as `attach_adapter`.
     """
-    attach_adapter(model, config, adapter, model._switch, autocast_adapter_dtype, init)
+    model._targets[adapter] = attach_adapter(model, config, adapter, model._switch, autocast_adapter_dtype, init)
     model.peft_config[adapter] = config
     by_row = method_of(str(config.type_name)).load("rows")
     if by_row is not None:
@@ -113,8 +118,8 @@ def delete_adapter(model: AdaptedModel, adapter_name: str) -> None:
     config_of(model, adapter_name)
     unmerge(model)
     for _, module in adapter_modules(model):
-        module.delete_adapter(adapter_name)
-    del model.peft_config[adapter_name]
+        behind_face(module).delete_adapter(adapter_name)
+    del model.peft_config[adapter_name], model._targets[adapter_name]
     model._row_functions.pop(adapter_name, None)
     left = tuple(name for name in model._switch.active if name != adapter_name)
     model._switch.active = left or tuple(model.peft_config)[:1]
@@ -153,7 +158,7 @@ def _undone_on_error(model: nn.Module, adapter: str) -> Iterator[None]:
         yield
     except BaseException:
         for _, module in adapter_modules(model):
-            module.delete_adapter(adapter)
+            behind_face(module).delete_adapter(adapter)
         raise
 
 
@@ -161,14 +166,12 @@ def become(module: Any, mixin: type[AdapterModule], switch: Switch) -> None:
     """Make `module` an instance of `mixin`, in front of other adapters' mixins but for the `outermost` ones."""
     if isinstance(module, mixin):
         return
+    added = [mixin]
     if "forward" in vars(module) and not isinstance(module, WrappedForward):
-        mix_in(module, WrappedForward, type(module).__name__)
-    lifted: list[Any] = []
-    while not mixin.outermost and vars(type(module).__mro__[1]).get("outermost"):
-        lifted.append(type(module).__mro__[1])
-        mix_out(module)
-    for one in (mixin, *reversed(lifted)):
-        mix_in(module, one, f"{one.name_prefix}{type(module).__name__}")
+        added.insert(0, WrappedForward)
+    in_front = sorted([*mix_out(module, Mixin), *((one, ()) for one in added)], key=lambda one: one[0].outermost)
+    for one, offered in in_front:
+        mix_in(module, one, offered)
     module.attach(switch)
 
 

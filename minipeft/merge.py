@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minipeft.adapter import AdaptedModel, PackedLayer, mix_out
+from minipeft.adapter import AdaptedModel, Face, PackedLayer, mix_out
 from minipeft.attach import adapter_modules, config_of, tell_quantizer, unmerge
 
 logger = logging.getLogger("minipeft")
@@ -122,8 +122,12 @@ def _remove_adapters(model: AdaptedModel) -> Any:
             model.set_submodule(path, dense.requires_grad_(False))
     _untie_different_embeddings(model)
     tell_quantizer(model, attached=False)
-    del model.peft_config, model._switch, model._row_functions
-    mix_out(model)
+    for part in model.modules():
+        if vars(part).get("_adapted_model") is model:
+            del part._adapted_model
+            mix_out(part, Face)
+    del model.peft_config, model._switch, model._targets, model._row_functions
+    mix_out(model, Face)
     return model
 
 

@@ -36,6 +36,8 @@ class Registration:
         start: (model, token ids) -> a notice for the user or None: gives a new adapter a start from the training data.
         rows: (model, names, repeated) -> a context in which each row of a batch goes through its own adapter.
         combine: (model, adapters, weights, name, ...): adds an adapter made of others.
+        prefix: The start of the names of its tensors (PEFT's `model.prefix`), if they have one in common.
+        attributes: Names of attributes that PEFT's model has with this method -> (model) -> the value.
         rates: (model, lr, ratio, weight_decay) -> parameter groups in which a method's factors learn at lr * ratio.
     """
 
@@ -50,13 +52,15 @@ class Registration:
     rows: Any = None
     combine: Any = None
     rates: Any = None
+    prefix: str | None = None
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def load(self, part: str) -> Any:
-        """The object that the attribute `part` names, imported if need be; None if the method has none.
+        """The object that the attribute `part`, or `part` of `attributes`, names; None if the method has none.
 
         Raises ValueError for an import string that leads nowhere; names the method and the string.
         """
-        value = getattr(self, part)
+        value = self.attributes[part] if part in self.attributes else getattr(self, part, None)
         if not isinstance(value, str):
             return value
         module, _, name = value.partition(":")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minipeft import attach, merge, saving, status
+from minipeft import attach, merge, paths, saving, status
 from minipeft.adapter import AdaptedModel, mix_in
 from minipeft.attach import (
     add_adapter,
@@ -42,6 +42,8 @@ class PeftModel(AdaptedModel):
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """`PeftModelForCausalLM(model, config, "default")` and its like are `get_peft_model`, as in PEFT."""
         return super().__new__(cls) if "_plain_class" in vars(cls) else get_peft_model(*args, **kwargs)
+
+    offer = staticmethod(paths.offered_by_model)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Python calls `__init__` also on the finished model that `__new__` returned: then nothing is left to do.
@@ -353,11 +355,12 @@ def _becoming_peft_model(model: Any) -> Iterator[None]:
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in gradients:
         parameter.requires_grad = False
-    # The name stays: transformers looks models up by their class's name.
-    mix_in(model, _kind_of(model), type(model).__name__)
+    kind = _kind_of(model)
+    mix_in(model, kind, paths.offers_to(model, kind))
     model.peft_config = {}
     model._switch = switch_of(model)
-    model._row_functions = {}
+    model._targets, model._row_functions = {}, {}
+    paths.become_backbone(model)
     tell_quantizer(model, attached=True)
     try:
         yield

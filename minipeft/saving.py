@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minipeft.adapter import AdaptedModel
+from minipeft.adapter import AdaptedModel, plain_class
 from minipeft.attach import adapter_modules, add_adapter, base_name, config_of, delete_adapter, set_trainable
 from minipeft.config import CONFIG_NAME, PeftConfig
 from minipeft.directory import read_marks, read_tensors, read_training_tensors, save_adapter
@@ -166,7 +166,7 @@ def _config_to_save(model: AdaptedModel, adapter: str) -> PeftConfig:
     config: PeftConfig = copy.deepcopy(model.peft_config[adapter])
     config.base_model_name_or_path = config.base_model_name_or_path or base_name(model)
     if config.task_type is None:
-        plain = type(model)._plain_class  # type: ignore[attr-defined]
+        plain = plain_class(model)
         config.auto_mapping = {"base_model_class": plain.__name__, "parent_library": plain.__module__}
     return config
 

@@ -30,7 +30,7 @@ CORE = {
         "directory",
         "files",
     ),
-    *("embeddings", "status", "preparing", "auto"),
+    *("embeddings", "status", "preparing", "auto", "paths"),
 }
 
 # Room -> the other rooms that its modules import. "core" is CORE, "kernels" the package minipeft_kernels without its

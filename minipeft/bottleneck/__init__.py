@@ -9,6 +9,7 @@ METHODS = (
         config="minipeft.bottleneck.config:BottleneckConfig",
         attach="minipeft.bottleneck.layer:BOTTLENECK",
         # The learning rate is the best of those tried on the demo's task, see docs/comparison.md.
+        prefix="bottleneck",
         compare_defaults={"lr": 1e-3, "method_args": {"reduction_factor": 16}},
     ),
 )

@@ -15,6 +15,7 @@ _LORA = Registration(
     rows="minipeft.lora.rows:by_row",
     combine="minipeft.lora.combine:add_weighted_adapter",
     rates="minipeft.lora.rates:lora_plus_groups",
+    prefix="lora_",
 )
 
 METHODS = (_LORA, dataclasses.replace(_LORA, name="qlora", settings={"quantize": "nf4"}))

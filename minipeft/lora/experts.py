@@ -118,6 +118,9 @@ class LoraParameters(AdapterModule):
             }
         return state
 
+    def parameter_targets(self, adapter: str) -> list[str]:
+        return list(self.lora_experts[adapter]) if adapter in self.lora_experts else []
+
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)
         if adapter in self.lora_experts:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule
+from minipeft.attach import adapter_modules
 from minipeft.config import PeftConfig
 
 # transformers' `config.model_type` of the models that read in both directions, and of the encoder-decoders, that this
@@ -159,6 +160,12 @@ class VirtualTokensHolder(AdapterModule):
         super().delete_adapter(adapter)
         if adapter in self.prompt_encoder:
             del self.prompt_encoder[adapter]
+
+
+def prompt_encoders(model: nn.Module) -> nn.ModuleDict:
+    """The encoders of a model's adapters, by name (PEFT's `model.prompt_encoder`)."""
+    holders = (module for _, module in adapter_modules(model) if isinstance(module, VirtualTokensHolder))
+    return next(holders).prompt_encoder
 
 
 def check_mask(mask: Any, text: Tensor, cache: Any) -> None:

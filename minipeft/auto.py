@@ -7,6 +7,10 @@ from typing import Any, ClassVar
 
 from minipeft.config import PeftConfig, TaskType
 from minipeft.model import PeftModel
+from minipeft.public import attributes_of
+
+# The names that PEFT's module of this name has besides.
+__getattr__, __dir__ = attributes_of("auto")
 
 # The classes of transformers whose `from_pretrained` makes the base model for a task.
 _AUTO_CLASSES = {

@@ -17,11 +17,12 @@ from typing import Any, ClassVar
 
 from minipeft.files import write_text
 from minipeft.methods import METHODS, method_of, type_of
+from minipeft.public import PEFT_VERSION, attributes_of
 
 CONFIG_NAME = "adapter_config.json"
 
-# The PEFT release whose fields, names and file format the configs follow; written as `peft_version`.
-PEFT_FORMAT = "0.21.2"
+# The names that PEFT's module of this name has besides.
+__getattr__, __dir__ = attributes_of("config")
 
 
 class PeftType(str, enum.Enum):
@@ -162,7 +163,7 @@ class PeftConfig:
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json`, whole or not at all, to a folder, which is made if there is none."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        values = {**self.to_dict(), "peft_version": self.peft_version or PEFT_FORMAT}
+        values = {**self.to_dict(), "peft_version": self.peft_version or PEFT_VERSION}
         write_text(Path(save_directory) / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True))
 
     def to_dict(self) -> dict[str, Any]:

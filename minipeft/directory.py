@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minipeft.config import CONFIG_NAME, PEFT_FORMAT, PeftConfig
+from minipeft.config import CONFIG_NAME, PeftConfig
 from minipeft.files import atomic_path, write_text
+from minipeft.public import PEFT_VERSION
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 # Not PEFT's: tensors that training goes on from, where the first file holds only tensors computed from them.
@@ -47,7 +48,7 @@ def save_adapter(
                 save_file(flat, temporary, metadata={"format": "pt", **config.file_marks()})
     if model_card is not None and not (directory / "README.md").exists():
         write_text(directory / "README.md", model_card)
-    values = {**config.to_dict(), "inference_mode": True, "peft_version": config.peft_version or PEFT_FORMAT}
+    values = {**config.to_dict(), "inference_mode": True, "peft_version": config.peft_version or PEFT_VERSION}
     write_text(directory / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True))
 
 

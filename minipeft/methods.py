@@ -37,6 +37,7 @@ class Registration:
         rows: (model, names, repeated) -> a context in which each row of a batch goes through its own adapter.
         combine: (model, adapters, weights, name, ...): adds an adapter made of others.
         prefix: The start of the names of its tensors (PEFT's `model.prefix`), if they have one in common.
+        tuner: PEFT's class of what holds its tensors: a wrapper of the model, or a prompt's encoder.
         attributes: Names of attributes that PEFT's model has with this method -> (model) -> the value.
         rates: (model, lr, ratio, weight_decay) -> parameter groups in which a method's factors learn at lr * ratio.
     """
@@ -53,6 +54,7 @@ class Registration:
     combine: Any = None
     rates: Any = None
     prefix: str | None = None
+    tuner: Any = None
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def load(self, part: str) -> Any:

@@ -30,7 +30,9 @@ CORE = {
         "directory",
         "files",
     ),
-    *("embeddings", "status", "preparing", "auto", "paths"),
+    *("embeddings", "status", "preparing", "auto", "paths", "base_state"),
+    # PEFT's names and small functions, for the scripts that import them.
+    *("public", "errors", "mappings", "wrappers", "utilities", "signatures"),
 }
 
 # Room -> the other rooms that its modules import. "core" is CORE, "kernels" the package minipeft_kernels without its
@@ -99,7 +101,7 @@ def _home(source: str, name: str) -> str:
     """The module that `from source import name` gets `name` from."""
     if f"{source}.{name}" in sources():
         return f"{source}.{name}"
-    return minipeft._HOME.get(name, source) if source == "minipeft" else source
+    return minipeft.public.HOMES.get(name, source).partition(":")[0] if source == "minipeft" else source
 
 
 def _running_nodes(tree: ast.AST) -> list[ast.AST]:

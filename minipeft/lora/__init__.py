@@ -16,6 +16,7 @@ _LORA = Registration(
     combine="minipeft.lora.combine:add_weighted_adapter",
     rates="minipeft.lora.rates:lora_plus_groups",
     prefix="lora_",
+    tuner="minipeft.lora.wrapper:LoraModel",
 )
 
 METHODS = (_LORA, dataclasses.replace(_LORA, name="qlora", settings={"quantize": "nf4"}))

@@ -12,6 +12,7 @@ METHODS = (
         peft_type="PREFIX_TUNING",
         config="minipeft.virtual.prefix:PrefixTuningConfig",
         attach="minipeft.virtual.prefix:PREFIXES",
+        tuner="minipeft.virtual.prefix:PrefixEncoder",
         attributes=_ATTRIBUTES,
         # A random start learns little: see `start_from_tokens`.
         train_defaults={"num_virtual_tokens": 20},
@@ -23,6 +24,7 @@ METHODS = (
         peft_type="PROMPT_TUNING",
         config="minipeft.virtual.prompt:PromptTuningConfig",
         attach="minipeft.virtual.prompt:PROMPTS",
+        tuner="minipeft.virtual.prompt:PromptEncoder",
         attributes=_ATTRIBUTES,
         train_defaults={"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"},
         compare_defaults={"lr": 3e-2, "method_args": {"num_virtual_tokens": 20}},

@@ -1,0 +1,15 @@
+"""The errors and warnings that have names in PEFT, for scripts that catch or filter them."""
+
+from __future__ import annotations
+
+
+class PeftError(Exception):
+    """The base of PEFT's own errors."""
+
+
+class NoMatchingPeftModuleError(PeftError, ValueError):
+    """There is no module, or none that can be adapted, where a config points."""
+
+
+class PeftWarning(UserWarning):
+    """A warning about adapters: what was done, and what it may mean for the result."""

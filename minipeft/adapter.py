@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from minipeft.layer_calls import LayerCalls
+from minipeft.switch import Switch as Switch
+
 if TYPE_CHECKING:
     # The mixins stand in front of an nn.Module class; for the type checker they are modules themselves.
     _Base = nn.Module
@@ -113,26 +116,6 @@ def _own_attributes_of(adapted: type) -> tuple[str, ...]:
     return tuple(name for cls in adapted.__mro__ for name in vars(cls).get("_own_attributes", ()))
 
 
-@dataclasses.dataclass
-class Switch:
-    """The adapters that act, shared by reference by a model and all its adapted modules."""
-
-    active: tuple[str, ...] = ()
-    enabled: bool = True
-    # Set while each row of a batch goes through an adapter of its own (`Registration.rows`).
-    by_row: Any = None
-
-    @property
-    def acting(self) -> tuple[str, ...]:
-        """The adapters that change the model's whole output now."""
-        return self.active if self.enabled and self.by_row is None else ()
-
-    @property
-    def rows(self) -> Any:
-        """The assignment of adapters to the rows of the model's output, if there is one now."""
-        return self.by_row if self.enabled else None
-
-
 class AdaptedModel(Face):
     """A model that carries adapters, as the functions of the core see it; `PeftModel` is its public face.
 
@@ -169,7 +152,7 @@ class PackedLayer(nn.Module):
         raise NotImplementedError
 
 
-class AdapterModule(Mixin):
+class AdapterModule(LayerCalls, Mixin):
     """A module that holds the tensors of some adapters, and can be asked about them.
 
     A subclass says which tensors are an adapter's (`adapter_state`), how an adapter is added and removed
@@ -317,6 +300,20 @@ class WrappedForward(AdapterModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the instance's own forward."""
         return self.wrapped_forward(*args, **kwargs)
+
+
+def without_mixins(module: nn.Module) -> Any:
+    """`module` as it was before adapters: another object, of its plain class, over the same tensors and parts.
+
+    It belongs to no module, and holds nothing that adapters added. While they are merged, its tensors are the merged.
+    """
+    plain, added = plain_class(module), own_attributes(module)
+    twin = plain.__new__(plain)
+    vars(twin).update({name: value for name, value in vars(module).items() if name not in added})
+    vars(twin)["_modules"] = {name: part for name, part in module._modules.items() if name not in added}
+    if isinstance(module, WrappedForward):
+        vars(twin)["forward"] = module.wrapped_forward
+    return twin
 
 
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

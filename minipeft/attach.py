@@ -40,7 +40,7 @@ def adapter_modules(model: nn.Module) -> list[tuple[str, AdapterModule]]:
 
 def switch_of(model: nn.Module) -> Switch:
     """The switch that the adapted modules of `model` share, or a new one if there are none."""
-    return next((module.switch for _, module in adapter_modules(model)), Switch())
+    return next((module.switch.shared for _, module in adapter_modules(model)), Switch())
 
 
 def attach_adapter(
@@ -119,6 +119,7 @@ def delete_adapter(model: AdaptedModel, adapter_name: str) -> None:
     unmerge(model)
     for _, module in adapter_modules(model):
         behind_face(module).delete_adapter(adapter_name)
+        module.follow(active=adapter_name in module.switch.active)
     del model.peft_config[adapter_name], model._targets[adapter_name]
     model._row_functions.pop(adapter_name, None)
     left = tuple(name for name in model._switch.active if name != adapter_name)
@@ -142,6 +143,20 @@ def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
         for tensor in module.adapter_state(adapter).values():
             if tensor.is_floating_point():
                 tensor.requires_grad_(trainable)
+
+
+def set_active(model: AdaptedModel, names: tuple[str, ...]) -> None:
+    """Let these adapters act, and no other, also in modules that were set by themselves."""
+    model._switch.active = names
+    for _, module in adapter_modules(model):
+        module.follow(active=True)
+
+
+def set_enabled(model: AdaptedModel, enabled: bool) -> None:
+    """Let adapters act, or not, also in modules that were set by themselves."""
+    model._switch.enabled = enabled
+    for _, module in adapter_modules(model):
+        module.follow(enabled=True)
 
 
 def unmerge(model: nn.Module) -> None:

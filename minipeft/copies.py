@@ -8,12 +8,13 @@ adapter acts.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from minipeft.adapter import AdapterModule
+from minipeft.adapter import AdapterModule, without_mixins
 
 
 class TrainedBias(AdapterModule):
@@ -82,6 +83,7 @@ class TrainedModule(AdapterModule):
 
     name_prefix: ClassVar[str] = "Trained"
     _own_attributes: ClassVar[tuple[str, ...]] = ("modules_to_save",)
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
 
     modules_to_save: nn.ModuleDict
 
@@ -106,6 +108,33 @@ class TrainedModule(AdapterModule):
                 if adapter in self.modules_to_save:
                     return self._through_copy(self.modules_to_save[adapter], *args, **kwargs)
         return super().forward(*args, **kwargs)
+
+    @property
+    def original_module(self) -> Any:
+        """The module without its copies (PEFT's name): see `without_mixins`."""
+        return without_mixins(self)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act and have a copy of this module."""
+        return [adapter for adapter in self.switch.active if adapter in self.modules_to_save]
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """As `LayerCalls.set_adapter`.
+
+        Raises ValueError for more than one adapter, and for one that has no copy of this module.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise ValueError(f"Attempted to set multiple ({names}) adapters at once for modules_to_save: one can act")
+        for name in names:
+            if name not in self.modules_to_save:
+                raise ValueError(f"Adapter {name} not found in {sorted(self.modules_to_save)}")
+        super().set_adapter(names, inference_mode)
 
     def _through_copy(self, twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # A float32 copy over a 16-bit model: its inputs are cast to float32, its output back to 16 bits.

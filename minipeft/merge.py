@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from minipeft.adapter import AdaptedModel, Face, PackedLayer, mix_out
-from minipeft.attach import adapter_modules, config_of, tell_quantizer, unmerge
+from minipeft.attach import adapter_modules, config_of, set_enabled, tell_quantizer, unmerge
 
 logger = logging.getLogger("minipeft")
 
@@ -63,14 +64,23 @@ def check_compatible(model: nn.Module, names: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def adapters_off(model: AdaptedModel) -> Iterator[None]:
-    """Inside the block the model is the base model; adapters that are merged are merged again after it."""
+    """Inside the block the model is the base model; adapters that are merged are merged again after it.
+
+    Modules that were enabled or disabled by themselves are as the model after it; a warning says so.
+    """
     merged, enabled = merged_adapters(model), model._switch.enabled
     unmerge(model)
-    model._switch.enabled = False
+    if any(module.switch.enabled != enabled for _, module in adapter_modules(model)):
+        warnings.warn(
+            "The model contains some adapter layers that are enabled and others that are disabled: after "
+            f"disable_adapter() all of them are {'enabled' if enabled else 'disabled'}, as the model is",
+            stacklevel=3,
+        )
+    set_enabled(model, False)
     try:
         yield
     finally:
-        model._switch.enabled = enabled
+        set_enabled(model, enabled)
         if merged:
             merge(model, merged)
 

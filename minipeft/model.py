@@ -171,7 +171,7 @@ class PeftModel(AdaptedModel):
         names = self._names(adapter_name)
         merge.check_compatible(self, names)
         unmerge(self)
-        self._switch.active = names
+        attach.set_active(self, names)
         if inference_mode:
             self.set_requires_grad(names, False)
 
@@ -188,11 +188,11 @@ class PeftModel(AdaptedModel):
     def disable_adapter_layers(self) -> None:
         """Be the base model until `enable_adapter_layers`; merged adapters are unmerged."""
         unmerge(self)
-        self._switch.enabled = False
+        attach.set_enabled(self, False)
 
     def enable_adapter_layers(self) -> None:
         """Let the adapters act again."""
-        self._switch.enabled = True
+        attach.set_enabled(self, True)
 
     disable_adapter = merge.adapters_off
 

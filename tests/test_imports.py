@@ -30,7 +30,7 @@ CORE = {
         "directory",
         "files",
     ),
-    *("embeddings", "status", "preparing", "auto", "paths", "base_state"),
+    *("embeddings", "status", "preparing", "auto", "paths", "base_state", "layer_calls", "switch"),
     # PEFT's names and small functions, for the scripts that import them.
     *("public", "errors", "mappings", "wrappers", "utilities", "signatures"),
 }

@@ -48,6 +48,7 @@ class LoraLayer(AdapterStore):
         if config.lora_dropout:
             self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout).train(self.training)
         self.r[adapter], self.lora_alpha[adapter], self.scaling[adapter] = r, alpha, scaling
+        self.use_rslora[adapter], self.lora_bias[adapter] = config.use_rslora, False
         self._create_factors(adapter, r, dtype)
         self.variants[adapter] = variant_for(config)
         self.variants[adapter].start(self, adapter, config, dtype, init)
@@ -149,8 +150,14 @@ class LoraLayer(AdapterStore):
         """(out_features, in_features), in float32 at least: the base weight."""
         raise NotImplementedError
 
-    def _install_weight(self, weight: Tensor) -> None:
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """(out_features, in_features) as the layer's weight lies."""
         raise NotImplementedError
+
+    def _install_weight(self, weight: Tensor) -> None:
+        base = self._parameters["weight"]
+        assert base is not None
+        self._install("weight", self.as_weight(weight).contiguous().to(base.dtype))
 
     def _check_unmerged(self) -> None:
         if self.merged_adapters:

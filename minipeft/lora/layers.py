@@ -53,8 +53,8 @@ class LoraLinear(LoraDenseLayer):
     def _matrix(self) -> Tensor:
         return self.weight
 
-    def _install_weight(self, weight: Tensor) -> None:
-        self._install("weight", weight.to(self.weight.dtype))
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix
 
     def _lora_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
@@ -111,6 +111,9 @@ class LoraNF4Linear(LoraLayer):
     def dense_weight(self) -> Tensor:
         return self.dequantize(torch.float32)
 
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix
+
     def _install_weight(self, weight: Tensor) -> None:
         self.dense_merged = weight.to(self.nf4_weight().dtype)
 
@@ -121,11 +124,14 @@ class LoraNF4Linear(LoraLayer):
 class LoraConv1D(LoraDenseLayer):
     """LoRA on GPT-2's `Conv1D`: a linear layer whose weight lies as (in_features, out_features)."""
 
+    in_features = property(lambda self: self._lora_shape()[1])
+    out_features = property(lambda self: self._lora_shape()[0])
+
     def _matrix(self) -> Tensor:
         return self.weight.T
 
-    def _install_weight(self, weight: Tensor) -> None:
-        self._install("weight", weight.T.contiguous().to(self.weight.dtype))
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.T
 
     def _lora_shape(self) -> tuple[int, int]:
         in_features, out_features = self.weight.shape
@@ -143,18 +149,11 @@ class LoraEmbedding(LoraLayer):
     A starts at zero and B random, so that the start is the identity.
     """
 
-    _own_attributes: ClassVar[tuple[str, ...]] = ("lora_embedding_A", "lora_embedding_B")
+    in_features = property(lambda self: self._lora_shape()[1])
+    out_features = property(lambda self: self._lora_shape()[0])
 
     weight: nn.Parameter
     padding_idx: int | None
-    lora_embedding_A: nn.ParameterDict
-    lora_embedding_B: nn.ParameterDict
-
-    def attach(self, switch: Any) -> None:
-        super().attach(switch)
-        if hasattr(self, "lora_embedding_A"):
-            return
-        self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """s B A[:, x]: token ids (...) -> (..., embedding_dim)."""
@@ -164,17 +163,11 @@ class LoraEmbedding(LoraLayer):
         # Gemma's embeddings multiply the vectors that they look up.
         return looked_up @ lora_B.T * (self.scaling[adapter] * getattr(self, "embed_scale", 1.0))
 
-    def delete_adapter(self, adapter: str) -> None:
-        for factors in (self.lora_embedding_A, self.lora_embedding_B):
-            if adapter in factors:
-                del factors[adapter]
-        super().delete_adapter(adapter)
-
     def dense_weight(self) -> Tensor:
         return wide(self.weight.detach().T)
 
-    def _install_weight(self, weight: Tensor) -> None:
-        self._install("weight", weight.T.contiguous().to(self.weight.dtype))
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix.T
 
     def _lora_shape(self) -> tuple[int, int]:
         vocabulary, hidden = self.weight.shape
@@ -183,8 +176,8 @@ class LoraEmbedding(LoraLayer):
     def _create_factors(self, adapter: str, r: int, dtype: torch.dtype) -> None:
         hidden, vocabulary = self._lora_shape()
         like: dict[str, Any] = {"device": self._weight_device(), "dtype": dtype}
-        self.lora_embedding_A[adapter] = nn.Parameter(torch.empty(r, vocabulary, **like))
-        self.lora_embedding_B[adapter] = nn.Parameter(torch.empty(hidden, r, **like))
+        for name, shape in (("lora_embedding_A", (r, vocabulary)), ("lora_embedding_B", (hidden, r))):
+            self._container(name, nn.ParameterDict)[adapter] = nn.Parameter(torch.empty(shape, **like))
 
     def _init_factors(self, adapter: str, kind: bool | str) -> None:
         lora_A, lora_B = self.factors(adapter)

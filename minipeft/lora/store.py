@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.copies import TrainedBias
+from minipeft.lora.calls import LoraCalls
 from minipeft.lora.variants import Plain
 
 
-class AdapterStore(TrainedBias):
+class AdapterStore(LoraCalls):
     """A layer's holders of its LoRA adapters' tensors and numbers.
 
     Attributes (all keyed by adapter name, as in PEFT):
@@ -24,13 +24,14 @@ class AdapterStore(TrainedBias):
         lora_magnitude_vector: (out_features,), DoRA's m; only for adapters that use it.
         lora_start: the factors that are subtracted; only for adapters that start as PiSSA.
         lora_base: the layer that acts in the place of the base weight; only for adapters that start as LoftQ.
-        r, lora_alpha, scaling: the numbers.
+        lora_embedding_A, lora_embedding_B: the factors of an embedding, in the place of lora_A and lora_B.
+        r, lora_alpha, scaling, use_rslora, lora_bias: the numbers and settings.
         variants: the adapter's `Plain`, `Dora`, `Pissa` or `Loftq`.
     """
 
     _own_attributes: ClassVar[tuple[str, ...]] = (
         *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "lora_start", "lora_base"),
-        *("r", "lora_alpha", "scaling", "variants"),
+        *("lora_embedding_A", "lora_embedding_B", "r", "lora_alpha", "scaling", "use_rslora", "lora_bias", "variants"),
     )
 
     lora_A: Any
@@ -38,6 +39,9 @@ class AdapterStore(TrainedBias):
     lora_magnitude_vector: Any
     lora_start: Any
     lora_base: Any
+    lora_embedding_A: Any
+    lora_embedding_B: Any
+    lora_bias: dict[str, bool]
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import AdapterModule, Mixin
+from minipeft.adapter import AdapterModule, plain_class
 from minipeft.virtual.masks import columns_of, widened_mask
 
 # Names of the cache argument of attention modules.
@@ -102,11 +102,6 @@ class Rotation:
         return self.apply(key, key, cos / length, sin / length)[1][0]
 
 
-def plain_class(module: Any) -> type:
-    """The class that `module` had before anything was mixed in."""
-    return next(cls for cls in type(module).__mro__ if not issubclass(cls, Mixin))
-
-
 def cache_argument(module: nn.Module) -> str | None:
     """The name of the attention module's cache argument, or None if it takes none."""
     return next((name for name in CACHE_NAMES if name in argument_names(module)), None)
@@ -114,7 +109,7 @@ def cache_argument(module: nn.Module) -> str | None:
 
 def argument_names(module: Any) -> list[str]:
     """The names of the arguments of `module`'s own forward, without anything mixed in, in their order."""
-    return list(inspect.signature(plain_class(module).forward).parameters)[1:]  # type: ignore[attr-defined]
+    return list(inspect.signature(plain_class(module).forward).parameters)[1:]
 
 
 class PrefixedAttention(AdapterModule):

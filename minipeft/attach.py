@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,15 +65,8 @@ def attach_adapter(
 
     Raises ValueError for an invalid adapter name, names that match nothing, and modules that cannot be adapted.
     """
-    check_adapter_name(adapter)
-    if init:
-        config.check_start()
     method: Method = method_of(str(config.type_name)).load("attach")
-    saved = modules_to_save(model, config)
-    _check_saved(model, saved)
-    targets = method.find(model, config, saved)
-    if init:
-        check_unused_names(model, config, targets)
+    saved, targets = check_adapter(model, config, adapter, init)
     modules: dict[str, Any] = dict(base_modules(model))
     # A start may be computed from the base weights, which must be the originals then.
     unmerge(model)
@@ -94,14 +88,37 @@ def attach_adapter(
     return targets
 
 
+def check_adapter(model: nn.Module, config: PeftConfig, adapter: str, init: bool = True) -> tuple[list[str], list[str]]:
+    """Make the checks of `attach_adapter`, which fill in what `config` left open; `model` is not changed.
+
+    Returns: the dotted names of the modules that are trained whole, and of those that are adapted.
+
+    Raises as `attach_adapter`.
+    """
+    check_adapter_name(adapter)
+    if init:
+        config.check_start()
+    saved = modules_to_save(model, config)
+    _check_saved(model, saved)
+    targets = method_of(str(config.type_name)).load("attach").find(model, config, saved)
+    if init:
+        check_unused_names(model, config, targets)
+    return saved, targets
+
+
 def add_adapter(
     model: AdaptedModel, adapter: str, config: PeftConfig, autocast_adapter_dtype: bool = True, init: bool = True
 ) -> None:
     """`attach_adapter`, and enter it in the model's list; it acts if there was no other. Merged weights are unmerged.
 
-    Raises as `attach_adapter`.
+    Raises as `attach_adapter`; `config` is then as before, too.
     """
-    model._targets[adapter] = attach_adapter(model, config, adapter, model._switch, autocast_adapter_dtype, init)
+    fields = dict(vars(config))
+    try:
+        model._targets[adapter] = attach_adapter(model, config, adapter, model._switch, autocast_adapter_dtype, init)
+    except BaseException:
+        vars(config).update(fields)
+        raise
     model.peft_config[adapter] = config
     by_row = method_of(str(config.type_name)).load("rows")
     if by_row is not None:
@@ -111,19 +128,28 @@ def add_adapter(
 
 
 def delete_adapter(model: AdaptedModel, adapter_name: str) -> None:
-    """Remove an adapter and its tensors; if it was the only one to act, the first of the others acts.
+    """Remove an adapter and its tensors; if it was the only one to act, the first of the others acts, with a warning.
 
-    Raises ValueError for an unknown adapter.
+    Raises ValueError for an unknown adapter, and for one that is merged.
     """
     config_of(model, adapter_name)
-    unmerge(model)
-    for _, module in adapter_modules(model):
+    modules = adapter_modules(model)
+    if any(adapter_name in module.merged_adapters for _, module in modules):
+        raise ValueError(
+            f"Cannot delete adapter(s) [{adapter_name!r}] while they are merged. Please unmerge them first."
+        )
+    for _, module in modules:
         behind_face(module).delete_adapter(adapter_name)
         module.follow(active=adapter_name in module.switch.active)
     del model.peft_config[adapter_name], model._targets[adapter_name]
     model._row_functions.pop(adapter_name, None)
     left = tuple(name for name in model._switch.active if name != adapter_name)
     model._switch.active = left or tuple(model.peft_config)[:1]
+    for name in model._switch.active if not left else ():
+        warnings.warn(
+            f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {name}.", stacklevel=2
+        )
+        set_trainable(model, name, not model.peft_config[name].inference_mode)
 
 
 def config_of(model: AdaptedModel, adapter: str) -> PeftConfig:
@@ -132,17 +158,31 @@ def config_of(model: AdaptedModel, adapter: str) -> PeftConfig:
     Raises ValueError for an unknown adapter.
     """
     if adapter not in model.peft_config:
-        raise ValueError(f"there is no adapter called {adapter!r}; there are {sorted(model.peft_config)}")
+        raise ValueError(f"Adapter {adapter} does not exist; there are {sorted(model.peft_config)}")
     config: PeftConfig = model.peft_config[adapter]
     return config
 
 
-def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
-    """Turn the gradients of an adapter's floating-point tensors on or off."""
-    for _, module in adapter_modules(model):
-        for tensor in module.adapter_state(adapter).values():
-            if tensor.is_floating_point():
-                tensor.requires_grad_(trainable)
+def set_trainable(model: nn.Module, adapters: str | Sequence[str], trainable: bool, others: bool | None = None) -> None:
+    """Turn the gradients of the parameters of one or several adapters on or off.
+
+    Args:
+        others: The same for all other adapters; None leaves those as they are.
+    """
+    names = {adapters} if isinstance(adapters, str) else set(adapters)
+    for adapter, parameter in adapter_parameters(model, names if others is None else None):
+        parameter.requires_grad_(trainable if adapter in names else bool(others))
+
+
+def adapter_parameters(model: nn.Module, adapters: set[str] | None = None) -> list[tuple[str, nn.Parameter]]:
+    """All floating-point parameters of `adapters`, by default of all, each with its adapter's name."""
+    return [
+        (adapter, tensor)
+        for _, module in adapter_modules(model)
+        for adapter in (module.adapter_names() if adapters is None else adapters)
+        for tensor in module.adapter_state(adapter).values()
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+    ]
 
 
 def set_active(model: AdaptedModel, names: tuple[str, ...]) -> None:
@@ -203,9 +243,11 @@ def base_name(model: nn.Module) -> str | None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Turn off the gradient of every parameter."""
+    """Turn off the gradient of every parameter that is not an adapter's."""
+    own = {id(parameter) for _, parameter in adapter_parameters(model)}
     for parameter in model.parameters():
-        parameter.requires_grad = False
+        if id(parameter) not in own:
+            parameter.requires_grad = False
 
 
 def check_adapter_name(adapter: str) -> None:

@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 from minipeft.adapter import AdaptedModel, Face, PackedLayer, mix_out
-from minipeft.attach import adapter_modules, config_of, set_enabled, tell_quantizer, unmerge
+from minipeft.attach import (
+    adapter_modules,
+    adapter_parameters,
+    config_of,
+    set_enabled,
+    tell_quantizer,
+    unmerge,
+)
 
 logger = logging.getLogger("minipeft")
 
@@ -20,7 +27,8 @@ logger = logging.getLogger("minipeft")
 def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
     """Fold adapters (those that act by default) into the base weights; the output stays the same.
 
-    The sum is made in float32 and the original weights are kept, so unmerging is exact.
+    Adapters that are merged already stay merged; a warning says so. The sum is made in float32 and the original weights
+    are kept, so unmerging is exact.
 
     Args:
         safe_merge: Check first that no merged weight is infinite or NaN.
@@ -34,14 +42,41 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
         if not config.mergeable:
             kind = type(config).__name__.removesuffix("Config")
             raise ValueError(f"adapter {name!r} cannot be merged: {kind} changes more than the weights")
+    if not names:
+        return
+    before = merged_adapters(model)
+    new = tuple(name for name in dict.fromkeys(names) if name not in before)
+    names = before + new
+    if before and not new:
+        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
+        return
     check_compatible(model, names)
+    if before:
+        warnings.warn(
+            f"Already following adapters were merged {','.join(before)}. You are now additionally merging "
+            f"{','.join(new)}.",
+            stacklevel=2,
+        )
+    # From the original weights, so that the sum is rounded once.
     unmerge(model)
-    modules = adapter_modules(model) if names else []
-    for path, module in modules if safe_merge else ():
-        if not module.merged_finite(names):
-            raise ValueError(f"merging {list(names)} would make a weight of {path} infinite or NaN")
-    for _, module in modules:
-        module.merge(names)
+    modules = adapter_modules(model)
+    try:
+        for path, module in modules if safe_merge else ():
+            if not module.merged_finite(names):
+                raise ValueError(f"merging {list(names)} would make a weight of {path} infinite or NaN")
+    except ValueError:
+        names = before
+        raise
+    finally:
+        for _, module in modules if names else ():
+            module.merge(names)
+
+
+def unmerge_adapters(model: AdaptedModel) -> None:
+    """Put the original base weights back, bit for bit; if nothing is merged, a warning says so."""
+    if not merged_adapters(model):
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+    unmerge(model)
 
 
 def merged_adapters(model: nn.Module) -> tuple[str, ...]:
@@ -62,11 +97,26 @@ def check_compatible(model: nn.Module, names: tuple[str, ...]) -> None:
                     )
 
 
+def disable(model: AdaptedModel) -> None:
+    """Be the base model until `enable`: merged adapters are unmerged, and no adapter gets gradients."""
+    unmerge(model)
+    set_enabled(model, False)
+    model._switch.paused += _stop_learning(model)
+
+
+def enable(model: AdaptedModel) -> None:
+    """Let the adapters act again, with the gradients that they had."""
+    set_enabled(model, True)
+    for parameter in model._switch.paused:
+        parameter.requires_grad_(True)
+    model._switch.paused = []
+
+
 @contextlib.contextmanager
 def adapters_off(model: AdaptedModel) -> Iterator[None]:
-    """Inside the block the model is the base model; adapters that are merged are merged again after it.
+    """Inside the block the model is the base model; after it all is as before, merged adapters and gradients too.
 
-    Modules that were enabled or disabled by themselves are as the model after it; a warning says so.
+    But modules that were enabled or disabled by themselves are then as the model; a warning says so.
     """
     merged, enabled = merged_adapters(model), model._switch.enabled
     unmerge(model)
@@ -77,12 +127,23 @@ def adapters_off(model: AdaptedModel) -> Iterator[None]:
             stacklevel=3,
         )
     set_enabled(model, False)
+    learning = _stop_learning(model)
     try:
         yield
     finally:
         set_enabled(model, enabled)
+        for parameter in learning:
+            parameter.requires_grad_(True)
         if merged:
             merge(model, merged)
+
+
+def _stop_learning(model: AdaptedModel) -> list[nn.Parameter]:
+    """Turn the gradients of all adapters off. Returns the parameters that had them."""
+    learning = [parameter for _, parameter in adapter_parameters(model) if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    return learning
 
 
 def unload(model: AdaptedModel) -> Any:

@@ -8,8 +8,8 @@ evaluation harness meet the class that they know. `unload` and `merge_and_unload
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,8 @@ class PeftModel(AdaptedModel):
             raise TypeError("PeftModel.from_pretrained takes a model and the adapter's directory")
         with _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext():
             model.load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
-        model.set_adapter(adapter_name)
-        return model if is_trainable else model.eval()
+        model.set_adapter(adapter_name, inference_mode=not is_trainable)
+        return model
 
     load_adapter = saving.load_adapter
 
@@ -126,14 +126,16 @@ class PeftModel(AdaptedModel):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Attach a new adapter, trainable, beside those that are there; it is not activated.
+        """Attach a new adapter beside those that are there; it is frozen and does not act until `set_adapter`.
+
+        The model holds `peft_config` itself, and fills in what it left open.
 
         Raises ValueError when the name is taken or the config does not fit the model, TypeError for wrong types.
         """
         _check_config(peft_config)
         _check_free(self, adapter_name)
-        add_adapter(self, adapter_name, copy.deepcopy(peft_config), autocast_adapter_dtype)
-        set_trainable(self, adapter_name, not peft_config.inference_mode)
+        add_adapter(self, adapter_name, peft_config, autocast_adapter_dtype)
+        set_trainable(self, adapter_name, self.active_adapters == [adapter_name] and not peft_config.inference_mode)
 
     def add_weighted_adapter(
         self,
@@ -162,41 +164,46 @@ class PeftModel(AdaptedModel):
         optional_part("combine", types)(self, adapters, weights, adapter_name, combination_type, **kwargs)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make this adapter, or these together, act, and no other. Merged adapters are unmerged.
+        """Make this adapter, or these together, act and get gradients, and no other. Merged adapters are unmerged.
 
-        Unlike PEFT, this does not change which tensors get gradients, unless `inference_mode` turns them off.
+        Args:
+            inference_mode: Turn all adapters' gradients off.
 
         Raises ValueError for an unknown adapter, and for several that replace the same base tensor.
         """
         names = self._names(adapter_name)
         merge.check_compatible(self, names)
-        unmerge(self)
+        if merge.merged_adapters(self):
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            unmerge(self)
         attach.set_active(self, names)
-        if inference_mode:
-            self.set_requires_grad(names, False)
+        self._switch.paused = []
+        set_trainable(self, names, not inference_mode, others=False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Turn the gradients of one or several adapters on or off.
 
         Raises ValueError for an unknown adapter.
         """
-        for name in self._names(adapter_names):
-            set_trainable(self, name, requires_grad)
+        set_trainable(self, self._names(adapter_names), requires_grad)
 
     delete_adapter = attach.delete_adapter
 
-    def disable_adapter_layers(self) -> None:
-        """Be the base model until `enable_adapter_layers`; merged adapters are unmerged."""
-        unmerge(self)
-        attach.set_enabled(self, False)
-
-    def enable_adapter_layers(self) -> None:
-        """Let the adapters act again."""
-        attach.set_enabled(self, True)
-
+    disable_adapter_layers = merge.disable
+    enable_adapter_layers = merge.enable
     disable_adapter = merge.adapters_off
 
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """True if an adapter acts now."""
+        return self._switch.enabled and bool(self._switch.active)
+
     # An adapter for each row of a batch
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_plain_class" in vars(cls):
+            cls.forward = _forward_with_rows(vars(cls)["_plain_class"].forward)
 
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """As the plain model's.
@@ -208,7 +215,7 @@ class PeftModel(AdaptedModel):
         Raises ValueError for adapters that are unknown, of another method, merged, or that replace base tensors
             (biases, modules_to_save); for another number of names than rows; and in training mode.
         """
-        # Not `forward`: its signature must stay the plain model's, since Trainer and `generate` read it.
+        # Beside `forward`, which an accelerate hook hides.
         if adapter_names is None:
             return super().__call__(*args, **kwargs)
         with self._rows(adapter_names):
@@ -232,7 +239,7 @@ class PeftModel(AdaptedModel):
     # Into the weights and out again
 
     merge_adapter = merge.merge
-    unmerge_adapter = attach.unmerge
+    unmerge_adapter = merge.unmerge_adapters
     merge_and_unload = merge.merge_and_unload
     unload = merge.unload
 
@@ -315,6 +322,20 @@ def _kind_of(model: Any) -> type[PeftModel]:
     return PeftModelForCausalLM if one_text else kind if config is not None else PeftModel
 
 
+def _forward_with_rows(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of a model, which takes `adapter_names` as `PeftModel.__call__` does."""
+
+    # With the plain forward's signature, which Trainer and `generate` read.
+    @functools.wraps(plain)
+    def forward(self: PeftModel, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return plain(self, *args, **kwargs)
+        with self._rows(adapter_names):
+            return plain(self, *args, **kwargs)
+
+    return forward
+
+
 def get_peft_model(
     model: Any,
     peft_config: PeftConfig,
@@ -326,8 +347,11 @@ def get_peft_model(
 ) -> Any:
     """Freeze `model`, attach a new adapter to it, activate it, and return `model`, now also a `PeftModel`.
 
+    A model that has adapters keeps them, but for one of the same name, which is replaced; a warning says so.
+
     Args:
         model: Any torch module; its NF4Linear layers make it QLoRA.
+        peft_config: Held by the model itself, which fills in what it left open.
         autocast_adapter_dtype: Hold the adapter in float32 over a 16-bit or 4-bit model.
         low_cpu_mem_usage: Accepted for compatibility: tensors are always made where they stay.
 
@@ -336,17 +360,38 @@ def get_peft_model(
     _check_config(peft_config)
     if mixed:
         raise ValueError("mixed=True is not supported by minipeft: adapters of every method mix without it")
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            f"the model has adapters already ({sorted(model.peft_config)}); use model.add_adapter(name, config)"
-        )
-    with _becoming_peft_model(model):
+    _warn_of_adapters(model, adapter_name)
+    with _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext():
+        if adapter_name in model.peft_config:
+            attach.check_adapter(model, peft_config, adapter_name)
+            with warnings.catch_warnings(action="ignore"):  # the other adapter acts for a moment
+                model.unmerge_adapter()
+                model.delete_adapter(adapter_name)
         model.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        model.set_adapter(adapter_name)
-    config = model.peft_config[adapter_name]
-    config.base_model_name_or_path = base_name(model)
-    config.revision = revision or config.revision
+        model.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+    if revision and peft_config.revision not in (None, revision):
+        warnings.warn(
+            f"peft config has already set base model revision to {peft_config.revision}, overwriting with revision "
+            f"{revision}",
+            stacklevel=2,
+        )
+    peft_config.base_model_name_or_path = base_name(model)
+    peft_config.revision = revision or peft_config.revision
     return model
+
+
+def _warn_of_adapters(model: Any, adapter: str) -> None:
+    """Warn of a model that has adapters already, as when a notebook's cell runs again."""
+    names = sorted({name for _, module in attach.adapter_modules(model) for name in module.adapter_names()})
+    if not names:
+        return
+    gone, others = f"{adapter!r} is replaced by a new one, what it learned is lost", ", ".join(map(repr, names))
+    fate = gone if adapter in names else f"{others} does not act any more until set again"
+    warnings.warn(
+        f"You are trying to modify a model with PEFT for a second time: of its adapters {names}, {fate}. "
+        "For the plain model, call .unload() first.",
+        stacklevel=3,
+    )
 
 
 @contextlib.contextmanager
@@ -381,4 +426,4 @@ def _check_config(value: Any) -> None:
 
 def _check_free(model: AdaptedModel, adapter: str) -> None:
     if adapter in model.peft_config:
-        raise ValueError(f"there is an adapter called {adapter!r} already; delete it or take another name")
+        raise ValueError(f"Adapter with name {adapter!r} already exists; delete it or take another name")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.attach import attach_adapter, freeze, switch_of
+from minipeft.attach import attach_adapter, freeze, set_trainable, switch_of
 
 
 def inject_adapter_in_model(
@@ -20,6 +20,8 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Freeze `model` and put the adapter's modules into it, active, without giving the model `PeftModel`'s methods.
 
+    Adapters that it has already keep their gradients, but do not act any more.
+
     Raises ValueError for `state_dict` (PEFT takes the targets from it; name them in the config).
     """
     if state_dict is not None:
@@ -28,6 +30,7 @@ def inject_adapter_in_model(
     switch = switch_of(model)
     attach_adapter(model, copy.deepcopy(peft_config), adapter_name, switch)
     switch.active = (adapter_name,)
+    set_trainable(model, adapter_name, not peft_config.inference_mode)
     return model
 
 

@@ -62,7 +62,7 @@ def load_adapter(
     An adapter of that name is given the stored values if they fit it.
 
     Args:
-        is_trainable: Turn the gradients of the adapter's tensors on.
+        is_trainable: Turn the gradients of the adapter's tensors on; if not, the model is put in eval mode.
         config: Used in the place of the directory's `adapter_config.json`.
         autocast_adapter_dtype: Hold the adapter in float32 over a 16-bit or 4-bit model.
         ignored: Arguments of PEFT's that change nothing (`_IGNORED_AT_LOADING`).
@@ -76,7 +76,7 @@ def load_adapter(
             f"no adapter at {str(directory)!r}: expected a directory with {CONFIG_NAME}; for an adapter "
             "on a hub, download it first (huggingface_hub.snapshot_download) and give its folder"
         )
-    config = copy.deepcopy(config) if config is not None else PeftConfig.from_pretrained(directory)
+    config = config if config is not None else PeftConfig.from_pretrained(directory)
     stored = read_tensors(directory)
     config.check_marks(read_marks(directory), str(directory))
     _warn_other_base(model, config, directory)
@@ -96,6 +96,8 @@ def load_adapter(
     if not exists or is_trainable:
         set_trainable(model, adapter_name, is_trainable)
     model.peft_config[adapter_name].inference_mode = not is_trainable
+    if not is_trainable and model.training:
+        model.eval()
     return LoadResult([], [])
 
 

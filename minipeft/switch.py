@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from torch import nn
+
 
 @dataclasses.dataclass
 class Switch:
-    """The adapters that act, shared by reference by a model and all its adapted modules."""
+    """The adapters that act, shared by reference by a model and all its adapted modules.
+
+    Attributes:
+        paused: The parameters that will get gradients again when the adapters are enabled.
+    """
 
     active: tuple[str, ...] = ()
     enabled: bool = True
+    paused: list[nn.Parameter] = dataclasses.field(default_factory=list)
     # Set while each row of a batch goes through an adapter of its own (`Registration.rows`).
     by_row: Any = None
 

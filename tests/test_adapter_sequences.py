@@ -4,6 +4,7 @@ simple pure function of the base weights and the adapters' factors gives."""
 import contextlib
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -27,6 +28,10 @@ def network(quantized: bool) -> nn.Module:
     return net
 
 
+def warning_if(condition: object, text: str) -> Any:
+    return pytest.warns(UserWarning, match=text) if condition else contextlib.nullcontext()
+
+
 class AdapterSequences(RuleBasedStateMachine):
     """The model beside its oracle: factors by adapter name, and which of them act."""
 
@@ -43,9 +48,7 @@ class AdapterSequences(RuleBasedStateMachine):
 
     def remember(self, name: str) -> None:
         # Only this adapter is moved: the others' values are what the oracle holds already.
-        for parameter_name, parameter in self.model.named_parameters():
-            parameter.requires_grad = f".{name}." in parameter_name
-        randomize(self.model, seed=len(self.adapters), scale=0.2)
+        randomize(self.model, seed=len(self.adapters), scale=0.2, adapter=name)
         state = get_peft_model_state_dict(self.model, adapter_name=name)
         self.adapters[name] = {key.removeprefix("base_model.model."): t.clone() for key, t in state.items()}
 
@@ -62,29 +65,37 @@ class AdapterSequences(RuleBasedStateMachine):
     @rule(chosen=st.lists(names, min_size=1, max_size=3, unique=True))
     def switch(self, chosen: list[str]) -> None:
         if set(chosen) <= set(self.adapters):
-            self.model.set_adapter(chosen)
+            with warning_if(self.merged, "Unmerging the model first"):
+                self.model.set_adapter(chosen)
             self.active, self.merged = tuple(chosen), ()
 
     @precondition(lambda self: not self.disabled)
     @rule(name=names)
     def delete(self, name: str) -> None:
-        if name in self.adapters and len(self.adapters) > 1:
-            self.model.delete_adapter(name)
-            del self.adapters[name]
+        if name in self.merged:
+            with pytest.raises(ValueError, match="while they are merged"):
+                self.model.delete_adapter(name)
+        elif name in self.adapters and len(self.adapters) > 1:
             left = tuple(n for n in self.active if n != name)
-            self.active, self.merged = left or tuple(self.adapters)[:1], ()
+            with warning_if(not left, "which is now deleted"):
+                self.model.delete_adapter(name)
+            del self.adapters[name]
+            self.active = left or tuple(self.adapters)[:1]
 
     @precondition(lambda self: not self.disabled)
     @rule(chosen=st.none() | st.lists(names, min_size=1, max_size=2, unique=True))
     def merge(self, chosen: list[str] | None) -> None:
         if chosen is None or set(chosen) <= set(self.adapters):
-            self.model.merge_adapter(chosen)
-            self.merged = self.active if chosen is None else tuple(chosen)
+            new = [n for n in (chosen or self.active) if n not in self.merged]
+            with warning_if(self.merged, "additionally merging" if new else "nothing to do"):
+                self.model.merge_adapter(chosen)
+            self.merged += tuple(new)
 
     @precondition(lambda self: not self.disabled)
     @rule()
     def unmerge(self) -> None:
-        self.model.unmerge_adapter()
+        with warning_if(not self.merged, "Already unmerged"):
+            self.model.unmerge_adapter()
         self.merged = ()
 
     @precondition(lambda self: not self.disabled)

@@ -188,9 +188,11 @@ def test_a_model_that_is_itself_an_adapted_module_keeps_its_verbs(bias: str) -> 
 
     plain = Biased()
     inject_adapter_in_model(LoraConfig(target_modules=["lin0"], bias=bias), plain, "injected")
-    model = get_peft_model(plain, LoraConfig(target_modules=["lin1"], bias=bias))
+    with pytest.warns(UserWarning, match="for a second time"):
+        model = get_peft_model(plain, LoraConfig(target_modules=["lin1"], bias=bias))
     model.add_adapter("other", LoraConfig(target_modules=["lin0"], bias=bias))
-    model.delete_adapter("default")
+    with pytest.warns(UserWarning, match="Setting active adapter to other"):
+        model.delete_adapter("default")
     assert list(model.peft_config) == ["other"]
     assert copy.deepcopy(model).active_adapters == ["other"]
     assert type(model.unload()) is Biased

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from minipeft.attach import adapter_parameters
+
 VOCABULARY = 128
 
 
@@ -36,9 +38,15 @@ def some_ids(rows: int = 2, tokens: int = 9, seed: int = 1) -> torch.Tensor:
 
 
 @torch.no_grad()
-def randomize(model: torch.nn.Module, seed: int = 2, scale: float = 0.05) -> None:
-    """Move every trainable parameter away from its start, so that the adapter does something."""
+def randomize(model: torch.nn.Module, seed: int = 2, scale: float = 0.05, adapter: str | None = None) -> None:
+    """Move every trainable parameter and all adapters away from their start, so that the adapters do something.
+
+    Args:
+        adapter: Move this one alone.
+    """
     generator = torch.Generator().manual_seed(seed)
+    own = {id(parameter): name for name, parameter in adapter_parameters(model)}
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        name = own.get(id(parameter))
+        if name == adapter if adapter else name or parameter.requires_grad:
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * scale)

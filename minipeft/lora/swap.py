@@ -44,7 +44,7 @@ def hotswap_adapter(
     if kwargs:
         raise TypeError(f"hotswap_adapter() does not take {sorted(kwargs)}")
     if adapter_name not in model.peft_config:
-        raise ValueError(f"there is no adapter called {adapter_name!r}; there are {sorted(model.peft_config)}")
+        raise ValueError(f"Adapter {adapter_name} does not exist; there are {sorted(model.peft_config)}")
     here, new = model.peft_config[adapter_name], PeftConfig.from_pretrained(directory)
     _check_alike(here, new, str(directory))
     tensors = read_tensors(directory)

@@ -183,6 +183,7 @@ def test_beside_lora_on_one_layer_the_order_of_attaching_changes_nothing(packed:
         model = get_peft_model(model, configs.pop(first), first)
         for name, config in configs.items():
             model.add_adapter(name, config)
+            model.set_requires_grad(name)
         state = dict(sorted((n, p) for n, p in model.named_parameters() if p.requires_grad))
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """Where bottleneck adapters go, what their configuration refuses, and how they lie on disk."""
 
+import copy
 import json
 from typing import Any
 
@@ -35,7 +36,8 @@ class Part(nn.Module):
 
 
 def places(model: nn.Module, config: BottleneckConfig) -> list[str]:
-    return [n for n, m in get_peft_model(model, config).named_modules() if isinstance(m, BottleneckLayer)]
+    model = get_peft_model(model, copy.deepcopy(config))
+    return [n for n, m in model.named_modules() if isinstance(m, BottleneckLayer)]
 
 
 def test_presets_are_the_papers() -> None:

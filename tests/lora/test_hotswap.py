@@ -107,7 +107,7 @@ def test_what_does_not_fit_changes_nothing(changes: dict[str, Any], message: str
 def test_only_an_unmerged_lora_adapter_that_is_there_is_swapped(tmp_path: Path) -> None:
     saved(tmp_path, 1)
     model = get_peft_model(tiny_llama(), LoraConfig(**CONFIG))
-    with pytest.raises(ValueError, match="there is no adapter called 'other'"):
+    with pytest.raises(ValueError, match="Adapter other does not exist"):
         hotswap_adapter(model, tmp_path, "other")
     with pytest.raises(FileNotFoundError, match="no adapter at"):
         hotswap_adapter(model, tmp_path / "nowhere", "default")

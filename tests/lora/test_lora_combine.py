@@ -169,8 +169,8 @@ def test_the_new_adapter_is_frozen_and_not_active() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"adapter_name": "other"}, "there is an adapter called 'other' already"),
-        ({"adapters": ["default", "nope"]}, "there is no adapter called 'nope'"),
+        ({"adapter_name": "other"}, "Adapter with name 'other' already exists"),
+        ({"adapters": ["default", "nope"]}, "Adapter nope does not exist"),
         ({"weights": [1.0]}, "with a weight each"),
         ({"combination_type": "nope"}, "combination_type must be one of"),
         ({"combination_type": "ties"}, "'ties' needs density"),

@@ -163,7 +163,7 @@ def test_what_others_read_of_the_model_stays_as_it_was() -> None:
         (["default"], "1 names, but an adapted layer got an input of 4 rows"),
         (["default"] * 5, "5 names, but an adapted layer got an input of 4 rows"),
         (["__base__"] * 3, "3 names"),
-        (["default", "nope", "default", "default"], "there is no adapter called 'nope'"),
+        (["default", "nope", "default", "default"], "Adapter nope does not exist"),
         ("default", "must be a list"),
         ([], "must be a list"),
         (["bottleneck"] * 4, "'bottleneck' is no LoRA adapter"),

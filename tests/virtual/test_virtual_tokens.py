@@ -333,7 +333,8 @@ def test_adapters_of_several_methods_are_switched_and_act_together(method: str) 
     model.merge_adapter(["lora"])  # what is merged stands alone
     torch.testing.assert_close(logits(model), alone["lora"], rtol=0, atol=1e-5)
     model.unmerge_adapter()
-    model.delete_adapter("default")
+    with pytest.warns(UserWarning, match="Setting active adapter to lora"):
+        model.delete_adapter("default")
     assert model.active_adapter == "lora" and torch.equal(logits(model), alone["lora"])
     assert not any("default" in name for name in model.state_dict())
 

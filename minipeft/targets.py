@@ -145,7 +145,7 @@ def _in_layers(name: str, config: Any) -> bool:
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     for pattern in patterns or [r"[^.]*"]:
-        number = re.match(rf".*\.{pattern}\.(\d+)\.", name) or re.match(rf"{pattern}\.(\d+)\.", name)
+        number = re.match(rf"(?:.*\.)?{pattern}\.(\d+)(?:\.|$)", name)
         if number:
             return int(number.group(1)) in wanted
     return False

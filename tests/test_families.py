@@ -34,7 +34,6 @@ METHODS: dict[str, Any] = {
 }
 # Whose start is the identity; the text sees virtual tokens from the start.
 IDENTITIES = ("lora", "bottleneck")
-PARALLEL = [name for name in FAMILIES if name not in ("OPT", "BERT classifier")]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_method = pytest.mark.parametrize("method", METHODS)
 every_base = pytest.mark.parametrize("base", ["plain", "nf4"])
@@ -158,7 +157,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str, method: st
         torch.testing.assert_close(with_, without)
 
 
-@pytest.mark.parametrize("family", PARALLEL)
+@every_family
 def test_parallel_adapters_start_as_the_identity_and_learn(family: str) -> None:
     config = BottleneckConfig.parallel(bottleneck_size=8, mh_adapter=True, task_type=FAMILIES[family].task_type)
     model = get_peft_model(base_model(family, "plain"), config)
@@ -167,12 +166,6 @@ def test_parallel_adapters_start_as_the_identity_and_learn(family: str) -> None:
     assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if n.endswith("up.weight"))
     randomize(model)
     assert not torch.allclose(logits(model, family), base_logits(family, "plain"), atol=1e-3)
-
-
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in PARALLEL])
-def test_parallel_adapters_raise_where_the_feed_forward_part_is_no_module(family: str) -> None:
-    with pytest.raises(ValueError, match=r"is_parallel=True: the feed-forward part .* is not one module"):
-        get_peft_model(base_model(family, "plain"), BottleneckConfig.parallel())
 
 
 # Dynamo's own doings.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from minipeft.bottleneck.config import BottleneckConfig
+from minipeft.targets import plain_module_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,38 +17,102 @@ class _Parts:
     """The parts of a family's layers: endings of module names (regular expressions where they hold a backslash).
 
     Attributes:
-        whole: True if the attention and the feed-forward part are modules of their own; only then is the part's input
-            there to be read by a parallel adapter.
+        attention, feed_forward, cross: The modules that give a part's output, before it is added to the part's input.
+        sums: In the order attention, feed-forward part, cross-attention, the module that returns that sum
+            (`original_ln_before`), such as a whole layer, which returns the last of its sums. None where there is none.
+        norm: The layer norm at the end of the modules in `sums`, in families whose norms stand after the sums.
+        reads: Where a part is no module of its own: ending of the module that gives its output -> ending of one that
+            reads its input.
         layers: The list that numbers the layers, where a later number stands in the names too.
     """
 
     attention: str
     feed_forward: str
     cross: str | None = None
-    whole: bool = True
+    sums: tuple[str | None, str | None, str | None] = (None, None, None)
+    norm: str | None = None
+    reads: Mapping[str, str] = dataclasses.field(default_factory=dict)
     layers: str | None = None
 
 
-_LLAMA = _Parts("self_attn", "mlp")
-_BERT = _Parts(r"layer\.\d+\.attention\.output\.dense", r"layer\.\d+\.output\.dense", whole=False)
+def _llama(attention: str = "self_attn", mlp: str = "mlp", layer: str = r"layers\.\d+") -> _Parts:
+    """A family whose norms stand before its parts, which are modules."""
+    return _Parts(attention, mlp, sums=(None, layer, None))
+
+
+def _bert_reads(query: str) -> dict[str, str]:
+    return {
+        "output.dense": "intermediate.dense",
+        **{f"{part}.output.dense": f"{part}.self.{query}" for part in ("attention", "crossattention")},
+    }
+
+
+_BERT = _Parts(
+    r"layer\.\d+\.attention\.output\.dense",
+    r"layer\.\d+\.output\.dense",
+    cross=r"layer\.\d+\.crossattention\.output\.dense",
+    sums=(r"layer\.\d+\.attention\.output", r"layer\.\d+\.output", r"layer\.\d+\.crossattention\.output"),
+    norm="LayerNorm",
+    reads=_bert_reads("query"),
+)
+_MBART = _Parts("self_attn", "fc2", cross="encoder_attn", sums=(None, r"layers\.\d+", None), reads={"fc2": "fc1"})
+_BART = dataclasses.replace(_MBART, norm="final_layer_norm")
+_T5 = _Parts(
+    "SelfAttention",
+    "DenseReluDense",
+    cross="EncDecAttention",
+    # Each part is a module that returns its sum.
+    sums=(
+        r"block\.\d+\.layer\.0",
+        r"(?:encoder\.block\.\d+\.layer\.1|decoder\.block\.\d+\.layer\.2)",
+        r"decoder\.block\.\d+\.layer\.1",
+    ),
+    layers="block",
+)
+_GPT = _llama("attn", "mlp", r"h\.\d+")
 
 # By transformers' `config.model_type`.
 PLACES = {
-    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2"), _LLAMA),
-    **dict.fromkeys(("gemma3_text", "phi3", "smollm3", "olmo2", "granite"), _LLAMA),
-    "gpt2": _Parts("attn", "mlp"),
-    "opt": _Parts("self_attn", "fc2", whole=False),
-    "gpt_neox": _Parts("attention", "mlp"),
-    "bert": _BERT,
-    "roberta": _BERT,
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), _llama()),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "phi", "phi3", "smollm3", "granite"), _llama()),
+    **dict.fromkeys(("olmo", "olmo2", "olmo3", "olmoe", "stablelm", "starcoder2", "cohere", "cohere2"), _llama()),
+    **dict.fromkeys(("gpt2", "gptj", "gpt_bigcode", "gpt_neo"), _GPT),
+    "gpt_neox": _llama("attention", "mlp"),
+    "falcon": _llama("self_attention", "mlp", r"h\.\d+"),
+    # Its modules add their inputs themselves.
+    "bloom": _Parts(
+        "self_attention.dense",
+        "mlp.dense_4h_to_h",
+        sums=(None, r"h\.\d+", None),
+        reads={
+            "mlp.dense_4h_to_h": "mlp.dense_h_to_4h",
+            "self_attention.dense": "self_attention.query_key_value",
+        },
+    ),
+    "opt": _Parts("self_attn", "fc2", sums=(None, r"layers\.\d+", None), reads={"fc2": "fc1"}),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    "deberta": dataclasses.replace(_BERT, reads=_bert_reads("in_proj")),
+    "deberta-v2": dataclasses.replace(_BERT, reads=_bert_reads("query_proj")),
+    "distilbert": _Parts("attention", "ffn", sums=(None, r"layer\.\d+", None), norm="output_layer_norm"),
     # With images; its vision tower, of another width, has modules of the same names.
-    "gemma3": _Parts(r"language_model\.layers\.\d+\.self_attn", r"language_model\.layers\.\d+\.mlp"),
-    "t5": _Parts("SelfAttention", "DenseReluDense", "EncDecAttention", layers="block"),
+    "gemma3": _llama(
+        r"language_model\.layers\.\d+\.self_attn",
+        r"language_model\.layers\.\d+\.mlp",
+        r"language_model\.layers\.\d+",
+    ),
+    **dict.fromkeys(("t5", "mt5"), _T5),
+    "bart": _BART,
+    **dict.fromkeys(("mbart", "pegasus", "whisper"), _MBART),
+    **dict.fromkeys(("vit", "deit"), _llama("attention", "mlp")),
+    **dict.fromkeys(("clip_text_model", "clip_vision_model", "siglip_text_model", "siglip_vision_model"), _llama()),
+    "clip": _llama(),
 }
 
 
 def usual_targets(model: nn.Module, config: BottleneckConfig) -> list[str] | str:
     """The targets that mh_adapter, output_adapter and cross_adapter stand for in the model's family.
+
+    Fills in `config.parallel_reads`, `config.sum_norm` and the `layers_pattern` of the family.
 
     Raises ValueError for a family that is not known, or has no such place.
     """
@@ -54,21 +121,40 @@ def usual_targets(model: nn.Module, config: BottleneckConfig) -> list[str] | str
     if places is None:
         raise ValueError(
             f"there are no usual places for adapters in a model of type {family!r}: name the modules to put them "
-            "after in target_modules, such as ['self_attn', 'mlp']"
+            f"after in target_modules; the parts of its layers are {_parts_of_layers(model)}"
         )
-    if config.is_parallel and not places.whole:
-        raise ValueError(
-            f"is_parallel=True: the feed-forward part of a {family!r} model is not one module, so its input cannot be "
-            "read there; use is_parallel=False, or name modules that read what the adapter should in target_modules"
-        )
+    if family == "opt" and not model.config.do_layer_norm_before:  # type: ignore[union-attr]
+        places = dataclasses.replace(places, norm="final_layer_norm")
     if config.cross_adapter and places.cross is None:
         raise ValueError(f"cross_adapter=True: no cross-attention is known in a model of type {family!r}")
     if config.layers_to_transform is not None:
         config.layers_pattern = config.layers_pattern or places.layers
-    wanted = (
-        (config.mh_adapter, places.attention),
-        (config.cross_adapter, places.cross),
-        (config.output_adapter, places.feed_forward),
-    )
-    chosen = [place for asked, place in wanted if asked and place is not None]
-    return list(chosen) if not any("\\" in place for place in chosen) else rf".*\.(?:{'|'.join(chosen)})"
+    if config.is_parallel and places.reads:
+        config.parallel_reads = dict(places.reads)
+    if config.original_ln_before:
+        config.sum_norm = places.norm
+    chosen: list[str] = []
+    outputs = (places.attention, places.feed_forward, places.cross)
+    asked = ("mh_adapter", "output_adapter", "cross_adapter")
+    # In this order, which files list them in.
+    for number in (0, 2, 1):
+        if not getattr(config, asked[number]):
+            continue
+        place = places.sums[number] if config.original_ln_before else outputs[number]
+        if place is None:
+            raise ValueError(
+                f"{asked[number]}=True with original_ln_before=True: no module of a {family!r} model gives the sum of "
+                "this part and its input; leave original_ln_before at False, as houlsby() does"
+            )
+        chosen.append(place)
+    return chosen if not any("\\" in place for place in chosen) else rf"(?:.*\.)?(?:{'|'.join(chosen)})"
+
+
+def _parts_of_layers(model: nn.Module) -> list[str]:
+    """The names of the modules that stand directly in numbered layers."""
+    found: dict[str, Any] = {}
+    for path in plain_module_names(model):
+        above, _, name = path.rpartition(".")
+        if above.rpartition(".")[2].isdigit() and not name.isdigit():
+            found[name] = None
+    return list(found) or [name for name, _ in model.named_children()]

@@ -89,7 +89,7 @@ def test_modules_can_be_named_and_taken_out() -> None:
 @pytest.mark.parametrize(
     ("build", "config", "complaint"),
     [
-        (lambda: nn.Sequential(nn.Linear(4, 4)), {}, r"no usual places .* type None: name the modules .*self_attn"),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), {}, r"no usual places .* type None: name the modules .* are \['0'\]"),
         (tiny_llama, {"target_modules": ["mpl"]}, r"'mpl' matches no module .*; the nearest names are mlp"),
         (tiny_llama, {"target_modules": ["layers"]}, r"'model.layers' is a .*ModuleList, which no adapter can stand"),
         (tiny_llama, {"target_modules": ["act_fn"]}, r"act_fn' is a .*, which no adapter can stand after"),
@@ -118,9 +118,18 @@ def test_a_part_that_cannot_be_followed_or_read_says_so() -> None:
     [
         ({"bottleneck_size": 0}, "bottleneck_size must be a positive integer, got 0"),
         ({"bottleneck_size": 4, "reduction_factor": 2}, r"bottleneck_size \(4\) or reduction_factor \(2\), not both"),
-        ({"reduction_factor": {"1": 2}}, r"reduction_factor must be a number greater than 0, got \{'1': 2\}"),
+        ({"reduction_factor": {"1": 0}}, r"reduction_factor must be a number greater than 0, got 0"),
+        ({"reduction_factor": {"one": 2}}, r"reduction_factor: 'one' is no layer's number, nor 'default'"),
+        ({"leave_out": 3}, "leave_out must be a list of layer numbers, got 3"),
+        ({"residual_before_ln": "post_add"}, r"has no such placement of an adapter; it has \(False, True, True\), "),
+        ({"original_ln_after": False}, "original_ln_after=False: minipeft has no such placement"),
+        ({"original_ln_before": True, "is_parallel": True}, "original_ln_before=True is for adapters after a part"),
+        ({"parallel_reads": {"fc2": "fc1"}}, "parallel_reads says what a network with is_parallel=True reads"),
+        ({"sum_norm": "norm"}, "sum_norm says what original_ln_before=True normalizes again"),
+        ({"inv_adapter": "glow"}, "inv_adapter must be 'nice', got 'glow'"),
+        ({"inv_adapter_reduction_factor": 2}, "inv_adapter_reduction_factor is of inv_adapter, which is not given"),
         ({"non_linearity": "rleu"}, "non_linearity must be one of relu, .*, got 'rleu'"),
-        ({"scaling": "channel"}, "scaling must be a number or 'learned', got 'channel'"),
+        ({"scaling": "row"}, "scaling must be a number, 'learned' or 'channel', got 'row'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"init_weights": "zeros"}, "init_weights must be one of mam_adapter, bert, houlsby, got 'zeros'"),
         ({"output_adapter": False}, "no place is left"),
@@ -135,9 +144,7 @@ def test_a_part_that_cannot_be_followed_or_read_says_so() -> None:
         *[
             ({field: value}, rf"BottleneckConfig\({field}={value!r}\) is not supported".replace("[", r"\["))
             for field, value in {
-                **{"original_ln_before": True, "original_ln_after": False, "residual_before_ln": False},
-                **{"residual_before_ln": "post_add", "adapter_residual_before_ln": True, "ln_after": True},
-                **{"use_gating": True, "phm_layer": True, "inv_adapter": "nice", "leave_out": [1]},
+                **{"adapter_residual_before_ln": True, "use_gating": True, "phm_layer": True},
                 **{"stochastic_depth": 0.1, "init_weights_seed": 3},
             }.items()
         ],

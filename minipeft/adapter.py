@@ -243,6 +243,10 @@ class AdapterModule(LayerCalls, Mixin):
             owner._parameters[name] = self._originals.pop(path)
         self.merged_adapters = ()
 
+    def unmergeable(self, adapters: tuple[str, ...]) -> str | None:
+        """The reason why `adapters` cannot be merged into this module, if there is one."""
+        return None
+
     def merged_finite(self, adapters: tuple[str, ...]) -> bool:
         """True if merging `adapters` would leave no weight here infinite or NaN. Nothing is changed."""
         return True
@@ -300,20 +304,6 @@ class WrappedForward(AdapterModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the instance's own forward."""
         return self.wrapped_forward(*args, **kwargs)
-
-
-def without_mixins(module: nn.Module) -> Any:
-    """`module` as it was before adapters: another object, of its plain class, over the same tensors and parts.
-
-    It belongs to no module, and holds nothing that adapters added. While they are merged, its tensors are the merged.
-    """
-    plain, added = plain_class(module), own_attributes(module)
-    twin = plain.__new__(plain)
-    vars(twin).update({name: value for name, value in vars(module).items() if name not in added})
-    vars(twin)["_modules"] = {name: part for name, part in module._modules.items() if name not in added}
-    if isinstance(module, WrappedForward):
-        vars(twin)["forward"] = module.wrapped_forward
-    return twin
 
 
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -14,7 +14,21 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from minipeft.adapter import AdapterModule, without_mixins
+from minipeft.adapter import AdapterModule, WrappedForward, own_attributes, plain_class
+
+
+def without_mixins(module: nn.Module) -> Any:
+    """`module` as it was before adapters: another object, of its plain class, over the same tensors and parts.
+
+    It belongs to no module, and holds nothing that adapters added. While they are merged, its tensors are the merged.
+    """
+    plain, added = plain_class(module), own_attributes(module)
+    twin = plain.__new__(plain)
+    vars(twin).update({name: value for name, value in vars(module).items() if name not in added})
+    vars(twin)["_modules"] = {name: part for name, part in module._modules.items() if name not in added}
+    if isinstance(module, WrappedForward):
+        vars(twin)["forward"] = module.wrapped_forward
+    return twin
 
 
 class TrainedBias(AdapterModule):

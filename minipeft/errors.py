@@ -11,5 +11,9 @@ class NoMatchingPeftModuleError(PeftError, ValueError):
     """There is no module, or none that can be adapted, where a config points."""
 
 
+class NotMergeableError(PeftError, ValueError, NotImplementedError):
+    """An adapter that cannot be folded into a module's weights, as PEFT says by a NotImplementedError."""
+
+
 class PeftWarning(UserWarning):
     """A warning about adapters: what was done, and what it may mean for the result."""

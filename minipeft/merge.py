@@ -20,6 +20,7 @@ from minipeft.attach import (
     tell_quantizer,
     unmerge,
 )
+from minipeft.errors import NotMergeableError
 
 logger = logging.getLogger("minipeft")
 
@@ -51,6 +52,11 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
         return
     check_compatible(model, names)
+    modules = adapter_modules(model)
+    for path, module in modules:
+        reason = module.unmergeable(names)
+        if reason is not None:
+            raise NotMergeableError(f"{path}: {reason} (adapters {list(names)})")
     if before:
         warnings.warn(
             f"Already following adapters were merged {','.join(before)}. You are now additionally merging "
@@ -59,7 +65,6 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
         )
     # From the original weights, so that the sum is rounded once.
     unmerge(model)
-    modules = adapter_modules(model)
     try:
         for path, module in modules if safe_merge else ():
             if not module.merged_finite(names):

@@ -9,9 +9,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from minipeft.adapter import without_mixins
-from minipeft.copies import TrainedBias
-from minipeft.lora.variants import Dora, Plain
+from minipeft.copies import TrainedBias, without_mixins
+from minipeft.lora.variants import Plain
+
+
+class Sizes:
+    """PEFT's names of a layer's sizes, for layers that have others for them."""
+
+    _lora_shape: Callable[[], tuple[int, int]]
+
+    @property
+    def in_features(self) -> int:
+        """The number of A's input features or channels."""
+        return self._lora_shape()[1]
+
+    @property
+    def out_features(self) -> int:
+        """The number of B's output features or channels."""
+        return self._lora_shape()[0]
 
 
 class LoraCalls(TrainedBias):
@@ -44,11 +59,6 @@ class LoraCalls(TrainedBias):
     def get_base_layer(self) -> Any:
         """`base_layer`."""
         return self.base_layer
-
-    @property
-    def use_dora(self) -> dict[str, bool]:
-        """True for the adapters that train lengths."""
-        return {adapter: isinstance(variant, Dora) for adapter, variant in self.variants.items()}
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -137,7 +137,7 @@ def add_weighted_adapter(
     for layer in layers.values():
         new = combine_layer(layer, dict(zip(adapters, weights, strict=True)), layer.r[adapter_name], how)
         for factor, value in zip(layer.factors(adapter_name), new, strict=True):
-            factor.data.copy_(value)
+            factor.data.copy_(value.view_as(factor))
     set_trainable(model, adapter_name, False)
 
 
@@ -153,6 +153,8 @@ def _layers_to_combine(model: AdaptedModel, configs: Mapping[str, Any], how: Com
             )
         if config.target_parameters:
             raise ValueError(f"adapter {name!r} cannot be combined: it has target_parameters")
+        if config.lora_bias:
+            raise ValueError(f"adapter {name!r} cannot be combined: its B has a bias, which no sum of factors has")
         if config.use_dora:
             raise ValueError(f"adapter {name!r} cannot be combined: DoRA's update is not linear in its tensors")
     layers = {}
@@ -162,6 +164,11 @@ def _layers_to_combine(model: AdaptedModel, configs: Mapping[str, Any], how: Com
             if whole:
                 raise ValueError(f"adapter {name!r} cannot be combined: it trains {path}.{whole[0]} whole")
         if isinstance(module, LoraLayer) and any(module.adapts(name) for name in configs):
+            if getattr(module, "groups", 1) > 1 and how.kind not in ELEMENTWISE:
+                raise ValueError(
+                    f"combination_type {how.kind!r} needs updates of the weight's shape, and {path} has none: it is a "
+                    "convolution in groups; take 'linear'"
+                )
             layers[path] = module
     return layers
 
@@ -187,7 +194,7 @@ def combine_layer(layer: LoraLayer, weights: Mapping[str, float], rank: int, how
 
 
 def _cat(layer: LoraLayer, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-    factors = {adapter: layer.factors(adapter) for adapter in weights}
+    factors = {adapter: layer.matrices(adapter) for adapter in weights}
     scaled = [factors[a][0] * w * layer.scaling[a] for a, w in weights.items()]
     return torch.cat(scaled, dim=0), torch.cat([lora_B for _, lora_B in factors.values()], dim=1)
 
@@ -195,7 +202,7 @@ def _cat(layer: LoraLayer, weights: Mapping[str, float]) -> tuple[Tensor, Tensor
 def _sum_of_factors(layer: LoraLayer, weights: Mapping[str, float], how: Combination) -> tuple[Tensor, Tensor]:
     # The root of the weight goes to each factor, and its sign to one of them.
     scaled = [weight * layer.scaling[adapter] for adapter, weight in weights.items()]
-    factors = [layer.factors(adapter) for adapter in weights]
+    factors = [layer.matrices(adapter) for adapter in weights]
     lora_A = how.sum([lora_A for lora_A, _ in factors], [math.copysign(math.sqrt(abs(w)), w) for w in scaled])
     return lora_A, how.sum([lora_B for _, lora_B in factors], [math.sqrt(abs(w)) for w in scaled])
 

@@ -13,7 +13,7 @@ from minipeft.config import PeftConfig
 
 _UNSUPPORTED = (
     *("megatron_config", "trainable_token_indices", "eva_config", "corda_config", "lora_ga_config"),
-    *("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias"),
+    *("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication"),
     *("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
 )
 
@@ -96,6 +96,7 @@ class LoraConfig(PeftConfig):
         rank_pattern, alpha_pattern: r and lora_alpha of targets (modules or parameters) whose name ends with the key
             (a regular expression).
         use_dora: Train the length of each output feature's weight too.
+        lora_bias: Give B a bias, h = W0 x + b + s (B A x + b_B); not with DoRA, and not on embeddings.
 
     Raises ValueError for values out of range, and for fields of PEFT's that minipeft lacks.
     """
@@ -117,6 +118,7 @@ class LoraConfig(PeftConfig):
     use_dora: bool = False
     loftq_config: Any = dataclasses.field(default_factory=dict)
     target_parameters: list[str] | None = None
+    lora_bias: bool = False
 
     # PEFT 0.21's further fields: here so that files round-trip, refused when they ask for something.
     megatron_config: dict | None = None
@@ -131,7 +133,6 @@ class LoraConfig(PeftConfig):
     qalora_group_size: int = 16
     monteclora_config: dict | None = None
     layer_replication: list | None = None
-    lora_bias: bool = False
     use_bdlora: dict | None = None
     arrow_config: dict | None = None
     kasa_config: dict | None = None
@@ -152,7 +153,7 @@ class LoraConfig(PeftConfig):
             if isinstance(value, set | tuple):
                 setattr(self, field, sorted(value))
             _check_names(field, getattr(self, field), expression=field != "modules_to_save")
-        for field in ("fan_in_fan_out", "use_rslora", "use_dora"):
+        for field in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false, got {getattr(self, field)!r}")
         _check_number("lora_alpha", self.lora_alpha)
@@ -170,6 +171,7 @@ class LoraConfig(PeftConfig):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
         self._check_kind_of_start()
         self._check_loftq()
+        self._check_bias_of_B()
         if not isinstance(self.runtime_config, LoraRuntimeConfig):
             raise ValueError(f"runtime_config must be a LoraRuntimeConfig, got {self.runtime_config!r}")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
@@ -263,6 +265,15 @@ class LoraConfig(PeftConfig):
         LoftQConfig(**self.loftq_config)
         if self.loftq_config and self.use_dora:
             raise ValueError("use_dora with init_lora_weights='loftq' is not supported by minipeft")
+
+    def _check_bias_of_B(self) -> None:
+        if self.lora_bias and self.init_lora_weights not in (True, False):
+            raise ValueError(
+                "The argument lora_bias=True is for init_lora_weights=True or False alone, got "
+                f"{self.init_lora_weights!r}"
+            )
+        if self.lora_bias and self.use_dora:
+            raise ValueError("The argument lora_bias=True is not for DoRA: give up one of lora_bias and use_dora")
 
     def settings_for(self, path: str) -> tuple[int, float, float]:
         """(r, lora_alpha, scaling) of the target at `path`."""

@@ -149,7 +149,13 @@ def target_parameters_of(module: nn.Module, path: str, config: LoraConfig) -> li
 
 def check_target_parameters(config: LoraConfig) -> None:
     """Raise ValueError for settings that an update of a parameter cannot have."""
-    refused = {"use_dora": False, "lora_dropout": 0.0, "layers_to_transform": None, "exclude_modules": None}
+    refused = {
+        "use_dora": False,
+        "lora_bias": False,
+        "lora_dropout": 0.0,
+        "layers_to_transform": None,
+        "exclude_modules": None,
+    }
     for field, neutral in refused.items():
         if getattr(config, field) != neutral:
             raise ValueError(f"{field}={getattr(config, field)!r} does not go with target_parameters")

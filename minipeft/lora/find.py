@@ -6,7 +6,8 @@ from torch import nn
 
 from minipeft.adapter import AdapterModule, Method, base_modules
 from minipeft.copies import TrainedModule
-from minipeft.lora.config import LoraConfig, changes_base
+from minipeft.lora.config import LoraConfig
+from minipeft.lora.conv import LoraConv, is_convolution
 from minipeft.lora.default_targets import usual_targets
 from minipeft.lora.experts import LoraParameters, check_target_parameters, find_target_parameters
 from minipeft.lora.layer import LoraLayer
@@ -19,6 +20,8 @@ def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
     """The mixin that adapts `module`, or None if LoRA cannot."""
     if isinstance(module, NF4Linear):
         return LoraNF4Linear
+    if is_convolution(module):
+        return LoraConv
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
     if is_conv1d(module):
@@ -65,18 +68,16 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
         module = model.get_submodule(path)
         if isinstance(module, TrainedModule):
             raise ValueError(f"target_modules: {path!r} is another adapter's modules_to_save")
-        if lora_mixin_for(module) is None:
+        mixin = lora_mixin_for(module)
+        if mixin is None:
             kind = f"{type(module).__module__}.{type(module).__name__}"
             if kind.startswith("bitsandbytes."):
                 raise ValueError(f"{path!r} is a {kind}: load the model with minipeft's BitsAndBytesConfig instead")
             raise ValueError(
                 f"target_modules: {path!r} is a {kind}{_ROUTER if 'Router' in kind else ''}; LoRA adapts "
-                "torch.nn.Linear, torch.nn.Embedding, transformers' Conv1D and minipeft's NF4Linear"
+                "torch.nn.Linear, Embedding, Conv1d, Conv2d and Conv3d, transformers' Conv1D and minipeft's NF4Linear"
             )
-        if changes_base(config.init_lora_weights) and isinstance(module, nn.Embedding):
-            raise ValueError(
-                f"init_lora_weights={config.init_lora_weights!r} is for linear layers, {path!r} is not one"
-            )
+        mixin.check(module, path, config)
     if config.target_modules == "all-linear":
         config.target_modules = shortest_names(model, targets)
     return targets

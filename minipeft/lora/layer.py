@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minipeft.lora.config import LoraConfig
 from minipeft.lora.rows import add_row_updates
 from minipeft.lora.store import AdapterStore
-from minipeft.lora.variants import init_factors, variant_for
+from minipeft.lora.variants import init_factors, variant_for, wide
 from minipeft_kernels.linear.low_rank import Lora
 from minipeft_kernels.linear.op import linear
 from minipeft_kernels.linear.shorthands import lora_update
@@ -48,7 +48,8 @@ class LoraLayer(AdapterStore):
         if config.lora_dropout:
             self.lora_dropout[adapter] = nn.Dropout(config.lora_dropout).train(self.training)
         self.r[adapter], self.lora_alpha[adapter], self.scaling[adapter] = r, alpha, scaling
-        self.use_rslora[adapter], self.lora_bias[adapter] = config.use_rslora, False
+        for name in ("use_dora", "use_rslora", "lora_bias"):
+            vars(self)[name][adapter] = getattr(config, name)
         self._create_factors(adapter, r, dtype)
         self.variants[adapter] = variant_for(config)
         self.variants[adapter].start(self, adapter, config, dtype, init)
@@ -56,6 +57,10 @@ class LoraLayer(AdapterStore):
             self.train_bias(adapter, dtype)
 
     # The formula
+
+    @classmethod
+    def check(cls, module: nn.Module, path: str, config: LoraConfig) -> None:
+        """Raise ValueError if `config` asks for what a layer like `module`, which is at `path`, cannot have."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """h = W0 x + b + s B A dropout(x), with one update for each adapter that acts.
@@ -138,13 +143,31 @@ class LoraLayer(AdapterStore):
                 weight += self.delta_weight(adapter)
         return weight
 
+    @torch.no_grad()
+    def merged_bias(self, adapters: tuple[str, ...]) -> Tensor | None:
+        """(out_features,), in float32 at least: the base bias with those of B added; None if no B has one."""
+        added = [self.variants[adapter].bias_delta(self, adapter) for adapter in adapters if self.adapts(adapter)]
+        base = self._parameters.get("bias")
+        own = [delta for delta in added if delta is not None]
+        return None if base is None or not own else sum(own, start=wide(base))
+
+    def unmergeable(self, adapters: tuple[str, ...]) -> str | None:
+        if self._parameters.get("bias") is None and any(self.lora_bias.get(adapter) for adapter in adapters):
+            return "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
+        return super().unmergeable(adapters)
+
     def merged_finite(self, adapters: tuple[str, ...]) -> bool:
-        return bool(torch.isfinite(self.merged_weight(adapters)).all())
+        merged = (self.merged_weight(adapters), self.merged_bias(adapters))
+        return all(tensor is None or bool(torch.isfinite(tensor).all()) for tensor in merged)
 
     def merge(self, adapters: tuple[str, ...]) -> None:
         merged = self.merged_weight(adapters)
         super().merge(adapters)
         self._install_weight(merged)
+        # Last, since an adapter may have replaced the base bias just now.
+        bias, base = self.merged_bias(adapters), self._parameters.get("bias")
+        if bias is not None and base is not None:
+            self._install("bias", bias.to(base.dtype))
 
     def dense_weight(self) -> Tensor:
         """(out_features, in_features), in float32 at least: the base weight."""

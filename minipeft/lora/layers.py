@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.lora.calls import Sizes
+from minipeft.lora.config import LoraConfig, changes_base
 from minipeft.lora.layer import LoraLayer
 from minipeft.lora.variants import wide
 from minipeft.nf4 import NF4Linear, NF4Weight
@@ -30,8 +32,12 @@ class LoraDenseLayer(LoraLayer):
         return self._matrix() if fits else None
 
     def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As `LoraLayer.base_output`; the plain forward with a frozen weight is one operation too."""
-        weight = None if self.lora_base or args or kwargs else self.frozen_weight(x)
+        """As `LoraLayer.base_output`; under an update, the plain forward with a frozen weight is one operation too.
+
+        Without, it is the layer's own, so that it has the same bits.
+        """
+        plain = self.lora_base or args or kwargs or not (self.acting() or self.switch.rows)
+        weight = None if plain else self.frozen_weight(x)
         return super().base_output(x, *args, **kwargs) if weight is None else linear(x, weight, self.bias)
 
     def dense_weight(self) -> Tensor:
@@ -121,11 +127,8 @@ class LoraNF4Linear(LoraLayer):
         return self.out_features, self.in_features
 
 
-class LoraConv1D(LoraDenseLayer):
+class LoraConv1D(Sizes, LoraDenseLayer):
     """LoRA on GPT-2's `Conv1D`: a linear layer whose weight lies as (in_features, out_features)."""
-
-    in_features = property(lambda self: self._lora_shape()[1])
-    out_features = property(lambda self: self._lora_shape()[0])
 
     def _matrix(self) -> Tensor:
         return self.weight.T
@@ -142,18 +145,24 @@ class LoraConv1D(LoraDenseLayer):
         return behind is not None and behind.__name__ == "Conv1D" and is_conv1d(self)
 
 
-class LoraEmbedding(LoraLayer):
+class LoraEmbedding(Sizes, LoraLayer):
     """LoRA on `nn.Embedding`: the table is W^T, one input feature a token, and A's columns are looked up.
 
     The factors are parameters, `lora_embedding_A` (r, num_embeddings) and `lora_embedding_B` (embedding_dim, r).
     A starts at zero and B random, so that the start is the identity.
     """
 
-    in_features = property(lambda self: self._lora_shape()[1])
-    out_features = property(lambda self: self._lora_shape()[0])
-
     weight: nn.Parameter
     padding_idx: int | None
+
+    @classmethod
+    def check(cls, module: nn.Module, path: str, config: LoraConfig) -> None:
+        if config.lora_bias:
+            raise ValueError(f"lora_bias=True is not supported for Embedding: {path!r} is one")
+        if changes_base(config.init_lora_weights):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} is for linear layers, {path!r} is not one"
+            )
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """s B A[:, x]: token ids (...) -> (..., embedding_dim)."""

@@ -12,26 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.lora.calls import LoraCalls
-from minipeft.lora.variants import Plain
+from minipeft.lora.variants import Plain, wide
 
 
 class AdapterStore(LoraCalls):
     """A layer's holders of its LoRA adapters' tensors and numbers.
 
     Attributes (all keyed by adapter name, as in PEFT):
-        lora_A, lora_B: `nn.Linear` without bias, whose weights are the factors (r, in_features), (out_features, r).
+        lora_A, lora_B: `nn.Linear`, whose weights are the factors (r, in_features), (out_features, r); the latter has
+            a bias with `lora_bias` alone. For convolutions these are convolutions (`conv.py`).
         lora_dropout: applied to the update's input; `nn.Identity` for adapters without dropout.
-        lora_magnitude_vector: (out_features,), DoRA's m; only for adapters that use it.
+        lora_magnitude_vector: DoRA's m, as `weight` (out_features,); only for adapters that use it.
         lora_start: the factors that are subtracted; only for adapters that start as PiSSA.
         lora_base: the layer that acts in the place of the base weight; only for adapters that start as LoftQ.
         lora_embedding_A, lora_embedding_B: the factors of an embedding, in the place of lora_A and lora_B.
-        r, lora_alpha, scaling, use_rslora, lora_bias: the numbers and settings.
-        variants: the adapter's `Plain`, `Dora`, `Pissa` or `Loftq`.
+        r, lora_alpha, scaling, use_dora, use_rslora, lora_bias: the numbers and settings.
+        variants: the adapter's `Plain`, `WithBias`, `Dora`, `Pissa` or `Loftq`.
     """
 
     _own_attributes: ClassVar[tuple[str, ...]] = (
         *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "lora_start", "lora_base"),
-        *("lora_embedding_A", "lora_embedding_B", "r", "lora_alpha", "scaling", "use_rslora", "lora_bias", "variants"),
+        *("lora_embedding_A", "lora_embedding_B", "r", "lora_alpha", "scaling"),
+        *("use_dora", "use_rslora", "lora_bias", "variants"),
     )
 
     lora_A: Any
@@ -41,6 +43,7 @@ class AdapterStore(LoraCalls):
     lora_base: Any
     lora_embedding_A: Any
     lora_embedding_B: Any
+    use_dora: dict[str, bool]
     lora_bias: dict[str, bool]
     r: dict[str, int]
     lora_alpha: dict[str, float]
@@ -81,6 +84,23 @@ class AdapterStore(LoraCalls):
         # Read from the dictionaries, since nn.Module searches three of them for an attribute, at every token.
         held: Any = self._modules
         return held["lora_A"][adapter].weight, held["lora_B"][adapter].weight
+
+    def low_rank_matrix(self, adapter: str) -> Tensor:
+        """s B A (out_features, in_features), in float32 at least."""
+        lora_A, lora_B = self.matrices(adapter)
+        return wide(lora_B) @ wide(lora_A) * self.scaling[adapter]
+
+    def matrices(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """The live factors as matrices, A with r rows and B with r columns."""
+        return self.factors(adapter)
+
+    def per_output(self, values: Tensor) -> Tensor:
+        """(out_features,) in a shape to be multiplied with the layer's output."""
+        return values
+
+    def magnitude_shape(self) -> tuple[int, ...]:
+        """The shape of DoRA's m, as files hold it."""
+        return (self._lora_shape()[0],)
 
     def adapts(self, adapter: str) -> bool:
         """True if `adapter` has a low-rank update here (it may have a bias alone)."""

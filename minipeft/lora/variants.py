@@ -23,12 +23,14 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import PackedLayer
+from minipeft.adapter import PackedLayer, plain_class
+from minipeft.errors import PeftWarning
 from minipeft.lora.config import LoftQConfig, LoraConfig, is_pissa
 from minipeft.nf4 import NF4Linear, NF4Weight
 from minipeft_kernels.linear.shorthands import lora_update
@@ -61,17 +63,20 @@ class Plain:
         return (out + self.update(layer, adapter, x)).to(out.dtype)
 
     def update(self, layer: LoraLayer, adapter: str, x: Tensor) -> Tensor:
-        """The low-rank product with x: (..., in_features) -> (..., out_features)."""
+        """The change of the output for x: (..., in_features) -> (..., out_features)."""
         return layer.update(adapter, x)
 
     def product(self, layer: LoraLayer, adapter: str) -> Tensor:
         """(out_features, in_features), in float32 at least: the low-rank matrix."""
-        lora_A, lora_B = layer.factors(adapter)
-        return wide(lora_B) @ wide(lora_A) * layer.scaling[adapter]
+        return layer.low_rank_matrix(adapter)
 
     def delta(self, layer: LoraLayer, adapter: str) -> Tensor:
         """(out_features, in_features), in float32 at least: the change of the weight by merging."""
         return self.product(layer, adapter)
+
+    def bias_delta(self, layer: LoraLayer, adapter: str) -> Tensor | None:
+        """(out_features,), in float32 at least: the change of the bias by merging, if there is one."""
+        return None
 
     def state(self, layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
         """The trained tensors besides A and B, by PEFT's names."""
@@ -80,6 +85,32 @@ class Plain:
     def plain_state(self, layer: LoraLayer, adapter: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the plain LoRA adapter that acts alike, out of those that are stored, by the same names."""
         return state
+
+
+class WithBias(Plain):
+    """LoRA with a bias at B (PEFT's `lora_bias`): h = W0 x + b + s (B A dropout(x) + b_B)."""
+
+    fuses = False
+
+    def start(self, layer: LoraLayer, adapter: str, config: LoraConfig, dtype: torch.dtype, init: bool) -> None:
+        super().start(layer, adapter, config, dtype, init)
+        if layer._parameters.get("bias") is None:
+            message = f"the targeted layer of type {plain_class(layer).__name__} has no bias, so it cannot be merged"
+            warnings.warn(f"`lora_bias=True` was passed but {message}", PeftWarning, stacklevel=2)
+        bias = torch.zeros(layer._lora_shape()[0], device=layer._weight_device(), dtype=dtype)
+        if init and config.init_lora_weights is False:
+            bound = 1 / math.sqrt(layer.r[adapter])
+            nn.init.uniform_(bias, -bound, bound)
+        layer.lora_B[adapter].bias = nn.Parameter(bias)
+
+    def update(self, layer: LoraLayer, adapter: str, x: Tensor) -> Tensor:
+        return layer.update(adapter, x) + layer.per_output(layer.lora_B[adapter].bias * layer.scaling[adapter])
+
+    def bias_delta(self, layer: LoraLayer, adapter: str) -> Tensor | None:
+        return wide(layer.lora_B[adapter].bias) * layer.scaling[adapter]
+
+    def state(self, layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
+        return {"lora_B.bias": layer.lora_B[adapter].bias}
 
 
 class Pissa(Plain):
@@ -145,8 +176,13 @@ class Dora(Plain):
         self.inner.start(layer, adapter, config, dtype, init)
         # m starts as the weight's own length, so that the start is the identity (section 4.1 of the paper).
         length = self.length(layer, adapter) if init else torch.empty(layer._lora_shape()[0])
-        magnitude = nn.Parameter(length.to(layer._weight_device(), dtype))
-        layer._container("lora_magnitude_vector", nn.ParameterDict)[adapter] = magnitude
+        magnitude = length.to(layer._weight_device(), dtype).view(layer.magnitude_shape())
+        layer._container("lora_magnitude_vector", nn.ModuleDict)[adapter] = DoraMagnitude(magnitude)
+
+    def magnitude(self, layer: LoraLayer, adapter: str) -> Tensor:
+        """(out_features,): m."""
+        magnitude: Tensor = layer.lora_magnitude_vector[adapter].weight
+        return magnitude.flatten()
 
     @torch.no_grad()
     def length(self, layer: LoraLayer, adapter: str) -> Tensor:
@@ -156,8 +192,9 @@ class Dora(Plain):
     def apply(self, layer: LoraLayer, adapter: str, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
         update = self.update(layer, adapter, x)
         # The length is a constant for the gradient (section 4.3).
-        ratio = layer.lora_magnitude_vector[adapter] / self.length(layer, adapter).to(update.dtype)
-        unbiased = base if layer.bias is None else base - layer.bias
+        ratio = self.magnitude(layer, adapter) / self.length(layer, adapter).to(update.dtype)
+        ratio = layer.per_output(ratio)
+        unbiased = base if layer.bias is None else base - layer.per_output(layer.bias)
         return (out + (ratio - 1) * unbiased + ratio * update).to(out.dtype)
 
     def update(self, layer: LoraLayer, adapter: str, x: Tensor) -> Tensor:
@@ -168,20 +205,29 @@ class Dora(Plain):
 
     def delta(self, layer: LoraLayer, adapter: str) -> Tensor:
         weight = layer.dense_weight()
-        ratio = wide(layer.lora_magnitude_vector[adapter]) / self.length(layer, adapter)
+        ratio = wide(self.magnitude(layer, adapter)) / self.length(layer, adapter)
         return ratio[:, None] * (weight + self.product(layer, adapter)) - weight
 
     def state(self, layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
-        return {"lora_magnitude_vector": layer.lora_magnitude_vector[adapter]}
+        return {"lora_magnitude_vector": layer.lora_magnitude_vector[adapter].weight}
 
     def plain_state(self, layer: LoraLayer, adapter: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.inner.plain_state(layer, adapter, state)
+
+
+class DoraMagnitude(nn.Module):
+    """DoRA's m, the learned length of each output feature's weight, under PEFT's name `weight`."""
+
+    def __init__(self, magnitude: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(magnitude)
 
 
 def variant_for(config: LoraConfig) -> Plain:
     """The variant that `config` asks for."""
     inner = Pissa() if is_pissa(config.init_lora_weights) else Plain()
     inner = Loftq() if config.init_lora_weights == "loftq" else inner
+    inner = WithBias() if config.lora_bias else inner
     return Dora(inner) if config.use_dora else inner
 
 

@@ -69,7 +69,7 @@ def test_dora_is_the_papers_equation_5() -> None:
     model = adapted(linear, use_dora=True)
     lora_A, lora_B = factors(model)
     direction = plain.weight + 8 / 3 * lora_B @ lora_A
-    magnitude = model.layer.lora_magnitude_vector["default"].detach()
+    magnitude = model.layer.lora_magnitude_vector["default"].weight.detach()
     weight = magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
     x = torch.randn(4, 10, dtype=torch.float64)
     torch.testing.assert_close(model(x), x @ weight.T + plain.bias)
@@ -79,11 +79,15 @@ def test_dora_gradient_takes_the_length_as_a_constant() -> None:
     model = adapted(nn.Linear(10, 7, bias=False, dtype=torch.float64), use_dora=True)
     layer, x = model.layer, torch.randn(4, 10, dtype=torch.float64)
     lora_A, lora_B = (f.clone().requires_grad_() for f in factors(model))
-    magnitude = layer.lora_magnitude_vector["default"].detach().clone().requires_grad_()
+    magnitude = layer.lora_magnitude_vector["default"].weight.detach().clone().requires_grad_()
     direction = layer.weight + 8 / 3 * lora_B @ lora_A
     expected = x @ (magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True).detach()).T
     wanted = torch.autograd.grad(expected.square().sum(), (magnitude, lora_A, lora_B))
-    own = (layer.lora_magnitude_vector["default"], layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    own = (
+        layer.lora_magnitude_vector["default"].weight,
+        layer.lora_A["default"].weight,
+        layer.lora_B["default"].weight,
+    )
     for ours, theirs in zip(torch.autograd.grad(model(x).square().sum(), own), wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -225,8 +229,8 @@ def test_patterns_set_rank_and_alpha_per_target() -> None:
         ({"init_lora_weights": "olora"}, "'olora' is not supported by minipeft: it changes the base weights"),
         ({"init_lora_weights": "orthogonally"}, "init_lora_weights must be .* got 'orthogonally'"),
         (
-            {"lora_bias": True},
-            r"lora_bias=True\) is not supported by minipeft; leave lora_bias at its default \(False\)",
+            {"use_qalora": True},
+            r"use_qalora=True\) is not supported by minipeft; leave use_qalora at its default \(False\)",
         ),
         ({"target_modules": "("}, "is not a regular expression"),
         ({"use_qalora": True}, "use_qalora=True.* is not supported"),

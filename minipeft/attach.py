@@ -290,5 +290,6 @@ def _train_all_biases(model: nn.Module, adapter: str, switch: Switch, autocast: 
 def _adapter_dtype(module: nn.Module, autocast: bool) -> torch.dtype:
     """float32 over a 16-bit or 4-bit module, unless `autocast` is off: then the module's own."""
     packed = next((m for _, m in base_modules(module) if isinstance(m, PackedLayer)), None)
-    own = packed.weight_dtype if packed is not None else next(p.dtype for p in module.parameters())
+    first = next((p.dtype for p in module.parameters()), torch.float32)
+    own = packed.weight_dtype if packed is not None else first
     return torch.float32 if autocast and own in (torch.float16, torch.bfloat16) else own

@@ -8,13 +8,17 @@ positions and labels are about the text alone, with any cache class, without a c
 
 Positions: the virtual tokens stand before the text, the last of them at position -1. PEFT puts them at 0..P-1 and
 moves the text up by P; a rotary score depends on the distance alone, so turning the learned keys back by P gives the
-same scores. Learned position tables know no distance: there the text does move up by P (`ShiftedPositions`).
+same scores. Learned position tables know no distance, and neither do rotations whose frequencies depend on the length
+of the text: there the text does move up by P (`ShiftedPositions`, `PrefixedRotary`). ALiBi adds a bias by distance to
+the scores, which is continued to the left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -76,17 +80,22 @@ class Rotation:
     def __init__(self, rotary: nn.Module, attention: nn.Module):
         self.rotary, self.home = rotary, plain_class(attention).__module__
         takes_type = "layer_type" in inspect.signature(type(rotary).forward).parameters
-        self.options = {"layer_type": attention.layer_type} if takes_type else {}
+        kind = getattr(attention, "layer_type", None) or getattr(attention, "attention_type", None)
+        self.options = {"layer_type": kind} if takes_type else {}
+        # Phi and StableLM rotate the first features alone; others that do so leave it to the function.
+        self.features: int | None = getattr(attention, "rotary_ndims", None)
         self._find_functions()
 
     def _find_functions(self) -> None:
         # The function without its decorators, which may choose new frequencies for the positions that they see: the
         # prefix must be turned by the frequencies that the text is rotated by right now.
         self.angles = inspect.unwrap(type(self.rotary).forward)
-        self.apply = sys.modules[self.home].apply_rotary_pos_emb
+        functions = vars(sys.modules[self.home])
+        self.apply = functions.get("apply_rotary_pos_emb") or functions["apply_rotary_emb"]
+        self.alone = "k" not in inspect.signature(self.apply).parameters
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"rotary": self.rotary, "home": self.home, "options": self.options}
+        return {"rotary": self.rotary, "home": self.home, "options": self.options, "features": self.features}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -96,10 +105,47 @@ class Rotation:
         """(heads, tokens, head_dim) -> the same, float32 or wider: every key turned to a position `by` lower."""
         key = key.to(torch.promote_types(key.dtype, torch.float32))[None]
         position = torch.full((1, 1), -by, device=key.device)
-        cos, sin = self.angles(self.rotary, key, position, **self.options)
+        angles = self.angles(self.rotary, key, position, **self.options)
+        if torch.is_tensor(angles):
+            # Llama 4's are complex numbers, for (batch, tokens, heads, features).
+            turned = key.transpose(1, 2)
+            return self.apply(turned, turned, angles / angles.abs())[1].transpose(1, 2)[0]
+        cos, sin = angles
         # Some variants (YaRN) scale what they rotate; the learned keys are only to be turned.
         length = (cos.square() + sin.square()).sqrt()
-        return self.apply(key, key, cos / length, sin / length)[1][0]
+        cos, sin = cos / length, sin / length
+        turned, left = key[..., : self.features], key[..., self.features or key.shape[-1] :]
+        turned = self.apply(turned, cos, sin) if self.alone else self.apply(turned, turned, cos, sin)[1]
+        return torch.cat([turned, left], dim=-1)[0]
+
+
+class TableRotation:
+    """GPT-J's rotation, whose attention modules hold a table of sines and cosines by position."""
+
+    def __init__(self, attention: Any) -> None:
+        self.attention = attention
+
+    def back(self, key: Tensor, by: int) -> Tensor:
+        """As `Rotation.back`."""
+        key = key.to(torch.promote_types(key.dtype, torch.float32))
+        apply = sys.modules[plain_class(self.attention).__module__].apply_rotary_pos_emb
+        sin, cos = self.attention.embed_positions[by].to(key).chunk(2)
+        rotated = 2 * len(sin)
+        turned, left = key[..., :rotated], key[..., rotated:]
+        # (heads, tokens, features) -> (1, tokens, heads, features) and back.
+        turned = apply(turned.transpose(0, 1)[None], -sin[None, None], cos[None, None])[0].transpose(0, 1)
+        return torch.cat([turned, left], dim=-1)
+
+
+def depends_on_length(rotary: Any) -> bool:
+    """True for a rotation whose frequencies depend on the length of the text: dynamic NTK, Phi-3's longrope."""
+    kinds = getattr(rotary, "rope_type", None)
+    return not {"dynamic", "longrope"}.isdisjoint(kinds.values() if isinstance(kinds, dict) else [kinds])
+
+
+def layer_number(module: Any) -> Any:
+    """The number of an attention module's layer, None for another module. GPT-Neo has a name of its own for it."""
+    return getattr(module, "layer_idx", getattr(module, "layer_id", None))
 
 
 def cache_argument(module: nn.Module) -> str | None:
@@ -126,21 +172,18 @@ class PrefixedAttention(AdapterModule):
     name_prefix: ClassVar[str] = "Prefixed"
     _own_attributes: ClassVar[tuple[str, ...]] = ("virtual_tokens", "rotation", "recorder", "arguments")
 
-    layer_idx: int
-    is_causal: bool
-
     def attach(self, switch: Any) -> None:
         super().attach(switch)
         if not hasattr(self, "virtual_tokens"):
             self.virtual_tokens: dict[str, Any] = {}
-            self.rotation: Rotation | None = None
+            self.rotation: Rotation | TableRotation | None = None
             self.recorder: list | None = None
             self.arguments = argument_names(self)
 
     def add_adapter(self, adapter: str, config: Any, path: str, dtype: torch.dtype, init: bool) -> None:
         """Nothing: the tensors are the decoder's (`connect`)."""
 
-    def connect(self, adapter: str, encoder: nn.Module, rotation: Rotation | None) -> None:
+    def connect(self, adapter: str, encoder: nn.Module, rotation: Rotation | TableRotation | None) -> None:
         """Take the keys and values of `adapter` from `encoder`."""
         self.virtual_tokens[adapter] = encoder
         self.rotation = rotation
@@ -159,16 +202,31 @@ class PrefixedAttention(AdapterModule):
         key = value = None
         if encoders:
             key, value = self._prefix(encoders)
-            queries = kwargs["hidden_states"].shape[1]  # (batch, tokens, hidden)
-            mask = widened_mask(self, mask, key.shape[1], queries, cache, kwargs.get("is_causal", self.is_causal))
+            causal = kwargs.get("is_causal", getattr(self, "is_causal", True))
+            mask = widened_mask(self, mask, key.shape[1], kwargs["hidden_states"], cache, causal)
+            if kwargs.get("alibi") is not None:
+                kwargs["alibi"] = self._continued(kwargs["alibi"], key.shape[1])
         kwargs[cache_name] = PrefixedCache(cache, key, value, columns_of(mask), self.recorder)
         return super().forward(**{**kwargs, mask_name: mask})
+
+    def _continued(self, alibi: Tensor, length: int) -> Tensor:
+        """(batch * heads, 1, keys), a slope times the key's position -> the same with positions -length..-1 in front.
+
+        Press et al. 2022, section 3.
+        """
+        slopes = sys.modules[plain_class(self).__module__]._get_alibi_slopes(self.num_heads, alibi.device)
+        before = slopes[:, None, None] * torch.arange(-length, 0, device=alibi.device)
+        return torch.cat([before.to(alibi).repeat(alibi.shape[0] // len(slopes), 1, 1), alibi], dim=-1)
 
     def _prefix(self, encoders: list[Any]) -> tuple[Tensor, Tensor]:
         """Two (heads, P, head_dim): keys, turned to positions -P..-1, and values of all that act, in their order."""
         keys, values, after = [], [], sum(encoder.length for encoder in encoders)
         for encoder in encoders:
-            key, value = encoder.key_value(self.layer_idx)
+            key, value = encoder.key_value(layer_number(self))
+            if (projection := getattr(self, "k_proj", None)) is not None and hasattr(self, "head_dim"):
+                # Gemma 4's layers are of two shapes; a prefix has the larger one for all.
+                heads = projection.out_features // self.head_dim
+                key, value = key[:heads, :, : self.head_dim], value[:heads, :, : self.head_dim]
             keys.append(key if self.rotation is None else self.rotation.back(key, by=after))
             values.append(value)
             after -= encoder.length
@@ -200,7 +258,7 @@ class ShiftedPositions(AdapterModule):
                 f"{self.num_embeddings}"
             )
 
-    def connect(self, adapter: str, encoder: nn.Module, rotation: Rotation | None) -> None:
+    def connect(self, adapter: str, encoder: nn.Module, rotation: Rotation | TableRotation | None) -> None:
         """Count the virtual tokens of `adapter`."""
         self.virtual_tokens[adapter] = encoder
 
@@ -210,7 +268,19 @@ class ShiftedPositions(AdapterModule):
 
     def forward(self, position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """position_ids (batch, tokens) of the text -> (batch, tokens, hidden), moved up by the virtual tokens."""
-        return super().forward(position_ids + self.shift(), *args, **kwargs)
+        with self._fitting():
+            return super().forward(position_ids + self.shift(), *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """Say what an index outside of the table means. On a GPU torch itself ends the process."""
+        try:
+            yield
+        except IndexError as error:
+            raise ValueError(
+                f"the text is too long: the model has {self.num_embeddings} positions, of which {self.shift()} are the "
+                "virtual tokens'"
+            ) from error
 
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)
@@ -227,7 +297,39 @@ class ShiftedOffset(ShiftedPositions):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The table's own forward, which adds `offset` to the positions."""
-        return super(ShiftedPositions, self).forward(*args, **kwargs)
+        with self._fitting():
+            return super(ShiftedPositions, self).forward(*args, **kwargs)
+
+
+class PrefixedRotary(ShiftedPositions):
+    """A rotary embedding whose frequencies depend on the length of the text: the text stands after the virtual tokens.
+
+    Attributes:
+        expected: The length of the whole text, while a prompt that belongs to it goes through the model alone.
+    """
+
+    _own_attributes: ClassVar[tuple[str, ...]] = ("expected",)
+
+    expected: int | None
+
+    def attach(self, switch: Any) -> None:
+        super().attach(switch)
+        if not hasattr(self, "expected"):
+            self.expected = None
+
+    def add_adapter(self, adapter: str, config: Any, path: str, dtype: torch.dtype, init: bool) -> None:
+        """Nothing: there is no last position."""
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """The cosines and sines of the text's positions, (batch, tokens, features) each."""
+        positions = position_ids + self.shift()
+        if self.expected is None:
+            return super(ShiftedPositions, self).forward(x, positions, *args, **kwargs)
+        # The plain forward chooses the frequencies by the last position; without its decorator it keeps them.
+        last = positions.new_full((1, 1), self.expected - 1)
+        super(ShiftedPositions, self).forward(x, last, *args, **kwargs)
+        plain: Any = plain_class(self)
+        return inspect.unwrap(plain.forward)(self, x, positions, *args, **kwargs)
 
 
 def acting_encoders(module: Any) -> list[Any]:

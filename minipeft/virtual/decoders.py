@@ -14,10 +14,15 @@ from torch import Tensor, nn
 from minipeft.adapter import AdapterModule, base_modules
 from minipeft.virtual.attention import (
     PrefixedAttention,
+    PrefixedRotary,
     Rotation,
     ShiftedOffset,
     ShiftedPositions,
+    TableRotation,
+    argument_names,
     cache_argument,
+    depends_on_length,
+    layer_number,
 )
 from minipeft.virtual.masks import check_implementation, check_packing
 from minipeft.virtual.tokens import (
@@ -32,10 +37,16 @@ from minipeft.virtual.tokens import (
 # transformers' `config.model_type` of the decoders that rotate queries and keys, and of those with a learned table.
 # A list and not a guess: a layer that rotates in its own way would give wrong scores and no error.
 ROTARY = (
-    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text"),
-    *("phi3", "smollm3", "olmo2", "granite", "gpt_neox"),
+    *("llama", "llama4_text", "mistral", "mixtral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+    *("gemma", "gemma2", "gemma3_text", "gemma4_text", "phi", "phi3", "smollm3", "granite"),
+    *("gpt_neox", "gptj", "gpt_oss", "olmo", "olmo2", "olmo3", "olmoe", "cohere", "cohere2", "starcoder2"),
+    *("stablelm", "falcon", "nemotron", "helium", "glm", "glm4", "ernie4_5", "exaone4", "seed_oss"),
+    *("hunyuan_v1_dense", "apertus", "arcee"),
 )
-LEARNED = ("gpt2", "opt")
+LEARNED = ("gpt2", "gpt_bigcode", "gpt_neo", "opt")
+# A bias of the scores by distance.
+ALIBI = ("bloom",)
+DECODERS = (*ROTARY, *LEARNED, *ALIBI)
 
 
 class VirtualTokensDecoder(VirtualTokensHolder):
@@ -48,24 +59,38 @@ class VirtualTokensDecoder(VirtualTokensHolder):
 
         Raises ValueError for an attention implementation, a packing or a mask that would hide the virtual tokens.
         """
+        if getattr(self, "_is_replica", False):
+            connect_replica(self)
         encoders = self.acting_encoders()
         if encoders:
             check_implementation(self.config)
             check_packing(self.config, kwargs)
             kwargs = _about_the_text(args, kwargs)
-            self._prepare([encoder for encoder in encoders if hasattr(encoder, "prepare")], kwargs)
+            prompts = [encoder for encoder in encoders if hasattr(encoder, "prepare")]
+            self._prepare(prompts, sum(encoder.length for encoder in encoders), args, kwargs)
         return super().forward(*args, **kwargs)
 
-    def _prepare(self, prompts: list[Any], kwargs: dict[str, Any]) -> None:
-        """Send the prompts through the model, one after the other: each sees those before it."""
+    def _prepare(self, prompts: list[Any], length: int, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Send the prompts through the model, one after the other: each sees those before it.
+
+        Args:
+            length: The number of virtual tokens that act.
+        """
         if not prompts:
             return
         _check_checkpointing(self)
         for prompt in prompts:
             prompt.forget()
         dtype = self.get_input_embeddings().weight.dtype  # type: ignore[operator]
+        cache = kwargs.get("past_key_values")
+        rotary = getattr(self, "rotary_emb", None)
+        if isinstance(rotary, PrefixedRotary):
+            # The whole text's length chooses the frequencies, for the prompt as well.
+            rotary.expected = length + _text_length(args, kwargs, cache)
         for prompt in prompts:
-            prompt.prepare(self.keys_and_values, dtype, kwargs.get("past_key_values"))
+            prompt.prepare(self.keys_and_values, dtype, cache)
+        if isinstance(rotary, PrefixedRotary):
+            rotary.expected = None
 
     def keys_and_values(self, **inputs: Any) -> list[tuple[Tensor, Tensor]]:
         """The keys (as rotated for positions from 0) and values of each layer for one text.
@@ -80,7 +105,7 @@ class VirtualTokensDecoder(VirtualTokensHolder):
         checkpointed: list[Any] = [m for m in self.modules() if getattr(m, "gradient_checkpointing", False)]
         recorded: list[Any] = [[] for _ in layers]
         for layer in layers:
-            layer.recorder = recorded[layer.layer_idx]
+            layer.recorder = recorded[layer_number(layer)]
         for module in checkpointed:
             module.gradient_checkpointing = False
         if torch.compiler.is_compiling():
@@ -152,17 +177,27 @@ def decoder_targets(model: Any, config: VirtualTokensConfig) -> list[str]:
     inside = [(f"{path}.{name}".lstrip("."), module) for name, module in base_modules(decoder) if name]
     attentions = [name for name, module in inside if is_self_attention(module)]
     model_config = model.config.get_text_config()
-    layers = sorted(model.get_submodule(path).layer_idx for path in attentions)
+    layers = sorted(layer_number(model.get_submodule(path)) for path in attentions)
     if layers != list(range(model_config.num_hidden_layers)):
         raise ValueError(
             f"{type(model).__name__} has {model_config.num_hidden_layers} layers, and self-attention in {layers}; "
             "virtual tokens need one in each"
         )
-    if not all(model.get_submodule(path).is_causal for path in attentions):
+    if not all(getattr(model.get_submodule(path), "is_causal", True) for path in attentions):
         raise ValueError(f"{type(model).__name__} attends in both directions; virtual tokens need a causal decoder")
+    if config.type_name == "PROMPT_TUNING" and getattr(model_config, "hidden_size_per_layer_input", None):
+        raise ValueError(
+            f"PromptTuning does not work on {type(model).__name__}, which looks every token up again in each layer: a "
+            "prompt has no token; prefix tuning works"
+        )
     config.fit(Sizes.of_decoder(model_config))
     tables = [name for name, module in inside if _is_position_table(module, name)]
-    return [path, *attentions, *(tables if model_config.model_type in LEARNED else [])]
+    rotary = getattr(decoder, "rotary_emb", None)
+    if rotary is not None and depends_on_length(rotary):
+        tables.append(next(name for name, module in inside if module is rotary))
+    elif model_config.model_type not in LEARNED:
+        tables = []
+    return [path, *attentions, *tables]
 
 
 def _decoder(model: Any, config: VirtualTokensConfig) -> Any:
@@ -177,19 +212,24 @@ def _decoder(model: Any, config: VirtualTokensConfig) -> Any:
             f"{kind} does not know encoder-decoders of type {family!r}; it works on {', '.join(ENCODER_DECODERS)} and "
             "on decoders alone"
         )
-    if text.model_type not in ROTARY + LEARNED:
+    if text.model_type not in DECODERS or getattr(text, "alibi", False):
+        alibi = " with alibi=True" if text.model_type in DECODERS else ""
         raise ValueError(
-            f"{kind} does not know how a model of type {text.model_type!r} tells positions; it works on "
-            f"{', '.join(sorted(ROTARY + LEARNED + ENCODERS + ENCODER_DECODERS))}"
+            f"{kind} does not know how a model of type {text.model_type!r}{alibi} tells positions; it works on "
+            f"{', '.join(sorted(DECODERS + ENCODERS + ENCODER_DECODERS))}"
         )
-    return model.get_decoder()
+    decoder = model.get_decoder()
+    # Llama 4's language model gives itself, head and all.
+    return decoder.model if decoder is model and model.get_output_embeddings() is not None else decoder
 
 
 def is_self_attention(module: Any) -> bool:
     """True if `module` is a decoder layer's self-attention, as transformers writes them."""
-    if not hasattr(module, "layer_idx") or not hasattr(module, "is_causal"):
+    if layer_number(module) is None or cache_argument(module) is None:
         return False
-    return cache_argument(module) is not None and not getattr(module, "is_cross_attention", False)
+    # Bloom's does not say that it is causal.
+    says_so = hasattr(module, "is_causal") or "alibi" in argument_names(module)
+    return says_so and not getattr(module, "is_cross_attention", False)
 
 
 def _is_position_table(module: nn.Module, path: str) -> bool:
@@ -202,16 +242,52 @@ def attention_mixin(module: Any) -> type[AdapterModule] | None:
         return PrefixedAttention
     if isinstance(module, nn.Embedding):
         return ShiftedOffset if hasattr(module, "offset") else ShiftedPositions
-    return None
+    return PrefixedRotary if hasattr(module, "inv_freq") else None
 
 
 def connect_attention(model: Any, adapter: str, targets: list[str]) -> None:
     """Give the attention modules and tables among `targets` the encoder that `targets[0]` holds."""
     holder = model.get_submodule(targets[0])
-    rotary = getattr(holder, "rotary_emb", None)
     for path in targets[1:]:
         module = model.get_submodule(path)
-        # SmolLM3 leaves every fourth layer without rotation.
-        rotates = getattr(module, "use_rope", True)
-        rotation = Rotation(rotary, module) if rotary is not None and rotates else None
-        module.connect(adapter, holder.prompt_encoder[adapter], rotation)
+        module.connect(adapter, holder.prompt_encoder[adapter], _rotation_of(holder, module))
+
+
+def _rotation_of(holder: Any, module: Any) -> Rotation | TableRotation | None:
+    """The way in which an attention module below `holder` turns its keys to other positions, None if none is needed."""
+    rotary = getattr(holder, "rotary_emb", None)
+    if isinstance(rotary, PrefixedRotary):
+        return None  # the text is moved up instead
+    if hasattr(module, "embed_positions"):
+        return TableRotation(module)
+    # SmolLM3 and Cohere 2 leave some layers without rotation.
+    rotates = getattr(module, "use_rope", True) and not _without_rotation(module)
+    return Rotation(rotary, module) if rotary is not None and rotates else None
+
+
+def _without_rotation(module: Any) -> bool:
+    """True for a layer of Cohere 2 or EXAONE 4 that sees the whole text: only those with a window rotate."""
+    family = getattr(getattr(module, "config", None), "model_type", None)
+    if family == "cohere2":
+        return module.sliding_window is None
+    return family == "exaone4" and module.sliding_window is not None and not module.is_sliding
+
+
+def connect_replica(holder: Any) -> None:
+    """Let the modules of a replica made by nn.DataParallel take the replica's encoders, not the original's."""
+    for module in holder.modules():
+        if isinstance(getattr(module, "virtual_tokens", None), dict) and module is not holder:
+            rotated = getattr(module, "rotation", None) is not None
+            module.virtual_tokens = {name: holder.prompt_encoder[name] for name in module.virtual_tokens}
+            if rotated:
+                module.rotation = _rotation_of(holder, module)
+
+
+def _text_length(args: tuple, kwargs: dict[str, Any], cache: Any) -> int:
+    """The number of tokens of the text so far: the longest row's, if padding is known."""
+    positions = kwargs.get("position_ids")
+    if torch.is_tensor(positions):
+        return int(positions.max()) + 1
+    ids = args[0] if args else kwargs.get("input_ids")
+    text = ids if ids is not None else kwargs["inputs_embeds"]
+    return text.shape[1] + (0 if cache is None else int(cache.get_seq_length()))

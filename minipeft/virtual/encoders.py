@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule, base_modules
 from minipeft.virtual.attention import argument_names
-from minipeft.virtual.decoders import attention_mixin, is_self_attention
+from minipeft.virtual.decoders import attention_mixin, connect_replica, is_self_attention
 from minipeft.virtual.masks import check_implementation
 from minipeft.virtual.tokens import (
     ENCODER_DECODERS,
     ENCODERS,
+    PROMPTED_ENCODERS,
     Sizes,
     VirtualTokensConfig,
     VirtualTokensHolder,
@@ -51,6 +52,8 @@ class PrefixHolder(VirtualTokensHolder):
 
         Raises ValueError for a mask of another length.
         """
+        if getattr(self, "_is_replica", False):
+            connect_replica(self)
         if not self.acting_encoders():
             return super().forward(*args, **kwargs)
         check_implementation(self.config)
@@ -89,14 +92,16 @@ class PromptedEncoder(VirtualTokensHolder):
         embeds = kwargs.pop("inputs_embeds", None)
         embeds = self.get_input_embeddings()(ids) if embeds is None else embeds  # (B, T, hidden)
         prompt = torch.cat([encoder.embedding.weight[: encoder.length] for encoder in encoders]).to(embeds)
+        plain_tuple = kwargs.pop("return_dict", None) is False
         order = row_order(kwargs.get("attention_mask"), len(prompt), embeds)
         for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
             if kwargs.get(name) is not None:
                 kwargs[name] = in_order(kwargs[name], len(prompt), order, fill)
         joined = torch.cat([prompt.expand(len(embeds), -1, -1), embeds], dim=1)
         embeds = joined.gather(1, order[..., None].expand_as(joined))
-        out = super().forward(inputs_embeds=embeds, **kwargs)
-        return _cut(out, order, len(prompt)) if self.cuts else out
+        out = super().forward(inputs_embeds=embeds, return_dict=True, **kwargs)
+        out = _cut(out, order, len(prompt)) if self.cuts else out
+        return out.to_tuple() if plain_tuple else out
 
 
 class PromptReader(AdapterModule):
@@ -169,8 +174,6 @@ def in_order(rows: Tensor, length: int, order: Tensor, fill: int) -> Tensor:
 
 def _cut(out: Any, order: Tensor, length: int) -> Any:
     """`out` with the states of the text alone, (B, P + T, hidden) -> (B, T, hidden)."""
-    if isinstance(out, tuple):
-        raise ValueError("return_dict=False is not supported with prompts in an encoder")
     places = order.argsort(dim=1)[:, length:, None]  # where each of the text's positions went
 
     def text(states: Tensor) -> Tensor:
@@ -222,13 +225,14 @@ def prompt_targets(model: Any, config: VirtualTokensConfig) -> list[str] | None:
     Raises ValueError for an encoder that was made a decoder.
     """
     family = family_of(model)
-    if family not in ENCODERS + ENCODER_DECODERS:
+    encoders = ENCODERS + PROMPTED_ENCODERS
+    if family not in encoders + ENCODER_DECODERS:
         return None
-    if getattr(model.config, "is_decoder", False) and family in ENCODERS:
+    if getattr(model.config, "is_decoder", False) and family in encoders:
         raise ValueError(f"prompts work on {family} models that read both ways, not on one that is a decoder")
     # PEFT writes down the numbers of an encoder-decoder's encoder.
     config.fit(dataclasses.replace(Sizes.of_encoder(model.config), submodules=2 if family in ENCODER_DECODERS else 1))
-    holders = [model.base_model] if family in ENCODERS else [model.get_encoder(), model.get_decoder()]
+    holders = [model.base_model] if family in encoders else [model.get_encoder(), model.get_decoder()]
     paths = {id(module): path for path, module in base_modules(model)}
     return [paths[id(holder)] for holder in holders]
 
@@ -236,7 +240,7 @@ def prompt_targets(model: Any, config: VirtualTokensConfig) -> list[str] | None:
 def prompt_mixin(module: Any) -> type[AdapterModule] | None:
     """The mixin for a module of `prompt_targets`; None for a module of another model."""
     family = family_of(module)
-    if family in ENCODERS:
+    if family in ENCODERS + PROMPTED_ENCODERS:
         return PromptedEncoder
     if family in ENCODER_DECODERS:
         # T5's halves are of one class, BART's are told apart by the arguments of their forward.

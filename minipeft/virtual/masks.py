@@ -51,17 +51,18 @@ def check_packing(config: Any, kwargs: dict[str, Any]) -> None:
         )
 
 
-def widened_mask(module: Any, mask: Any, length: int, queries: int, cache: Any, causal: bool) -> Any:
+def widened_mask(module: Any, mask: Any, length: int, states: Tensor, cache: Any, causal: bool) -> Any:
     """`mask` for an attention call with `length` virtual tokens in front of its keys: every query sees them.
 
     Args:
         mask: (batch or 1, heads or 1, queries, keys), boolean (True is visible) or added to the scores; (batch, keys)
             for flash; a `BlockMask` for flex; None where the attention implementation knows what is visible by itself.
+        states: (batch, queries, hidden), the hidden states that the module gets.
         causal: Whether it then shows a query no later key.
 
     Raises ValueError for a mask of another kind.
     """
-    kind = module.config._attn_implementation
+    kind, queries = _implementation(module), states.shape[1]
     if kind == "flex_attention":
         return None if mask is None else _widened_block_mask(mask, length)
     if kind in _FLASH and mask is None:
@@ -70,9 +71,8 @@ def widened_mask(module: Any, mask: Any, length: int, queries: int, cache: Any, 
         if kind == "eager" or queries == 1 or not causal:
             return None  # everything is visible
         # sdpa's own causal pattern starts at the first key, which is the prefix's now: spell it out.
-        keys = queries if cache is None else cache.get_mask_sizes(queries, module.layer_idx)[0]
-        device = next(module.parameters()).device
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()[None, None]
+        keys = queries if cache is None else cache.get_mask_sizes(queries, getattr(module, "layer_idx", 0))[0]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=states.device).tril()[None, None]
     if not torch.is_tensor(mask) or mask.dim() != (2 if kind in _FLASH else 4) or not _visible_or_added(mask, kind):
         shape = f"{mask.dtype} {tuple(mask.shape)}" if torch.is_tensor(mask) else type(mask).__name__
         expected = "(batch, keys)" if kind in _FLASH else "(batch, heads, queries, keys), boolean or floating"
@@ -80,6 +80,11 @@ def widened_mask(module: Any, mask: Any, length: int, queries: int, cache: Any, 
     added = mask.is_floating_point() and kind not in _FLASH
     seen = mask.new_full((*mask.shape[:-1], length), 0.0 if added else 1)
     return torch.cat([seen, mask], dim=-1)
+
+
+def _implementation(module: Any) -> str:
+    """The attention implementation of an attention module; Bloom's, which has no config, is eager."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", "eager")
 
 
 def _visible_or_added(mask: Tensor, kind: str) -> bool:

@@ -88,7 +88,7 @@ class PromptTuningConfig(VirtualTokensConfig):
         return self.num_virtual_tokens or 0
 
     def fit(self, sizes: Sizes) -> None:
-        self._settle("token_dim", sizes.hidden)
+        self._settle("token_dim", sizes.embedding or sizes.hidden)
         self._settle("num_attention_heads", sizes.queries)
         self._settle("num_layers", sizes.layers)
         # PEFT counts an encoder-decoder as two, and then trains P more vectors that it never uses.

@@ -19,7 +19,9 @@ from minipeft.config import PeftConfig
 
 # transformers' `config.model_type` of the models that read in both directions, and of the encoder-decoders, that this
 # was tried on.
-ENCODERS = ("bert", "roberta")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+# Those whose attention takes no keys but its own: prompts alone.
+PROMPTED_ENCODERS = ("deberta", "deberta-v2", "distilbert")
 ENCODER_DECODERS = ("t5", "mt5", "bart", "mbart")
 
 
@@ -28,11 +30,12 @@ class Sizes:
     """The numbers of a model that virtual tokens must fit.
 
     Attributes:
-        hidden: Numbers in an embedding.
+        hidden: Numbers in what a layer gives.
         queries, heads: Attention heads, and heads of a key.
         head_dim: Numbers in one head of a key.
         layers: Layers that attend to virtual tokens.
         submodules: 2 for an encoder-decoder, else 1.
+        embedding: Numbers in an embedding, if not `hidden`: a layer may follow that widens it.
     """
 
     hidden: int
@@ -41,20 +44,32 @@ class Sizes:
     head_dim: int
     layers: int
     submodules: int = 1
+    embedding: int | None = None
 
     @classmethod
     def of_decoder(cls, config: Any) -> Sizes:
         """Of a decoder, by its config."""
         queries = config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or queries
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
-        return cls(config.hidden_size, queries, heads, head_dim, config.num_hidden_layers)
+        layers = [config]
+        if (by_layer := getattr(config, "per_layer_config", None)) is not None:
+            # The largest: Gemma 4's are of two shapes.
+            layers = [by_layer[layer] for layer in range(config.num_hidden_layers)]
+        heads = max(getattr(layer, "num_key_value_heads", None) or queries for layer in layers)
+        head_dim = max(getattr(layer, "head_dim", None) or config.hidden_size // queries for layer in layers)
+        if getattr(config, "new_decoder_architecture", False):
+            heads = queries  # Falcon repeats its keys before they are cached.
+        elif getattr(config, "multi_query", False):
+            heads = 1
+        narrow = getattr(config, "word_embed_proj_dim", None)
+        return cls(config.hidden_size, queries, heads, head_dim, config.num_hidden_layers, embedding=narrow)
 
     @classmethod
     def of_encoder(cls, config: Any) -> Sizes:
         """Of a model that reads in both directions."""
         heads = config.num_attention_heads
-        return cls(config.hidden_size, heads, heads, config.hidden_size // heads, config.num_hidden_layers)
+        narrow = getattr(config, "embedding_size", None)
+        layers = config.num_hidden_layers
+        return cls(config.hidden_size, heads, heads, config.hidden_size // heads, layers, embedding=narrow)
 
     @classmethod
     def of_encoder_decoder(cls, config: Any) -> Sizes:

@@ -11,14 +11,14 @@ import torch
 from tiny import randomize, some_ids, tiny_llama
 from tiny_decoders import FAMILIES, tiny_decoder
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlamaForSequenceClassification,
     LlamaModel,
     MarianConfig,
     MarianMTModel,
+    MptConfig,
+    MptForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -269,9 +269,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
         ),
         "does not know encoder-decoders of type 'marian'; it works on t5, mt5",
     ),
-    "bloom": (
-        lambda: BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=32)),
-        "'bloom' tells positions",
+    "mpt": (
+        lambda: MptForCausalLM(MptConfig(d_model=16, n_layers=1, n_heads=2, vocab_size=32)),
+        "'mpt' tells positions",
     ),
     "no transformer": (lambda: torch.nn.Sequential(torch.nn.Linear(2, 2)), "Sequential"),
 }

@@ -35,7 +35,8 @@ class TrainedBias(AdapterModule):
     """A module whose `bias` an adapter may have replaced by one of its own.
 
     The class attribute `bias` stands before the registered parameter whenever somebody reads `module.bias`, so the
-    plain forward of any module (Linear, LayerNorm, Conv1D, ...) uses the adapter's copy without knowing.
+    plain forward of any module (Linear, LayerNorm, Conv1D, ...) uses the adapter's copy without knowing. What is set or
+    deleted under this name is the base's, as in a plain module; FSDP does so past nn.Module, which lists parameters.
     """
 
     name_prefix: ClassVar[str] = "BiasTrained"
@@ -51,12 +52,25 @@ class TrainedBias(AdapterModule):
     @property
     def bias(self) -> torch.Tensor | None:
         """(out_features,), in the base bias's dtype: the bias that acts now, an adapter's or the base's."""
-        base = self._parameters.get("bias")
+        held: Any = vars(self) if "bias" in vars(self) else self._parameters
+        if "bias" not in held:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'bias'")
+        base: torch.Tensor | None = held["bias"]
         if base is not None and not self.merged_adapters:
             for adapter in self.switch.acting:
                 if adapter in self.trained_bias:
-                    return self.trained_bias[adapter].to(base.dtype)
+                    own: torch.Tensor = self.trained_bias[adapter].to(base.dtype)
+                    return own
         return base
+
+    @bias.setter
+    def bias(self, value: torch.Tensor | None) -> None:
+        vars(self)["bias"] = value
+
+    @bias.deleter
+    def bias(self) -> None:
+        if vars(self).pop("bias", self) is self:
+            raise AttributeError("bias")
 
     def train_bias(self, adapter: str, dtype: torch.dtype | None = None) -> None:
         """Give `adapter` a trainable copy of the base bias (in `dtype` if given)."""

@@ -154,6 +154,8 @@ class LoraLayer(AdapterStore):
     def unmergeable(self, adapters: tuple[str, ...]) -> str | None:
         if self._parameters.get("bias") is None and any(self.lora_bias.get(adapter) for adapter in adapters):
             return "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
+        if "weight" not in self._parameters and any(self.adapts(adapter) for adapter in adapters):
+            return "its weight is no parameter of its own now, but parametrized or sharded"
         return super().unmergeable(adapters)
 
     def merged_finite(self, adapters: tuple[str, ...]) -> bool:
@@ -178,8 +180,7 @@ class LoraLayer(AdapterStore):
         raise NotImplementedError
 
     def _install_weight(self, weight: Tensor) -> None:
-        base = self._parameters["weight"]
-        assert base is not None
+        base: Any = self.weight
         self._install("weight", self.as_weight(weight).contiguous().to(base.dtype))
 
     def _check_unmerged(self) -> None:

@@ -128,8 +128,7 @@ class AdapterStore(LoraCalls):
         raise NotImplementedError
 
     def _weight_device(self) -> torch.device:
-        weight = self._parameters["weight"]
-        assert weight is not None
+        weight: Any = self.weight
         return weight.device
 
 

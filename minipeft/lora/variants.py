@@ -194,7 +194,8 @@ class Dora(Plain):
         # The length is a constant for the gradient (section 4.3).
         ratio = self.magnitude(layer, adapter) / self.length(layer, adapter).to(update.dtype)
         ratio = layer.per_output(ratio)
-        unbiased = base if layer.bias is None else base - layer.per_output(layer.bias)
+        bias = getattr(layer, "bias", None)
+        unbiased = base if bias is None else base - layer.per_output(bias)
         return (out + (ratio - 1) * unbiased + ratio * update).to(out.dtype)
 
     def update(self, layer: LoraLayer, adapter: str, x: Tensor) -> Tensor:

@@ -11,13 +11,17 @@ import dataclasses
 import difflib
 import enum
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from minipeft.errors import AdapterNotFoundError, NotAnAdapterError, PeftWarning
 from minipeft.files import write_text
+from minipeft.hub import HUB_ARGUMENTS, adapter_folder
 from minipeft.methods import METHODS, method_of, type_of
-from minipeft.public import PEFT_VERSION, attributes_of
+from minipeft.public import PEFT_VERSION as __version__
+from minipeft.public import attributes_of
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -70,19 +74,27 @@ class PeftConfig:
     unsupported: ClassVar[Mapping[str, tuple]] = {}
 
     def __post_init__(self) -> None:
-        self.task_type = _enum(TaskType, self.task_type, "task_type")
+        self.task_type = _as_task_type(self.task_type)
         own_type = _as_peft_type(type_of(type(self)))
         if self.peft_type is not None and _as_peft_type(self.peft_type) != own_type:
-            known = [*dict.fromkeys(method.peft_type for method in METHODS.values())]
-            if self.peft_type not in known:
-                raise ValueError(f"peft_type must be one of {known}, got {self.peft_type!r}")
-            raise ValueError(f"{type(self).__name__} is for peft_type {_name(own_type)!r}, got {self.peft_type!r}")
+            warnings.warn(
+                f"{type(self).__name__} is for peft_type {_name(own_type)!r}; the given {_name(self.peft_type)!r} is "
+                "ignored",
+                PeftWarning,
+                stacklevel=3,
+            )
         self.peft_type = own_type
+        self.peft_version = self.peft_version or __version__
         for field in self._unsupported_fields(vars(self)):
             raise ValueError(
                 f"{type(self).__name__}({field}={getattr(self, field)!r}) is not supported by minipeft; "
                 f"leave {field} at its default ({getattr(type(self), field, None)!r})"
             )
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """False: PEFT's adaption prompt is no method of minipeft's."""
+        return False
 
     @property
     def type_name(self) -> str | None:
@@ -163,8 +175,7 @@ class PeftConfig:
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write `adapter_config.json`, whole or not at all, to a folder, which is made if there is none."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        values = {**self.to_dict(), "peft_version": self.peft_version or PEFT_VERSION}
-        write_text(Path(save_directory) / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True))
+        write_text(Path(save_directory) / CONFIG_NAME, json.dumps(self.to_dict(), indent=2, sort_keys=True))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values: enums as their strings, sets as sorted lists."""
@@ -172,20 +183,32 @@ class PeftConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "adapter configuration") -> PeftConfig:
-        """The config that `values` describes, of the class that its `peft_type` names.
+        """The config that `values` describes, of the class that its `peft_type` names; of this class if none is named.
 
         Fields that this version does not know pass when they ask for nothing (null, false or empty): newer PEFT
-        versions write them for features that are off.
+        versions write them for features that are off. Of others a warning says that they are ignored, as in PEFT.
 
-        Raises ValueError naming the field and `source` otherwise.
+        Raises NotAnAdapterError, a TypeError, when nothing says which method it is; ValueError naming the field and
+            `source` for one that asks for what minipeft does not have, or is out of range.
         """
-        config_class = _class_of(values, source) if type_of(cls) is None else cls
+        config_class: type[PeftConfig] = cls if values.get("peft_type") is None else _class_of(values, source)
         known = {f.name for f in dataclasses.fields(config_class)}
-        for field, value in values.items():
-            if field not in known and not _is_neutral(value):
-                near = difflib.get_close_matches(field, known, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise ValueError(f"{source}: field {field!r} = {value!r} is not known to minipeft{hint}")
+        unknown = sorted(field for field, value in values.items() if field not in known and not _is_neutral(value))
+        if values.get("peft_type") is None and (unknown or type_of(cls) is None):
+            raise NotAnAdapterError(
+                f"{source}: The {cls.__name__} config that is trying to be loaded is missing required keys: "
+                "{'peft_type'}."
+            )
+        if unknown:
+            near = {field: difflib.get_close_matches(field, known, n=1) for field in unknown}
+            hints = [f"{field!r} may mean {names[0]!r}" for field, names in near.items() if names]
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class {config_class.__name__}, these are ignored. "
+                f"{source} asks for what PEFT {__version__} does not know; the adapter may not act as it was trained"
+                + "".join(f"; {hint}" for hint in hints),
+                PeftWarning,
+                stacklevel=3,
+            )
         for field in config_class._unsupported_fields(values):
             raise ValueError(
                 f"{source}: the adapter was made with {field}={values[field]!r}, which minipeft does not have: use it "
@@ -197,25 +220,56 @@ class PeftConfig:
             raise ValueError(f"{source}: {error}") from error
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> PeftConfig:
-        """Read `adapter_config.json` from an adapter directory.
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """The config with these fields, of the class that `peft_type` names; of this class if it is not given.
 
-        Raises FileNotFoundError when there is none, ValueError when it cannot be used.
+        Raises TypeError for an unknown field, ValueError for an unknown `peft_type` or a value out of range.
         """
-        file = Path(path) / (kwargs.pop("subfolder", None) or "") / CONFIG_NAME
-        # These arguments say how to reach a hub; adapters are read from folders.
-        unknown = kwargs.keys() - {"revision", "token", "cache_dir", "local_files_only", "force_download"}
-        if unknown:
-            raise TypeError(f"PeftConfig.from_pretrained does not take {sorted(unknown)}")
-        if not file.is_file():
-            raise FileNotFoundError(f"no adapter at {str(file.parent)!r}: expected a file {CONFIG_NAME}")
+        config_class = cls if kwargs.get("peft_type") is None else _class_of(kwargs, "from_peft_type")
+        return config_class(**kwargs)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """The given fields, as they are: values are checked when a config is made of them."""
+        return kwargs
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
+        """The fields in a file such as `adapter_config.json`, as a dictionary. Raises ValueError for another file."""
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not valid JSON: {error}") from error
+            raise ValueError(f"{path_json_file} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{file}: expected a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values, source=str(file))
+            raise ValueError(f"{path_json_file}: expected a JSON object, got {type(values).__name__}")
+        # No file of PEFT's has it: it is about one run, not about the adapter.
+        values.pop("runtime_config", None)
+        return values
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
+        """Read `adapter_config.json` of an adapter's folder, or of a name on the hub.
+
+        Args:
+            kwargs: `hub.HUB_ARGUMENTS`.
+
+        Raises AdapterNotFoundError, a FileNotFoundError, when there is none, ValueError when it cannot be used.
+        """
+        if unknown := kwargs.keys() - set(HUB_ARGUMENTS):
+            raise TypeError(f"PeftConfig.from_pretrained does not take {sorted(unknown)}")
+        file = adapter_folder(path, [CONFIG_NAME], (), subfolder, **kwargs) / CONFIG_NAME
+        if not file.is_file():
+            raise AdapterNotFoundError(f"no adapter at {str(file.parent)!r}: Can't find '{CONFIG_NAME}' there")
+        return cls.from_dict(cls.from_json_file(file), source=str(file))
+
+
+def check_if_peft_model(model_name_or_path: str | Path) -> bool:
+    """True if there is an adapter that minipeft can use in this folder, or under this name on the hub."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except (OSError, TypeError, ValueError):
+        return False
+    return True
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
@@ -242,13 +296,14 @@ def _name(peft_type: Any) -> str | None:
     return peft_type.value if isinstance(peft_type, enum.Enum) else peft_type
 
 
-def _enum(kind: type[enum.Enum], value: Any, field: str) -> Any:
-    if value is None or isinstance(value, kind):
+def _as_task_type(value: Any) -> TaskType | None:
+    if value is None or isinstance(value, TaskType):
         return value
     try:
-        return kind(value)
+        return TaskType(value)
     except ValueError:
-        raise ValueError(f"{field} must be one of {[m.value for m in kind]}, got {value!r}") from None
+        known = ", ".join(kind.value for kind in TaskType)
+        raise ValueError(f"Invalid task type: {value!r}. Must be one of the following task types: {known}.") from None
 
 
 def _is_neutral(value: Any) -> bool:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minipeft.config import CONFIG_NAME, PeftConfig
+from minipeft.errors import AdapterNotFoundError
 from minipeft.files import atomic_path, write_text
-from minipeft.public import PEFT_VERSION
+from minipeft.hub import adapter_folder
+from minipeft.renaming import mapped
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 # Not PEFT's: tensors that training goes on from, where the first file holds only tensors computed from them.
@@ -48,7 +51,7 @@ def save_adapter(
                 save_file(flat, temporary, metadata={"format": "pt", **config.file_marks()})
     if model_card is not None and not (directory / "README.md").exists():
         write_text(directory / "README.md", model_card)
-    values = {**config.to_dict(), "inference_mode": True, "peft_version": config.peft_version or PEFT_VERSION}
+    values = {**config.to_dict(), "inference_mode": True}
     write_text(directory / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True))
 
 
@@ -74,12 +77,12 @@ def read_tensors(directory: str | Path) -> dict[str, Tensor]:
     if not file.is_file():
         pickled = file.with_name(PICKLE_NAME)
         if pickled.is_file():
-            raise FileNotFoundError(
+            raise AdapterNotFoundError(
                 f"{pickled} is a pickle, which minipeft does not open; if you trust it, convert it with: python -c "
                 f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{pickled}', weights_only=True), "
                 f"'{file}', metadata={{'format': 'pt'}})\""
             )
-        raise FileNotFoundError(f"no adapter weights at {str(directory)!r}: expected a file {WEIGHTS_NAME}")
+        raise AdapterNotFoundError(f"no adapter weights at {str(directory)!r}: expected a file {WEIGHTS_NAME}")
     return _read(file)
 
 
@@ -96,15 +99,36 @@ def read_marks(directory: str | Path) -> dict[str, str]:
         raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
 
 
-def load_peft_weights(model_id: str | Path, device: str | None = None) -> dict[str, Tensor]:
-    """The tensors in an adapter's folder, for `set_peft_model_state_dict` (PEFT's function).
+def find_adapter(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
+    """The folder of an adapter, its files fetched if `model_id` is a name on the hub.
+
+    Args:
+        hub: `hub.HUB_ARGUMENTS`.
+
+    Raises AdapterNotFoundError, a FileNotFoundError, when there is none.
+    """
+    return adapter_folder(model_id, [CONFIG_NAME, WEIGHTS_NAME], [TRAINING_NAME], subfolder, **hub)
+
+
+def load_peft_weights(
+    model_id: str | Path,
+    device: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    subfolder: str | None = None,
+    **hub: Any,
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's folder or name on the hub, for `set_peft_model_state_dict` (PEFT's function).
 
     Args:
         device: Where they go; the CPU by default.
+        key_mapping: Regular expression -> replacement, for names without "base_model.model.".
+        hub: `hub.HUB_ARGUMENTS`.
 
-    Raises as `read_tensors`.
+    Raises as `find_adapter` and `read_tensors`.
     """
-    return {name: tensor.to(device or "cpu") for name, tensor in read_tensors(model_id).items()}
+    stored = read_tensors(adapter_folder(model_id, [WEIGHTS_NAME], (), subfolder, **hub))
+    stored = mapped(stored, key_mapping or {}, PeftConfig.key_prefix)
+    return {name: tensor.to(device or "cpu") for name, tensor in stored.items()}
 
 
 def read_training_tensors(directory: str | Path) -> dict[str, Tensor]:

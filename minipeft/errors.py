@@ -17,3 +17,11 @@ class NotMergeableError(PeftError, ValueError, NotImplementedError):
 
 class PeftWarning(UserWarning):
     """A warning about adapters: what was done, and what it may mean for the result."""
+
+
+class AdapterNotFoundError(FileNotFoundError, ValueError):
+    """There is no adapter under a name: a missing file, which PEFT reports as a ValueError."""
+
+
+class NotAnAdapterError(TypeError, ValueError):
+    """A file is no adapter's configuration, which PEFT reports as a TypeError."""

@@ -63,6 +63,7 @@ _FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
         "minipeft.utilities": ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad"),
     },
     "helpers": {
+        "minipeft.config": ("check_if_peft_model",),
         "minipeft.lora.contexts": ("disable_input_dtype_casting", "rescale_adapter_scale"),
         "minipeft.signatures": ("update_forward_signature", "update_generate_signature", "update_signature"),
     },

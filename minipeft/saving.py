@@ -18,10 +18,20 @@ from torch import Tensor, nn
 
 from minipeft.adapter import AdaptedModel, plain_class
 from minipeft.attach import adapter_modules, add_adapter, base_name, config_of, delete_adapter, set_trainable
-from minipeft.config import CONFIG_NAME, PeftConfig
-from minipeft.directory import read_marks, read_tensors, read_training_tensors, save_adapter
+from minipeft.config import PeftConfig
+from minipeft.directory import find_adapter, read_marks, read_tensors, read_training_tensors, save_adapter
+from minipeft.embeddings import embedding_keys
 from minipeft.files import atomic_path
-from minipeft.state import LoadResult, fill_adapter, get_peft_model_state_dict, load_tensors, training_state_dict
+from minipeft.hub import hub_arguments
+from minipeft.renaming import following, mapped
+from minipeft.state import (
+    LoadResult,
+    adapter_state,
+    fill_adapter,
+    get_peft_model_state_dict,
+    load_tensors,
+    training_state_dict,
+)
 
 logger = logging.getLogger("minipeft")
 
@@ -31,13 +41,14 @@ _TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
 _TRAINER_WEIGHTS = "model.safetensors"
 
 # Arguments of PEFT's and of Trainer's that have no meaning here, and the values under which they may be given (... for
-# any): adapters are read from folders, and their tensors go where the model is.
-_IGNORED_AT_LOADING: dict[str, Any] = {
-    **dict.fromkeys(("revision", "token", "cache_dir", "local_files_only", "force_download"), ...),
-    **dict.fromkeys(("torch_device", "device_map", "max_memory", "low_cpu_mem_usage"), ...),
-    "ephemeral_gpu_offload": False,
-    "key_mapping": None,
-}
+# any): an adapter's tensors go where the model is.
+_IGNORED_AT_LOADING: dict[str, Any] = dict.fromkeys(
+    (
+        *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"),
+        *("low_cpu_mem_usage", "ephemeral_gpu_offload"),
+    ),
+    ...,
+)
 _IGNORED_AT_SAVING: dict[str, Any] = {
     "push_to_hub": False,
     "token": ...,
@@ -55,29 +66,28 @@ def load_adapter(
     config: PeftConfig | None = None,
     autocast_adapter_dtype: bool = True,
     subfolder: str | None = None,
-    **ignored: Any,
+    key_mapping: Mapping[str, str] | None = None,
+    **others: Any,
 ) -> LoadResult:
-    """Load the adapter in directory `model_id` beside those of `model`; it is not activated.
+    """Load the adapter `model_id`, a folder or a name on the hub, beside those of `model`; it is not activated.
 
-    An adapter of that name is given the stored values if they fit it.
+    An adapter of that name is given the stored values if they fit it. Tensors under names that transformers has given
+    up since go under the new ones.
 
     Args:
         is_trainable: Turn the gradients of the adapter's tensors on; if not, the model is put in eval mode.
         config: Used in the place of the directory's `adapter_config.json`.
         autocast_adapter_dtype: Hold the adapter in float32 over a 16-bit or 4-bit model.
-        ignored: Arguments of PEFT's that change nothing (`_IGNORED_AT_LOADING`).
+        key_mapping: Regular expression -> replacement, for the stored names without "base_model.model.".
+        others: How to reach the hub (`hub.HUB_ARGUMENTS`), and arguments that change nothing (`_IGNORED_AT_LOADING`).
 
     Raises FileNotFoundError when there is no adapter, ValueError when it does not fit; the model is then as before.
     """
-    _refuse("load_adapter", ignored, _IGNORED_AT_LOADING)
-    directory = Path(model_id) / (subfolder or "")
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"no adapter at {str(directory)!r}: expected a directory with {CONFIG_NAME}; for an adapter "
-            "on a hub, download it first (huggingface_hub.snapshot_download) and give its folder"
-        )
+    hub = hub_arguments(others)
+    _refuse("load_adapter", others, _IGNORED_AT_LOADING)
+    directory = find_adapter(model_id, subfolder, **hub)
     config = config if config is not None else PeftConfig.from_pretrained(directory)
-    stored = read_tensors(directory)
+    stored = mapped(read_tensors(directory), key_mapping or {}, config.key_prefix)
     config.check_marks(read_marks(directory), str(directory))
     _warn_other_base(model, config, directory)
     exists = adapter_name in model.peft_config
@@ -88,6 +98,9 @@ def load_adapter(
         config.for_loading(is_trainable, bool(training))
         add_adapter(model, adapter_name, config, autocast_adapter_dtype, init=False)
     try:
+        prefix = config.key_prefix
+        expected = [*adapter_state(model, adapter_name, prefix), *embedding_keys(model, prefix)]
+        stored = following(stored, expected, model, prefix)
         fill_adapter(model, adapter_name, stored, str(directory), training)
     except BaseException:
         if not exists:

@@ -174,7 +174,7 @@ def load_tensors(
 
     Raises ValueError naming missing and unexpected tensors and wrong shapes.
     """
-    stored = _without_repeats(stored, expected)
+    stored = _without_repeats(stored, expected, embeddings)
     extra = {name for name in stored if name not in expected and name in embeddings}
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected and name not in extra]
@@ -191,20 +191,28 @@ def load_tensors(
         target.copy_(stored[name])
 
 
-def _without_repeats(stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`stored` without tensors that PEFT writes twice: with bias="all", the bias of a head that is trained whole.
+def _without_repeats(
+    stored: Mapping[str, Tensor], expected: Mapping[str, Tensor], embeddings: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """`stored` without tensors that PEFT writes twice, of a head or an embedding that is trained whole.
 
-    The trained one is there under PEFT's inner name (`head.modules_to_save.bias`) too, and the base's own beside it
-    (`head.original_module.bias`), which stands aside while the adapter acts. Values that differ are no repeat.
+    With bias="all", and once the vocabulary was resized, the trained tensor is there under PEFT's inner name
+    (`head.modules_to_save.bias`) too, and the base's own beside it (`head.original_module.bias`), which stands aside
+    while the adapter acts: of an embedding it is the resized one. Values that differ are no repeat.
     """
 
     def repeats(name: str) -> bool:
-        once = re.sub(r"\.(modules_to_save|original_module)\.(?=bias$)", ".", name)
+        once = re.sub(r"\.(modules_to_save|original_module)\.(?=(bias|weight)$)", ".", name)
         if once == name or once not in expected or once not in stored:
             return False
-        return name.endswith(".original_module.bias") or torch.equal(stored[name], stored[once])
+        return ".original_module." in name or torch.equal(stored[name], stored[once])
 
-    return {name: tensor for name, tensor in stored.items() if name in expected or not repeats(name)}
+    kept = {name: tensor for name, tensor in stored.items() if name in expected or not repeats(name)}
+    for name in stored:
+        base = name.replace(".original_module.weight", ".base_layer.weight")
+        if base != name and base in embeddings:
+            kept[base] = stored[name]
+    return kept
 
 
 def _key_errors(missing: list[str], unexpected: list[str], expected: Iterable[str]) -> list[str]:

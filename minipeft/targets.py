@@ -74,9 +74,9 @@ def check_unused_names(model: nn.Module, config: Any, targets: list[str]) -> Non
     For new adapters alone: a stored adapter is checked by its tensors, and its configuration may mention more names.
     """
     excluded = getattr(config, "exclude_modules", None)
-    if isinstance(excluded, list):
+    if not isinstance(excluded, str):
         names = plain_module_names(model)
-        for name in excluded:
+        for name in sorted(excluded or ()):
             if not any(ends_with(module, name) for module in names):
                 raise ValueError(_no_match("exclude_modules", name, names, model, lambda module: True))
     for field in ("rank_pattern", "alpha_pattern"):
@@ -94,8 +94,8 @@ def _targets_of(config: Any) -> list[str] | str:
     if not config.target_modules:
         problem = "must be given" if config.target_modules is None else "is empty"
         raise ValueError(f"target_modules {problem}: name the modules to adapt, or give 'all-linear'")
-    targets: list[str] | str = config.target_modules
-    return targets
+    targets: Any = config.target_modules
+    return targets if isinstance(targets, str) else sorted(targets)
 
 
 def _inner_linear(model: Any, modules: Mapping[str, nn.Module], adaptable: Callable[[nn.Module], bool]) -> list[str]:

@@ -24,10 +24,10 @@ ALL_LINEAR = "all-linear"
 def set_adapter(
     model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
 ) -> None:
-    """Make this adapter, or these together, act, and no other. Merged adapters are unmerged.
+    """Make this adapter, or these together, act and get gradients, and no other. Merged adapters are unmerged.
 
     Args:
-        inference_mode: Turn their gradients off.
+        inference_mode: Turn all adapters' gradients off.
         layer_cls: Of PEFT's; the adapters of all methods are switched together here.
 
     Raises ValueError for an adapter that the model does not have.
@@ -36,8 +36,9 @@ def set_adapter(
     _check_names(model, names)
     unmerge(model)
     switch_of(model).active = names
-    for name in names if inference_mode else ():
-        set_trainable(model, name, False)
+    for _, module in adapter_modules(model):
+        module.follow(active=True)
+    set_trainable(model, names, not inference_mode, others=False)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
@@ -55,8 +56,11 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
     switch = switch_of(model)
     for _, module in adapter_modules(model):
         behind_face(module).delete_adapter(adapter_name)
+        module.follow(active=adapter_name in module.switch.active)
     left = tuple(name for name in switch.active if name != adapter_name)
     switch.active = left or tuple(_names_of(model)[:1])
+    if not left:
+        set_trainable(model, switch.active, True)
     return list(switch.active) or None
 
 
@@ -67,8 +71,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     """
     names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
     _check_names(model, names)
-    for name in names:
-        set_trainable(model, name, requires_grad)
+    set_trainable(model, names, requires_grad)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

@@ -55,9 +55,9 @@ def test_all_linear_takes_every_projection_but_the_head() -> None:
 
 def test_all_linear_is_written_out_in_the_config_by_short_names() -> None:
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear", exclude_modules=["0.mlp.up_proj"]))
-    assert model.peft_config["default"].target_modules == [
+    assert model.peft_config["default"].target_modules == {
         *("down_proj", "gate_proj", "k_proj", "model.layers.1.mlp.up_proj", "o_proj", "q_proj", "v_proj"),
-    ]
+    }
 
 
 def test_targets_of_a_known_family_may_be_left_out() -> None:

@@ -169,11 +169,18 @@ def test_without_a_task_the_base_models_class_is_taken_from_transformers_alone(t
     model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig())
     model.save_pretrained(tmp_path / "adapter")
     assert isinstance(minipeft.AutoPeftModel.from_pretrained(tmp_path / "adapter"), LlamaForCausalLM)
-    file = tmp_path / "adapter" / "adapter_config.json"
-    for name in ("Trainer", "os"):
-        file.write_text(json.dumps({**json.loads(file.read_text()), "auto_mapping": {"base_model_class": name}}))
-        with pytest.raises(ValueError, match=rf"neither its task_type nor a class of transformers \(it says '{name}'"):
-            minipeft.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    for mapping, complaint in (
+        ({"base_model_class": "Trainer"}, "a transformers.Trainer, which is no class of models"),
+        ({"base_model_class": "system", "parent_library": "os"}, r"os\.system, which is not in the import allowlist"),
+        ({}, "neither its task_type nor the class"),
+    ):
+        edit_config(tmp_path / "adapter", auto_mapping=mapping)
+        for kind in (minipeft.AutoPeftModel, AutoPeftModelForCausalLM) if mapping else (minipeft.AutoPeftModel,):
+            with pytest.raises(ValueError, match=complaint):
+                kind.from_pretrained(tmp_path / "adapter")
+    edit_config(tmp_path / "adapter", auto_mapping={"base_model_class": "TinyOwn", "parent_library": __name__})
+    with pytest.raises(ValueError, match="no class of models"):
+        minipeft.AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=[__name__])
 
 
 def test_weights_are_read_for_an_adapter_that_is_there(directory: Path) -> None:
@@ -207,11 +214,30 @@ def test_fields_of_newer_versions_pass_while_they_ask_for_nothing(directory: Pat
     assert load(directory).peft_config["default"].r == 4
 
 
+def test_fields_of_newer_versions_that_ask_for_something_are_ignored_with_a_warning_as_in_peft(directory: Path) -> None:
+    edit_config(directory, brand_new=3, lora_alphas=5)
+    ignored = r"Unexpected keyword arguments \['brand_new', 'lora_alphas'\] for class LoraConfig, these are ignored"
+    with pytest.warns(UserWarning, match=ignored):
+        theirs = peft.PeftConfig.from_pretrained(directory)
+    with pytest.warns(minipeft.PeftWarning, match=ignored + r".*'lora_alphas' may mean 'lora_alpha'"):
+        ours = load(directory).peft_config["default"]
+    assert ours.lora_alpha == theirs.lora_alpha
+    assert "brand_new" not in ours.to_dict()
+
+
+def test_a_file_of_something_else_is_no_adapter_s_config(directory: Path) -> None:
+    (directory / CONFIG).write_text('{"foo": "bar", "baz": 123}')
+    for config_class in (LoraConfig, PeftConfig):
+        with pytest.raises(
+            TypeError, match=rf"The {config_class.__name__} config .* missing required keys: .'peft_type'"
+        ):
+            config_class.from_pretrained(directory)
+    assert not minipeft.helpers.check_if_peft_model(directory)
+
+
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ({"brand_new": 3}, r"adapter_config\.json: field 'brand_new' = 3 is not known"),
-        ({"lora_alphas": 3}, r"'lora_alphas' = 3 is not known to minipeft \(did you mean 'lora_alpha'\?\)"),
         ({"use_qalora": True}, r"adapter_config\.json: the adapter was made with use_qalora=True"),
         ({"peft_type": "IA3"}, r"peft_type 'IA3' is not a method that minipeft has"),
         ({"r": 0}, "r must be a positive integer"),
@@ -264,7 +290,7 @@ def test_missing_files_are_said_to_be_missing(directory: Path) -> None:
         directory, FileNotFoundError, "is a pickle, which minipeft does not open; .* convert it with: python"
     )
     (directory / CONFIG).unlink()
-    assert_refused(directory, FileNotFoundError, "expected a file adapter_config.json")
+    assert_refused(directory, FileNotFoundError, "Can't find 'adapter_config.json'")
 
 
 def test_the_command_that_converts_a_pickle_works(directory: Path) -> None:
@@ -306,8 +332,12 @@ def test_a_config_is_saved_alone_as_peft_does(tmp_path: Path) -> None:
         tmp_path / "ours"
     )
     assert not ours.is_prompt_learning and minipeft.PrefixTuningConfig(num_virtual_tokens=1).is_prompt_learning
-    with pytest.raises(ValueError, match="ephemeral_gpu_offload=True"):
-        minipeft.LoraRuntimeConfig(ephemeral_gpu_offload=True)
+    # Such settings are about one run: no file has them, and one that has them all the same is read without.
+    ours.runtime_config.ephemeral_gpu_offload = True
+    assert "runtime_config" not in ours.to_dict()
+    edit_config(tmp_path / "theirs", runtime_config={"ephemeral_gpu_offload": True})
+    assert LoraConfig.from_json_file(tmp_path / "theirs" / "adapter_config.json") == ours.to_dict()
+    assert not LoraConfig.from_pretrained(tmp_path / "theirs").runtime_config.ephemeral_gpu_offload
     with pytest.raises(ValueError, match="runtime_config must be a LoraRuntimeConfig"):
         LoraConfig(runtime_config={"ephemeral_gpu_offload": True})
 

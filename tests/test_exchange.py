@@ -54,7 +54,10 @@ def files(directory: Path) -> tuple[dict[str, tuple], dict[str, Any]]:
     with safe_open(directory / "adapter_model.safetensors", "pt") as tensors:
         assert tensors.metadata() == {"format": "pt"}
         shapes = {k: (tuple(tensors.get_tensor(k).shape), tensors.get_tensor(k).dtype) for k in tensors.keys()}  # noqa: SIM118
-    return shapes, json.loads((directory / "adapter_config.json").read_text())
+    config = json.loads((directory / "adapter_config.json").read_text())
+    # PEFT writes the names as they lie in its set.
+    targets = config["target_modules"]
+    return shapes, {**config, "target_modules": sorted(targets) if isinstance(targets, list) else targets}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -30,7 +30,7 @@ CORE = {
         "directory",
         "files",
     ),
-    *("embeddings", "status", "preparing", "auto", "paths", "base_state", "layer_calls", "switch"),
+    *("embeddings", "status", "preparing", "auto", "paths", "base_state", "layer_calls", "switch", "hub", "renaming"),
     # PEFT's names and small functions, for the scripts that import them.
     *("public", "errors", "mappings", "wrappers", "utilities", "signatures"),
 }
@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 IMPORT_TRANSFORMERS = {
     *("nf4.hf", "nf4.hf.config", "nf4.hf.load", "nf4.hf.modules", "nf4.hf.quantizer"),  # a quantizer of transformers'
     "auto",  # loads base models
+    "renaming",  # asks for the names that modules of old had
     "embeddings",  # reads the vocabulary's size from a base model's folder
     "nf4.linear",  # gives back the Conv1D that a layer was made of
     "virtual.prompt",  # reads the text that a prompt starts from

@@ -536,7 +536,7 @@ def test_constructing_a_peft_model_is_get_peft_model() -> None:
         (
             lambda m: m.load_adapter("no/where", "x"),
             FileNotFoundError,
-            "no adapter at 'no/where': .* download it first",
+            "no adapter at 'no/where': .* no folder",
         ),
         (
             lambda m: m.add_adapter(lora(), "x"),

@@ -149,9 +149,12 @@ def test_adapters_of_a_model_without_verbs_are_switched_and_deleted_by_functions
     of_a = model(ids).logits
     assert not torch.equal(of_a, of_b)
     layer = model.model.layers[0].self_attn.q_proj
+    assert [layer.lora_A[name].weight.requires_grad for name in "ab"] == [True, False]
     set_requires_grad(model, ["a"], False)
-    assert not layer.lora_A["a"].weight.requires_grad
-    assert layer.lora_A["b"].weight.requires_grad
+    assert [layer.lora_A[name].weight.requires_grad for name in "ab"] == [False, False]
+    set_adapter(model, ["a", "b"], inference_mode=True)
+    assert [layer.lora_A[name].weight.requires_grad for name in "ab"] == [False, False]
+    set_adapter(model, "a")
     layer.lora_A["a"].to(torch.bfloat16)
     cast_adapter_dtype(model, "a", autocast_adapter_dtype=False)
     assert layer.lora_A["a"].weight.dtype == torch.bfloat16

@@ -39,14 +39,12 @@ def changes_base(kind: Any) -> bool:
 class LoraRuntimeConfig:
     """PEFT's `LoraRuntimeConfig`: settings that no file holds.
 
-    Raises ValueError for `ephemeral_gpu_offload`, which minipeft does not have.
+    Args:
+        ephemeral_gpu_offload: Make DoRA's start on a GPU though the model is not there. It changes no number, and has
+            no effect here.
     """
 
     ephemeral_gpu_offload: bool = False
-
-    def __post_init__(self) -> None:
-        if self.ephemeral_gpu_offload:
-            raise ValueError("LoraRuntimeConfig(ephemeral_gpu_offload=True) is not supported by minipeft")
 
 
 @dataclasses.dataclass
@@ -102,8 +100,8 @@ class LoraConfig(PeftConfig):
     """
 
     r: int = 8
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
     lora_alpha: float = 8
     lora_dropout: float = 0.0
     fan_in_fan_out: bool = False
@@ -151,8 +149,10 @@ class LoraConfig(PeftConfig):
         for field in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, field)
             if isinstance(value, set | tuple):
-                setattr(self, field, sorted(value))
-            _check_names(field, getattr(self, field), expression=field != "modules_to_save")
+                value = sorted(value)
+            _check_names(field, value, expression=field != "modules_to_save")
+            # As in PEFT, where scripts add to the set.
+            setattr(self, field, set(value) if isinstance(value, list) and field != "modules_to_save" else value)
         for field in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias"):
             if not isinstance(getattr(self, field), bool):
                 raise ValueError(f"{field} must be true or false, got {getattr(self, field)!r}")
@@ -181,13 +181,14 @@ class LoraConfig(PeftConfig):
         layers = self.layers_to_transform
         if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, list) else [layers])):
             raise ValueError(f"layers_to_transform must be a layer number or a list of them, got {layers!r}")
+        for field in ("layers_to_transform", "layers_pattern"):
+            if getattr(self, field) is not None and isinstance(self.target_modules, str):
+                raise ValueError(
+                    f"`{field}` cannot be used when `target_modules` is a str. Give a list of names, or put the layer "
+                    f"numbers into the expression {self.target_modules!r}"
+                )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where to count layers_to_transform, which is not given")
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                "layers_to_transform needs target_modules as a list of names, got the string "
-                f"{self.target_modules!r}; put the layer numbers into the expression instead"
-            )
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

@@ -62,7 +62,7 @@ def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list
 
 def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
     if config.target_modules is None:
-        config.target_modules = usual_targets(model)
+        config.target_modules = set(usual_targets(model))
     targets = match_targets(model, config, lambda module: lora_mixin_for(module) is not None, skip)
     for path in targets:
         module = model.get_submodule(path)
@@ -79,7 +79,7 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
             )
         mixin.check(module, path, config)
     if config.target_modules == "all-linear":
-        config.target_modules = shortest_names(model, targets)
+        config.target_modules = set(shortest_names(model, targets))
     return targets
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from minipeft.attach import adapter_modules, base_name
 from minipeft.config import PeftConfig
-from minipeft.directory import read_tensors
+from minipeft.directory import find_adapter, read_tensors
+from minipeft.hub import hub_arguments
 from minipeft.lora.config import LoraConfig, changes_base
 from minipeft.lora.layer import LoraLayer
 from minipeft.lora.layers import LoraNF4Linear
@@ -35,12 +36,13 @@ def hotswap_adapter(
 
     Args:
         torch_device: Accepted for compatibility: the tensors stay where they are.
-        kwargs: `subfolder` of the directory.
+        kwargs: `subfolder`, and how to reach the hub (`hub.HUB_ARGUMENTS`).
 
     Raises ValueError when there is no such LoRA adapter, it is merged, or the new one does not fit, FileNotFoundError
         when there is no new one. Nothing is changed then.
     """
-    directory = Path(model_name_or_path) / (kwargs.pop("subfolder", None) or "")
+    hub = hub_arguments(kwargs)
+    directory = find_adapter(model_name_or_path, kwargs.pop("subfolder", None), **hub)
     if kwargs:
         raise TypeError(f"hotswap_adapter() does not take {sorted(kwargs)}")
     if adapter_name not in model.peft_config:

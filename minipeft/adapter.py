@@ -123,14 +123,14 @@ class AdaptedModel(Face):
         peft_config: adapter name -> its config.
         _switch: the switch that its adapted modules share.
         _targets: adapter name -> dotted names of the modules that it adapts.
-        _row_functions: adapter name -> its method's `Registration.rows`, looked up when the adapter is attached:
+        _row_checks: adapter name -> its method's `Registration.rows`, looked up when the adapter is attached:
             torch.compile cannot follow the look-up during a call.
     """
 
     peft_config: dict[str, Any]
     _switch: Switch
     _targets: dict[str, list[str]]
-    _row_functions: dict[str, Callable[..., Any]]
+    _row_checks: dict[str, Callable[..., Any]]
 
 
 class PackedLayer(nn.Module):

@@ -120,9 +120,9 @@ def add_adapter(
         vars(config).update(fields)
         raise
     model.peft_config[adapter] = config
-    by_row = method_of(str(config.type_name)).load("rows")
-    if by_row is not None:
-        model._row_functions[adapter] = by_row
+    check = method_of(str(config.type_name)).load("rows")
+    if check is not None:
+        model._row_checks[adapter] = check
     if not model._switch.active:
         model._switch.active = (adapter,)
 
@@ -142,7 +142,7 @@ def delete_adapter(model: AdaptedModel, adapter_name: str) -> None:
         behind_face(module).delete_adapter(adapter_name)
         module.follow(active=adapter_name in module.switch.active)
     del model.peft_config[adapter_name], model._targets[adapter_name]
-    model._row_functions.pop(adapter_name, None)
+    model._row_checks.pop(adapter_name, None)
     left = tuple(name for name in model._switch.active if name != adapter_name)
     model._switch.active = left or tuple(model.peft_config)[:1]
     for name in model._switch.active if not left else ():

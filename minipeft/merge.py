@@ -202,7 +202,7 @@ def _remove_adapters(model: AdaptedModel) -> Any:
         if vars(part).get("_adapted_model") is model:
             del part._adapted_model
             mix_out(part, Face)
-    del model.peft_config, model._switch, model._targets, model._row_functions
+    del model.peft_config, model._switch, model._targets, model._row_checks
     mix_out(model, Face)
     return model
 

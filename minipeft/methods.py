@@ -34,7 +34,8 @@ class Registration:
         settings: Settings of a run that the name implies, such as qlora's quantization.
         compare_defaults: Settings of a run of `minipeft compare`, such as lr and method_args.
         start: (model, token ids) -> a notice for the user or None: gives a new adapter a start from the training data.
-        rows: (model, names, repeated) -> a context in which each row of a batch goes through its own adapter.
+        rows: (adapter, config) -> None: raises ValueError for an adapter that cannot act on some rows of a batch alone.
+            Without it none can (`minipeft/rows.py`).
         combine: (model, adapters, weights, name, ...): adds an adapter made of others.
         prefix: The start of the names of its tensors (PEFT's `model.prefix`), if they have one in common.
         tuner: PEFT's class of what holds its tensors: a wrapper of the model, or a prompt's encoder.
@@ -170,7 +171,7 @@ def type_of(config_class: type) -> str | None:
 
 
 def optional_part(part: str, peft_types: Iterable[str]) -> Any:
-    """The function `part` (`rows`, `combine`, `rates`) of the first of these methods that has it.
+    """The function `part` (`combine`, `rates`) of the first of these methods that has it.
 
     If none of them has one, another method's is returned: called, it raises an error that names the adapters that it
     does take.

@@ -27,6 +27,7 @@ from minipeft.attach import (
 )
 from minipeft.config import PeftConfig
 from minipeft.methods import optional_part
+from minipeft.rows import by_row
 
 
 class PeftModel(AdaptedModel):
@@ -218,7 +219,7 @@ class PeftModel(AdaptedModel):
         # Beside `forward`, which an accelerate hook hides.
         if adapter_names is None:
             return super().__call__(*args, **kwargs)
-        with self._rows(adapter_names):
+        with by_row(self, adapter_names):
             return super().__call__(*args, **kwargs)
 
     @property
@@ -231,7 +232,7 @@ class PeftModel(AdaptedModel):
 
         @functools.wraps(plain)
         def generate(*args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-            with self._rows(adapter_names, repeated=True) if adapter_names is not None else contextlib.nullcontext():
+            with by_row(self, adapter_names, repeated=True) if adapter_names is not None else contextlib.nullcontext():
                 return plain(*args, **kwargs)
 
         return generate
@@ -268,14 +269,6 @@ class PeftModel(AdaptedModel):
         for name in names:
             config_of(self, name)
         return names
-
-    def _rows(self, names: Sequence[str], repeated: bool = False) -> contextlib.AbstractContextManager[None]:
-        functions = self._row_functions
-        able = [functions[name] for name in names or () if name in functions] or [*functions.values()]
-        context: contextlib.AbstractContextManager[None] = (able or [optional_part("rows", ())])[0](
-            self, names, repeated
-        )
-        return context
 
 
 class PeftModelForCausalLM(PeftModel):
@@ -330,7 +323,7 @@ def _forward_with_rows(plain: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: PeftModel, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         if adapter_names is None:
             return plain(self, *args, **kwargs)
-        with self._rows(adapter_names):
+        with by_row(self, adapter_names):
             return plain(self, *args, **kwargs)
 
     return forward
@@ -404,7 +397,7 @@ def _becoming_peft_model(model: Any) -> Iterator[None]:
     mix_in(model, kind, paths.offers_to(model, kind))
     model.peft_config = {}
     model._switch = switch_of(model)
-    model._targets, model._row_functions = {}, {}
+    model._targets, model._row_checks = {}, {}
     paths.become_backbone(model)
     tell_quantizer(model, attached=True)
     try:

@@ -30,7 +30,8 @@ CORE = {
         "directory",
         "files",
     ),
-    *("embeddings", "status", "preparing", "auto", "paths", "base_state", "layer_calls", "switch", "hub", "renaming"),
+    *("embeddings", "status", "preparing", "auto", "paths", "base_state", "layer_calls", "switch", "rows", "hub"),
+    "renaming",
     # PEFT's names and small functions, for the scripts that import them.
     *("public", "errors", "mappings", "wrappers", "utilities", "signatures"),
 }

@@ -178,7 +178,7 @@ def test_it_acts_on_what_a_packed_model_leaves_dense(toy: None) -> None:
 
 def test_refusals_name_the_method(toy: None) -> None:
     model = toy_model()
-    with pytest.raises(ValueError, match=r"'default' is no LoRA adapter .ToyConfig."):
+    with pytest.raises(ValueError, match=r"'default' acts on the whole batch .ToyConfig."):
         model(some_ids(1), adapter_names=["default"])
     with pytest.raises(ValueError, match=r"no LoRA adapter .ToyConfig.: only those combine"):
         model.add_weighted_adapter(["default"], [1.0], "new")

@@ -13,7 +13,7 @@ import transformers
 from tiny import randomize, tiny_llama
 from torch import Tensor, nn
 
-from minipeft import BottleneckConfig, PeftModel, get_peft_model
+from minipeft import BottleneckConfig, LoraConfig, PeftModel, get_peft_model
 from minipeft.bottleneck.places import PLACES
 
 _SIZES: dict[str, Any] = {
@@ -432,3 +432,89 @@ def test_a_norm_and_a_scale_behind_the_network(options: dict[str, Any]) -> None:
 
     plain.layers[1].register_forward_hook(hook)
     torch.testing.assert_close(run(model), run(plain))
+
+
+# Rows and averages
+
+
+@pytest.mark.parametrize("preset", ["seq_bn", "double_seq_bn", "par_bn", "double_seq_bn_inv"])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_each_row_goes_through_its_own_adapter(family: str, preset: str) -> None:
+    config = BottleneckConfig.from_adapterhub(preset, bottleneck_size=4)
+    model = get_peft_model(build(family), config, adapter_name="a")
+    model.add_adapter("b", copy.deepcopy(config))
+    randomize(model, scale=0.3)
+    model.eval()
+    ids = torch.randint(3, 60, (4, 5))
+    more = {"decoder_input_ids": ids[:, :3]} if family == "t5" else {}
+
+    def run_rows(rows: list[int], **kwargs: Any) -> Tensor:
+        return model(ids[rows], **{n: v[rows] for n, v in more.items()}, **kwargs).last_hidden_state
+
+    rows = run_rows([0, 1, 2, 3], adapter_names=["b", "a", "__base__", "b"])
+    for name, which in (("a", [1]), ("b", [0, 3])):
+        model.set_adapter(name)
+        torch.testing.assert_close(rows[which], run_rows(which))
+    with model.disable_adapter():
+        torch.testing.assert_close(rows[2:3], run_rows([2]))
+
+
+def test_lora_and_bottleneck_rows_in_one_batch() -> None:
+    model = get_peft_model(tiny_llama(), BottleneckConfig(bottleneck_size=4), adapter_name="a")
+    model.add_adapter("b", LoraConfig(target_modules=["q_proj", "mlp.down_proj"]))
+    randomize(model, scale=0.3)
+    model.eval()
+    ids = torch.randint(3, 60, (2, 5))
+    rows = model(ids, adapter_names=["a", "b"]).logits
+    for row, name in enumerate("ab"):
+        model.set_adapter(name)
+        torch.testing.assert_close(rows[row : row + 1], model(ids[row : row + 1]).logits)
+    model.add_adapter("c", BottleneckConfig(bottleneck_size=4, modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="'c' has modules_to_save"):
+        model(ids, adapter_names=["a", "c"])
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.3], [1.5, -1.0]])
+def test_a_weighted_sum_of_adapters(weights: list[float], tmp_path: Any) -> None:
+    config = BottleneckConfig.from_adapterhub("double_seq_bn_inv", scaling="learned")
+    model = get_peft_model(tiny_llama(), config, adapter_name="a")
+    model.add_adapter("b", copy.deepcopy(config))
+    randomize(model, scale=0.3)
+    model.add_weighted_adapter(["a", "b"], weights, "sum", combination_type="linear")
+    state = dict(model.named_parameters())
+    summed = [name for name in state if ".sum." in name]
+    assert len(summed) == sum(".a." in name for name in state) > 0
+    for name in summed:
+        one, two = state[name.replace(".sum.", ".a.")], state[name.replace(".sum.", ".b.")]
+        torch.testing.assert_close(state[name], weights[0] * one + weights[1] * two)
+        assert not state[name].requires_grad
+    assert model.active_adapters == ["a"]
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    model.set_adapter("sum")
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "sum")
+    ids = torch.randint(3, 60, (2, 5))
+    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, rtol=0, atol=0)
+
+
+def test_adapters_that_do_not_combine_are_named() -> None:
+    model = get_peft_model(tiny_llama(), BottleneckConfig(bottleneck_size=4), adapter_name="a")
+    model.add_adapter("wide", BottleneckConfig(bottleneck_size=5))
+    model.add_adapter("lora", LoraConfig(target_modules=["q_proj"]))
+    names = set(dict(model.named_parameters()))
+    for others, options, complaint in [
+        (
+            ["wide"],
+            {},
+            r"'wide' does not combine with 'a': .*down.weight has shape \(5, 64\), expected \(4, 64\)",
+        ),
+        (["lora"], {}, "'lora' is no bottleneck adapter"),
+        ([], {"combination_type": "svd"}, "combine by combination_type='linear' alone, got {'combination_type': 'svd'"),
+        ([], {"density": 0.5}, "alone, got {'combination_type': 'linear', 'density': 0.5}"),
+        (["a"], {}, "different names with a weight each"),
+    ]:
+        adapters = ["a", *others]
+        with pytest.raises(ValueError, match=complaint):
+            model.add_weighted_adapter(
+                adapters, [1.0] * len(adapters), "new", **{"combination_type": "linear", **options}
+            )
+        assert set(dict(model.named_parameters())) == names and "new" not in model.peft_config

@@ -166,14 +166,17 @@ def test_what_others_read_of_the_model_stays_as_it_was() -> None:
         (["default", "nope", "default", "default"], "Adapter nope does not exist"),
         ("default", "must be a list"),
         ([], "must be a list"),
-        (["bottleneck"] * 4, "'bottleneck' is no LoRA adapter"),
+        (
+            ["prefix"] * 4,
+            "'prefix' acts on the whole batch .PrefixTuningConfig.; adapters .* lora, .*bottleneck",
+        ),
         (["biased"] * 4, "'biased' has bias"),
         (["whole"] * 4, "'whole' has modules_to_save"),
     ],
 )
 def test_wrong_names_are_errors(names: Any, message: str) -> None:
     model = three(tiny_llama())
-    model.add_adapter("bottleneck", minipeft.BottleneckConfig(reduction_factor=4))
+    model.add_adapter("prefix", minipeft.PrefixTuningConfig(num_virtual_tokens=2))
     model.add_adapter("biased", LoraConfig(target_modules=["q_proj"], bias="all"))
     model.add_adapter("whole", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     before = model(some_ids(4)).logits

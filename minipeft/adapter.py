@@ -163,6 +163,8 @@ class AdapterModule(LayerCalls, Mixin):
     exact in every dtype, and a tensor that another module shares (tied embeddings) is left alone.
     """
 
+    # PEFT's word for such a module, where it does not follow from the class's name.
+    peft_name: ClassVar[str] = ""
     # Attributes that this class adds to the module, removed when it becomes plain again.
     _own_attributes: ClassVar[tuple[str, ...]] = ("switch", "merged_adapters", "_originals")
 

@@ -110,6 +110,7 @@ class TrainedModule(AdapterModule):
     """
 
     name_prefix: ClassVar[str] = "Trained"
+    peft_name: ClassVar[str] = "ModulesToSaveWrapper"
     _own_attributes: ClassVar[tuple[str, ...]] = ("modules_to_save",)
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
 

@@ -1,4 +1,4 @@
-"""One adapter's directory, in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, a model card."""
+"""One adapter's directory, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ def save_adapter(
     directory: str | Path,
     config: PeftConfig,
     tensors: Mapping[str, Tensor],
-    model_card: str | None = None,
     training: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write one adapter directory; every file appears whole or not at all, the configuration last.
@@ -36,7 +35,6 @@ def save_adapter(
         directory: Made if it does not exist.
         config: Written with `inference_mode` true, as PEFT does.
         tensors: On-disk names to tensors, kept in their dtype.
-        model_card: Text of README.md, written unless there is one.
         training: Tensors for a second file, which PEFT does not read; without any, an old one is removed.
     """
     directory = Path(directory)
@@ -49,8 +47,6 @@ def save_adapter(
             flat = _without_shared_memory(named)
             with atomic_path(directory / file) as temporary:
                 save_file(flat, temporary, metadata={"format": "pt", **config.file_marks()})
-    if model_card is not None and not (directory / "README.md").exists():
-        write_text(directory / "README.md", model_card)
     values = {**config.to_dict(), "inference_mode": True}
     write_text(directory / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True))
 

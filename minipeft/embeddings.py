@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ def _embeddings(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+# The names under which FSDP, torch.compile and checkpointing hold the module that they wrap.
+_WRAPPERS = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+
+
+def on_disk(path: str) -> str:
+    """The start of the names on disk of what lies in the module called `path`: without the names of wrappers."""
+    return _WRAPPERS.sub("", f"{path}.") if path else ""
+
+
 def embedding_keys(model: nn.Module, prefix: str) -> dict[str, Tensor]:
     """The base embeddings of `model`, under the names that PEFT stores them by when it stores them.
 
@@ -37,7 +47,8 @@ def embedding_keys(model: nn.Module, prefix: str) -> dict[str, Tensor]:
         weight = getattr(embedding, "_originals", {}).get("weight", embedding._parameters.get("weight"))
         if path is None or weight is None:
             continue
-        found[f"{prefix}{path}.weight"] = found[f"{prefix}{path}.base_layer.weight"] = weight
+        start = f"{prefix}{on_disk(path)}"
+        found[f"{start}weight"] = found[f"{start}base_layer.weight"] = weight
     return found
 
 
@@ -54,7 +65,7 @@ def embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, prefi
     embeddings = embedding_keys(model, prefix)
     # A model without embeddings may have no vocabulary either.
     changed = bool(embeddings) and wanted == "auto" and _vocabulary_changed(model)
-    targets = [f"{prefix}{path}." for path, module in adapter_modules(model) if module.stored_beside(adapter)]
+    targets = [f"{prefix}{on_disk(path)}" for path, module in adapter_modules(model) if module.stored_beside(adapter)]
     kept = {}
     for key, tensor in embeddings.items():
         is_target = key.startswith(tuple(targets))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minipeft import attach, merge, paths, saving, status
+from minipeft import attach, card, merge, paths, saving, status
 from minipeft.adapter import AdaptedModel, mix_in
 from minipeft.attach import (
     add_adapter,
@@ -91,6 +91,9 @@ class PeftModel(AdaptedModel):
             saving.save_adapters(self, save_directory, *args, **kwargs)
         else:
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    push_to_hub = saving.push_to_hub
+    create_or_update_model_card = card.create_or_update_model_card
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As `nn.Module.load_state_dict`; with `strict=False`, a state of adapters alone lacks nothing.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from minipeft.adapter import AdaptedModel, plain_class
 from minipeft.attach import adapter_modules, add_adapter, base_name, config_of, delete_adapter, set_trainable
+from minipeft.card import write_card
 from minipeft.config import PeftConfig
 from minipeft.directory import find_adapter, read_marks, read_tensors, read_training_tensors, save_adapter
 from minipeft.embeddings import embedding_keys
@@ -157,10 +159,44 @@ def save_adapters(
         if config.saving_notice() is not None:
             logger.warning("adapter %r: %s", adapter, config.saving_notice())
         folder = directory if adapter == "default" else directory / adapter
-        save_adapter(folder, config, tensors, _model_card(config), training)
+        save_adapter(folder, config, tensors, training)
+        write_card(model, config, folder)
     if _TRAINER_FOLDER.fullmatch(directory.name):
         with atomic_path(directory / _TRAINER_WEIGHTS) as temporary:
             save_file(_adapter_state_in_memory(model), temporary, metadata={"format": "pt"})
+
+
+def push_to_hub(
+    model: AdaptedModel,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload adapter",
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **saving: Any,
+) -> Any:
+    """Upload what `save_adapters` writes to a hub's repository, which is made if there is none.
+
+    Args:
+        saving: Arguments of `save_adapters`.
+
+    Returns: huggingface_hub's description of the commit. Raises its errors, and those of `save_adapters`.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapters(model, folder, **saving)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
 
 
 def check_adapters_alone(model: AdaptedModel, state_dict: Mapping[str, Any]) -> bool:
@@ -222,10 +258,3 @@ def _refuse(function: str, given: Mapping[str, Any], neutral: Mapping[str, Any])
             raise TypeError(f"{function}() does not take {name!r}")
         if neutral[name] is not ... and value != neutral[name]:
             raise ValueError(f"{function}({name}={value!r}) is not supported by minipeft")
-
-
-def _model_card(config: PeftConfig) -> str:
-    base = config.base_model_name_or_path
-    lines = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:", "- minipeft"]
-    text = [f"# {config.type_name} adapter", "", f"Base model: {base or 'not recorded'}", ""]
-    return "\n".join([*lines, "---", "", *text])

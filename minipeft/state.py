@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from minipeft.attach import adapter_modules
 from minipeft.config import PeftConfig
-from minipeft.embeddings import embedding_keys, embeddings_to_save
+from minipeft.embeddings import embedding_keys, embeddings_to_save, on_disk
 
 KEY_PREFIX = PeftConfig.key_prefix
 
@@ -153,7 +153,7 @@ def stored_state(
 
 
 def _on_disk(prefix: str, path: str, name: str) -> str:
-    return name[1:] if name.startswith("/") else f"{prefix}{path}.{name}"
+    return name[1:] if name.startswith("/") else f"{prefix}{on_disk(path)}{name}"
 
 
 @torch.no_grad()

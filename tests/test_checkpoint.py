@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
+import yaml
 from processes import run_process
 from safetensors.torch import load_file, save_file
 from tiny import randomize, some_ids, tiny_llama
@@ -203,10 +207,38 @@ def test_failed_write_leaves_the_old_adapter_whole(directory: Path, monkeypatch:
     assert {name: (directory / name).read_bytes() for name in os.listdir(directory)} == before
 
 
-def test_a_model_card_that_exists_is_not_overwritten(directory: Path) -> None:
-    (directory / "README.md").write_text("mine")
-    adapted().save_pretrained(directory)
-    assert (directory / "README.md").read_text() == "mine"
+@pytest.mark.parametrize("text", ["mine\n", "---\nmeta: hello\ntags:\n- mine\n---\n# Card: ---\n---\nmine\n"])
+def test_the_text_of_a_model_card_that_exists_stays(directory: Path, text: str) -> None:
+    (directory / "README.md").write_text(text)
+    for _ in range(2):
+        adapted().save_pretrained(directory)
+    card = (directory / "README.md").read_text()
+    front, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()  # type: ignore[union-attr]
+    data = yaml.safe_load(front)
+    assert body == text.rpartition("- mine\n---\n")[2]
+    assert data["library_name"] == "peft" and {"lora", "minipeft", "transformers"} <= set(data["tags"])
+    assert ("mine" in data["tags"]) == (data.get("meta") == "hello") == ("meta" in text)
+
+
+def test_a_model_card_says_what_a_hub_wants(tmp_path: Path) -> None:
+    found = {}
+    for lib in (minipeft, peft):
+        model = tiny_llama()
+        model.name_or_path = model.config._name_or_path = str(tmp_path)
+        model = lib.get_peft_model(model, lib.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        with warnings.catch_warnings(action="ignore"):
+            model.save_pretrained(tmp_path / lib.__name__)
+        card = (tmp_path / lib.__name__ / "README.md").read_text()
+        found[lib] = yaml.safe_load(card.split("---\n")[1])
+        found[lib]["tags"] = set(found[lib]["tags"]) - {"minipeft"}
+    assert found[minipeft] == found[peft]
+
+
+def test_a_model_card_with_damaged_metadata_is_named(directory: Path) -> None:
+    (directory / "README.md").write_text("---\n- a list\n---\nmine\n")
+    with pytest.warns(UserWarning, match="README.md is left as it is: it begins with .*a list"):
+        adapted().save_pretrained(directory)
+    assert (directory / "README.md").read_text().endswith("mine\n")
 
 
 def test_fields_of_newer_versions_pass_while_they_ask_for_nothing(directory: Path) -> None:
@@ -346,3 +378,24 @@ def test_a_config_is_read_before_any_method_is_used(directory: Path) -> None:
     code = "import sys, minipeft; print(type(minipeft.PeftConfig.from_pretrained(sys.argv[1])).__name__)"
     done = run_process([sys.executable, "-c", code, str(directory)], check=True)
     assert done.stdout == "LoraConfig\n"
+
+
+def test_an_adapter_is_pushed_as_it_is_saved(monkeypatch: Any, tmp_path: Path) -> None:
+    calls: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, token: Any) -> None:
+            calls["token"] = token
+
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+        def upload_folder(self, repo_id: str, folder_path: str, **options: Any) -> str:
+            shutil.copytree(folder_path, tmp_path / repo_id)
+            return "commit"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    model = adapted()
+    assert model.push_to_hub("mine", token="secret") == "commit" and calls["token"] == "secret"
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path / "me" / "mine")
+    assert torch.equal(loaded(some_ids()).logits, model(some_ids()).logits)

@@ -32,6 +32,7 @@ CORE = {
     ),
     *("embeddings", "status", "preparing", "auto", "paths", "base_state", "layer_calls", "switch", "rows", "hub"),
     "renaming",
+    "card",
     # PEFT's names and small functions, for the scripts that import them.
     *("public", "errors", "mappings", "wrappers", "utilities", "signatures"),
 }

@@ -464,7 +464,7 @@ def test_status_tells_what_is_attached() -> None:
     assert status.requires_grad == {"default": True, "other": False}
     layers = {layer.name: layer for layer in minipeft.get_layer_status(model)}
     assert len(layers) == status.num_adapter_layers == 6
-    assert layers["model.layers.0.mlp.down_proj"].available_adapters == ["other"]
+    assert layers["model.model.layers.0.mlp.down_proj"].available_adapters == ["other"]
 
 
 def test_the_model_tells_its_own_status() -> None:

@@ -50,6 +50,7 @@ class LoraParameters(AdapterModule):
     """
 
     name_prefix: ClassVar[str] = "Lora"
+    peft_name: ClassVar[str] = "lora.ParamWrapper"
     _own_attributes: ClassVar[tuple[str, ...]] = ("lora_experts",)
 
     lora_experts: Any

@@ -130,6 +130,8 @@ class LoraNF4Linear(LoraLayer):
 class LoraConv1D(Sizes, LoraDenseLayer):
     """LoRA on GPT-2's `Conv1D`: a linear layer whose weight lies as (in_features, out_features)."""
 
+    peft_name: ClassVar[str] = "lora.Linear"
+
     def _matrix(self) -> Tensor:
         return self.weight.T
 
@@ -151,6 +153,9 @@ class LoraEmbedding(Sizes, LoraLayer):
     The factors are parameters, `lora_embedding_A` (r, num_embeddings) and `lora_embedding_B` (embedding_dim, r).
     A starts at zero and B random, so that the start is the identity.
     """
+
+    # Not the property that reads a layer's.
+    bias: Any = None
 
     weight: nn.Parameter
     padding_idx: int | None

@@ -27,45 +27,74 @@ def lora_plus_groups(
     Args:
         lr: eta_A, of the factors A and of every matrix that is no factor (a head in modules_to_save).
         loraplus_lr_ratio: eta_B / eta_A. The factors B and all vectors (biases, DoRA's lengths) get lr times this.
-        loraplus_weight_decay: Of matrices; vectors are not decayed.
+        loraplus_weight_decay: Of matrices and DoRA's lengths; biases and norms are not decayed.
         loraplus_lr_embedding: Of both factors on embeddings.
 
     Raises ValueError when no LoRA factor is trained, and for a ratio that is not positive.
     """
-    if not loraplus_lr_ratio > 0:
-        raise ValueError(f"loraplus_lr_ratio must be positive, got {loraplus_lr_ratio}")
-    embedding, fast = _factors_of(model)
+    groups = _four_groups(model, lr, loraplus_lr_ratio, loraplus_weight_decay, loraplus_lr_embedding)
+    embedding, fast, _ = _factors_of(model)
     if not any(id(p) in embedding | fast and p.requires_grad for p in model.parameters()):
         raise ValueError("loraplus_lr_ratio is for LoRA: the model trains no LoRA adapter")
-    rates: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        rate = lr * loraplus_lr_ratio if id(parameter) in fast or parameter.ndim < 2 else lr
-        if id(parameter) in embedding:
-            rate = loraplus_lr_embedding
-        decay = loraplus_weight_decay if parameter.ndim >= 2 else 0.0
-        rates.setdefault((rate, decay), []).append(parameter)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in rates.items()]
+    merged: dict[tuple[float, float], dict[str, Any]] = {}
+    for group in groups:
+        same = merged.setdefault((group["lr"], group["weight_decay"]), {**group, "params": []})
+        same["params"] += group["params"]
+    return [group for group in merged.values() if group["params"]]
 
 
 def create_loraplus_optimizer(
-    model: nn.Module, optimizer_cls: Any, *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+    model: nn.Module,
+    optimizer_cls: Any,
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_weight_decay: float = 0.0,
+    loraplus_lr_embedding: float = 1e-6,
+    **kwargs: Any,
 ) -> Any:
-    """PEFT's function: `optimizer_cls` over `lora_plus_groups`.
+    """PEFT's function: `optimizer_cls` over four groups, of which some may be empty.
+
+    They are A and whole matrices, the factors on embeddings, B, and vectors, as `lora_plus_groups` describes them; a
+    model without LoRA has nothing in the second and the third.
 
     Args:
-        kwargs: loraplus_weight_decay and loraplus_lr_embedding go to the groups, the rest to the optimizer.
+        kwargs: Go to the optimizer.
+
+    Raises ValueError for a ratio that is not positive.
     """
-    names = ("loraplus_weight_decay", "loraplus_lr_embedding")
-    own = {name: kwargs.pop(name) for name in names if name in kwargs}
-    return optimizer_cls(lora_plus_groups(model, lr, loraplus_lr_ratio, **own), lr=lr, **kwargs)
+    groups = _four_groups(model, lr, loraplus_lr_ratio, loraplus_weight_decay, loraplus_lr_embedding)
+    return optimizer_cls(groups, lr=lr, **kwargs)
 
 
-def _factors_of(model: nn.Module) -> tuple[set[int], set[int]]:
-    """The identities of the factors on embeddings, and of the factors B elsewhere."""
+def _four_groups(model: nn.Module, lr: float, ratio: float, decay: float, lr_embedding: float) -> list[dict[str, Any]]:
+    if not ratio > 0:
+        raise ValueError(f"loraplus_lr_ratio must be positive, got {ratio}")
+    embedding, fast, lengths = _factors_of(model)
+    slow: list[nn.Parameter] = []
+    of_embeddings: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        if id(parameter) in embedding:
+            of_embeddings.append(parameter)
+        elif id(parameter) in fast | lengths:
+            decayed.append(parameter)
+        else:
+            (slow if parameter.ndim >= 2 else vectors).append(parameter)
+    return [
+        {"params": slow, "lr": lr, "weight_decay": decay},
+        {"params": of_embeddings, "lr": lr_embedding, "weight_decay": decay},
+        {"params": decayed, "lr": lr * ratio, "weight_decay": decay},
+        {"params": vectors, "lr": lr * ratio, "weight_decay": 0.0},
+    ]
+
+
+def _factors_of(model: nn.Module) -> tuple[set[int], set[int], set[int]]:
+    """The identities of the factors on embeddings, of the factors B elsewhere, and of DoRA's lengths."""
     embedding: set[int] = set()
     fast: set[int] = set()
+    lengths: set[int] = set()
     for module in model.modules():
         if isinstance(module, ExpertFactors):
             fast.add(id(module.lora_B))
@@ -76,4 +105,5 @@ def _factors_of(model: nn.Module) -> tuple[set[int], set[int]]:
                 embedding |= {id(lora_A), id(lora_B)}
             else:
                 fast.add(id(lora_B))
-    return embedding, fast
+            lengths |= {id(p) for name, p in module.adapter_state(adapter).items() if "magnitude" in name}
+    return embedding, fast, lengths

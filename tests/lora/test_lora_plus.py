@@ -6,6 +6,7 @@ import peft.optimizers
 import pytest
 import torch
 from tiny import some_ids, tiny_llama
+from torch import nn
 
 import minipeft
 from minipeft import LoraConfig, create_loraplus_optimizer, get_peft_model, lora_plus_groups
@@ -22,21 +23,25 @@ def rates_by_name(model: Any, groups: list[dict[str, Any]]) -> dict[str, tuple[f
     return {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
 
 
-def test_groups_are_peft_s() -> None:
-    ours = get_peft_model(tiny_llama(), LoraConfig(**CONFIG))
-    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**CONFIG))
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_groups_are_peft_s(use_dora: bool) -> None:
+    config = {**CONFIG, "use_dora": use_dora, "target_modules": ["q_proj"] if use_dora else CONFIG["target_modules"]}
+    ours = get_peft_model(tiny_llama(), LoraConfig(**config))
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(**config))
     settings = {**RATES, "loraplus_weight_decay": 0.1, "loraplus_lr_embedding": 1e-5}
     optimizers = [
         create_loraplus_optimizer(ours, torch.optim.AdamW, betas=(0.8, 0.9), **settings),
         peft.optimizers.create_loraplus_optimizer(theirs, torch.optim.AdamW, betas=(0.8, 0.9), **settings),
     ]
+    sizes = [[(group["lr"], len(group["params"])) for group in optimizer.param_groups] for optimizer in optimizers]
+    assert sizes[0] == sizes[1]
     expected = rates_by_name(theirs, optimizers[1].param_groups)
     assert rates_by_name(ours, optimizers[0].param_groups) == expected
-    assert {rate for rate, _ in expected.values()} == {1e-3, 1.6e-2, 1e-5}
+    assert {rate for rate, _ in expected.values()} == {1e-3, 1.6e-2, *(() if use_dora else (1e-5,))}
     assert optimizers[0].defaults["betas"] == (0.8, 0.9)
 
 
-def test_vectors_learn_fast_and_are_not_decayed() -> None:
+def test_vectors_learn_fast_and_biases_are_not_decayed() -> None:
     model = get_peft_model(
         tiny_llama(attention_bias=True), LoraConfig(target_modules=["q_proj"], use_dora=True, bias="all")
     )
@@ -46,7 +51,16 @@ def test_vectors_learn_fast_and_are_not_decayed() -> None:
         if "lora_A" in name:
             assert rate == (1e-3, 0.1)
         else:
-            assert rate == (1.6e-2, 0.1 if "lora_B" in name else 0.0)
+            assert rate == (1.6e-2, 0.1 if "lora_B" in name or "magnitude" in name else 0.0)
+
+
+def test_a_model_without_lora_has_peft_s_groups_too() -> None:
+    optimizers = [
+        library.create_loraplus_optimizer(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), torch.optim.AdamW, **RATES)
+        for library in (minipeft, peft.optimizers)
+    ]
+    sizes = [[(group["lr"], len(group["params"])) for group in optimizer.param_groups] for optimizer in optimizers]
+    assert sizes[0] == sizes[1]
 
 
 def test_b_moves_ratio_times_as_far_in_the_first_step() -> None:

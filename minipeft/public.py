@@ -34,7 +34,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "minipeft.errors": ("NoMatchingPeftModuleError", "PeftError", "PeftWarning"),
     "minipeft.lora.config": ("LoftQConfig", "LoraConfig", "LoraRuntimeConfig"),
     "minipeft.lora.rates": ("create_loraplus_optimizer", "lora_plus_groups"),
-    "minipeft.lora.swap": ("hotswap_adapter", "replace_lora_weights_loftq"),
+    "minipeft.lora.hotswap": ("hotswap_adapter",),
+    "minipeft.lora.packed_start": ("replace_lora_weights_loftq",),
     "minipeft.lora.wrapper": ("LoraModel",),
     "minipeft.mappings": (
         *("MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING"),
@@ -101,7 +102,9 @@ _FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
         "minipeft.utilities": ("INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",),
     },
     "utils.error": {},
-    "utils.hotswap": {},
+    "utils.hotswap": {
+        "minipeft.lora.hotswap": ("hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap"),
+    },
     "utils.loftq_utils": {},
     "utils.other": {
         "minipeft.copies": ("AuxiliaryTrainingWrapper=TrainedModule", "ModulesToSaveWrapper=TrainedModule"),

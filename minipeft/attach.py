@@ -30,6 +30,7 @@ from minipeft.adapter import (
 )
 from minipeft.config import PeftConfig
 from minipeft.copies import TrainedBias, TrainedModule
+from minipeft.fused import CallsItsParts, may_pass_by
 from minipeft.methods import method_of
 from minipeft.targets import check_unused_names, modules_to_save, plain_module_names
 
@@ -85,6 +86,8 @@ def attach_adapter(
             method.connect(model, adapter, targets)
         if getattr(config, "bias", "none") == "all":
             _train_all_biases(model, adapter, switch, autocast_adapter_dtype)
+        for module in filter(may_pass_by, modules.values()):
+            become(module, CallsItsParts, switch)
     return targets
 
 

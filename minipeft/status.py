@@ -10,6 +10,7 @@ from torch import nn
 from minipeft.adapter import AdaptedModel, AdapterModule, PackedLayer, WrappedForward, plain_class
 from minipeft.attach import adapter_modules
 from minipeft.copies import TrainedBias
+from minipeft.fused import CallsItsParts
 from minipeft.methods import method_of
 
 IRREGULAR = "irregular"
@@ -151,7 +152,7 @@ def _status_of(name: str, module: AdapterModule) -> LayerStatus:
 def _mixin_of(module: AdapterModule) -> Any:
     """The class that adapts the module, the front one of several; None if only its bias is trained."""
     mixins = [cls for cls in type(module).__mro__ if issubclass(cls, AdapterModule) and "_plain_class" not in vars(cls)]
-    return next((cls for cls in mixins if cls not in (TrainedBias, WrappedForward, AdapterModule)), None)
+    return next((cls for cls in mixins if cls not in (TrainedBias, WrappedForward, CallsItsParts, AdapterModule)), None)
 
 
 def _merged(having: dict[str, list[LayerStatus]]) -> Any:

@@ -114,7 +114,7 @@ def test_what_cannot_be_trained_whole_is_an_error() -> None:
 
 def test_layers_whose_update_would_be_lost_are_refused() -> None:
     attention = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
-    with pytest.raises(ValueError, match="NonDynamicallyQuantizableLinear; LoRA adapts"):
+    with pytest.raises(ValueError, match=r"is read by its nn\.MultiheadAttention and not called; take 'attention'"):
         get_peft_model(attention, LoraConfig(target_modules=["out_proj"]))
 
 

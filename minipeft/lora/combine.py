@@ -132,7 +132,7 @@ def add_weighted_adapter(
     how = Combination(kind, svd_rank, svd_clamp, svd_driver, density, majority_sign_method, generator)
     configs = {adapter: config_of(model, adapter) for adapter in adapters}
     layers = _layers_to_combine(model, configs, how)
-    paths = shortest_names(model, list(layers))
+    paths = shortest_names(model, [path for path, layer in layers.items() if not layer.is_part])
     add_adapter(model, adapter_name, combined_config(layers, configs, how, paths), init=False)
     for layer in layers.values():
         new = combine_layer(layer, dict(zip(adapters, weights, strict=True)), layer.r[adapter_name], how)

@@ -105,6 +105,20 @@ class LoraConv(Sizes, LoraLayer):
             self._container(name, nn.ModuleDict)[adapter] = factor
 
 
-def is_convolution(module: nn.Module) -> bool:
-    """True for a convolution of one, two or three dimensions whose weight is a parameter of its own."""
-    return isinstance(module, tuple(_CONVOLUTIONS.values())) and module._parameters.get("weight") is not None
+class LoraConv1d(LoraConv):
+    """LoRA on `nn.Conv1d`."""
+
+
+class LoraConv2d(LoraConv):
+    """LoRA on `nn.Conv2d`."""
+
+
+class LoraConv3d(LoraConv):
+    """LoRA on `nn.Conv3d`."""
+
+
+def conv_mixin_for(module: nn.Module) -> type[LoraConv] | None:
+    """The mixin for a convolution of one, two or three dimensions whose weight is a parameter of its own, else None."""
+    kinds: dict[Any, type[LoraConv]] = {nn.Conv1d: LoraConv1d, nn.Conv2d: LoraConv2d, nn.Conv3d: LoraConv3d}
+    held = module._parameters.get("weight") is not None
+    return next((mixin for kind, mixin in kinds.items() if held and isinstance(module, kind)), None)

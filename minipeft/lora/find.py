@@ -6,8 +6,9 @@ from torch import nn
 
 from minipeft.adapter import AdapterModule, Method, base_modules
 from minipeft.copies import TrainedModule
+from minipeft.lora.attention import LoraMultiheadAttention
 from minipeft.lora.config import LoraConfig
-from minipeft.lora.conv import LoraConv, is_convolution
+from minipeft.lora.conv import conv_mixin_for
 from minipeft.lora.default_targets import usual_targets
 from minipeft.lora.experts import LoraParameters, check_target_parameters, find_target_parameters
 from minipeft.lora.layer import LoraLayer
@@ -20,17 +21,18 @@ def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
     """The mixin that adapts `module`, or None if LoRA cannot."""
     if isinstance(module, NF4Linear):
         return LoraNF4Linear
-    if is_convolution(module):
-        return LoraConv
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return conv_mixin_for(module)
     if is_conv1d(module):
         return LoraConv1D
-    # nn.MultiheadAttention reads its out_proj's weight without calling it, and bitsandbytes' layers are nn.Linear
-    # with a packed weight: an update on either would be lost or wrong.
+    if isinstance(module, nn.MultiheadAttention):
+        return LoraMultiheadAttention
     # Llama 4's router is an nn.Linear that returns two things.
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or "Router" in type(module).__name__:
+    if "Router" in type(module).__name__:
         return None
+    # bitsandbytes' layers are nn.Linear with a packed weight: an update would be wrong.
     if isinstance(module, nn.Linear) and module.weight.shape == (module.out_features, module.in_features):
         return LoraLinear
     return None
@@ -63,9 +65,20 @@ def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list
 def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
     if config.target_modules is None:
         config.target_modules = set(usual_targets(model))
-    targets = match_targets(model, config, lambda module: lora_mixin_for(module) is not None, skip)
+    # nn.MultiheadAttention reads its out_proj's weight without calling it: an update beside it would be lost.
+    passed_by = [part.out_proj for _, part in base_modules(model) if isinstance(part, nn.MultiheadAttention)]
+
+    def adaptable(module: nn.Module) -> bool:
+        return lora_mixin_for(module) is not None and all(module is not part for part in passed_by)
+
+    targets = match_targets(model, config, adaptable, skip)
     for path in targets:
         module = model.get_submodule(path)
+        if any(module is part for part in passed_by):
+            raise ValueError(
+                f"target_modules: {path!r} is read by its nn.MultiheadAttention and not called; take "
+                f"{path.rpartition('.')[0]!r}, the whole module, of which it is adapted too"
+            )
         if isinstance(module, TrainedModule):
             raise ValueError(f"target_modules: {path!r} is another adapter's modules_to_save")
         mixin = lora_mixin_for(module)
@@ -75,7 +88,8 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
                 raise ValueError(f"{path!r} is a {kind}: load the model with minipeft's BitsAndBytesConfig instead")
             raise ValueError(
                 f"target_modules: {path!r} is a {kind}{_ROUTER if 'Router' in kind else ''}; LoRA adapts "
-                "torch.nn.Linear, Embedding, Conv1d, Conv2d and Conv3d, transformers' Conv1D and minipeft's NF4Linear"
+                "torch.nn.Linear, Embedding, Conv1d to Conv3d and MultiheadAttention, transformers' Conv1D and "
+                "minipeft's NF4Linear"
             )
         mixin.check(module, path, config)
     if config.target_modules == "all-linear":

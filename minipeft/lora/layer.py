@@ -154,7 +154,7 @@ class LoraLayer(AdapterStore):
     def unmergeable(self, adapters: tuple[str, ...]) -> str | None:
         if self._parameters.get("bias") is None and any(self.lora_bias.get(adapter) for adapter in adapters):
             return "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
-        if "weight" not in self._parameters and any(self.adapts(adapter) for adapter in adapters):
+        if self.weight_name not in self._parameters and any(self.adapts(adapter) for adapter in adapters):
             return "its weight is no parameter of its own now, but parametrized or sharded"
         return super().unmergeable(adapters)
 
@@ -180,8 +180,7 @@ class LoraLayer(AdapterStore):
         raise NotImplementedError
 
     def _install_weight(self, weight: Tensor) -> None:
-        base: Any = self.weight
-        self._install("weight", self.as_weight(weight).contiguous().to(base.dtype))
+        self._install(self.weight_name, self.as_weight(weight).contiguous().to(self.base_weight().dtype))
 
     def _check_unmerged(self) -> None:
         if self.merged_adapters:

@@ -30,6 +30,10 @@ class AdapterStore(LoraCalls):
         variants: the adapter's `Plain`, `WithBias`, `Dora`, `Pissa` or `Loftq`.
     """
 
+    # The name of the parameter that the adapters change.
+    weight_name: ClassVar[str] = "weight"
+    # True for a part of an adapted module that is no target itself.
+    is_part: ClassVar[bool] = False
     _own_attributes: ClassVar[tuple[str, ...]] = (
         *("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector", "lora_start", "lora_base"),
         *("lora_embedding_A", "lora_embedding_B", "r", "lora_alpha", "scaling"),
@@ -128,8 +132,14 @@ class AdapterStore(LoraCalls):
         raise NotImplementedError
 
     def _weight_device(self) -> torch.device:
-        weight: Any = self.weight
-        return weight.device
+        device: torch.device = self.base_weight().device
+        return device
+
+    def base_weight(self) -> Any:
+        """The base weight itself: a parameter, or what FSDP or a parametrization has put in its place."""
+        held = self._parameters.get(self.weight_name)
+        held = vars(self).get(self.weight_name) if held is None else held
+        return getattr(self, self.weight_name) if held is None else held
 
 
 def _empty_linear(weight: Tensor) -> nn.Linear:

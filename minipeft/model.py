@@ -26,6 +26,7 @@ from minipeft.attach import (
     unmerge,
 )
 from minipeft.config import PeftConfig
+from minipeft.errors import PeftWarning
 from minipeft.methods import optional_part
 from minipeft.rows import by_row
 
@@ -348,14 +349,13 @@ def get_peft_model(
     Args:
         model: Any torch module; its NF4Linear layers make it QLoRA.
         peft_config: Held by the model itself, which fills in what it left open.
+        mixed: Accepted for compatibility: adapters of all methods mix.
         autocast_adapter_dtype: Hold the adapter in float32 over a 16-bit or 4-bit model.
         low_cpu_mem_usage: Accepted for compatibility: tensors are always made where they stay.
 
     Raises ValueError when the config does not fit the model, TypeError for wrong types; `model` is then as before.
     """
     _check_config(peft_config)
-    if mixed:
-        raise ValueError("mixed=True is not supported by minipeft: adapters of every method mix without it")
     _warn_of_adapters(model, adapter_name)
     with _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext():
         if adapter_name in model.peft_config:
@@ -371,7 +371,15 @@ def get_peft_model(
             f"{revision}",
             stacklevel=2,
         )
-    peft_config.base_model_name_or_path = base_name(model)
+    named, name = peft_config.base_model_name_or_path, base_name(model)
+    if named not in (None, name):
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{named}' to '{name}', which is the model "
+            "that the adapter is for",
+            PeftWarning,
+            stacklevel=2,
+        )
+    peft_config.base_model_name_or_path = name
     peft_config.revision = revision or peft_config.revision
     return model
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from minipeft.attach import attach_adapter, freeze, set_trainable, switch_of
@@ -44,6 +45,9 @@ def prepare_model_for_kbit_training(
 
     PEFT also converts every 16-bit parameter to float32, embeddings and head included, which can cost gigabytes.
     Frozen parameters gain nothing from that: they stay as they are; adapters are float32 anyway.
+
+    Args:
+        auto_clear_cache: Give the memory that loading and packing the weights has freed back to the GPU.
     """
     freeze(model)
     if use_gradient_checkpointing:
@@ -51,4 +55,6 @@ def prepare_model_for_kbit_training(
         if kwargs["use_reentrant"]:
             model.enable_input_require_grads()
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return model

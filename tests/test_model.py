@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -560,3 +561,19 @@ def test_a_config_that_does_not_fit_leaves_the_model_as_it_was() -> None:
         get_peft_model(model, lora(target_modules=["q_proj", "nope"]))
     assert type(model) is LlamaForCausalLM and [p.requires_grad for p in model.parameters()] == gradients
     assert model.state_dict().keys() == tiny_llama().state_dict().keys()
+
+
+def test_a_config_that_names_another_base_model_is_corrected_with_a_warning() -> None:
+    for named, kept in (("another", None), (None, None)):
+        config = lora(base_model_name_or_path=named)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            get_peft_model(tiny_llama(), config)
+        said = [str(one.message) for one in caught if one.category is minipeft.PeftWarning]
+        assert any(f"was renamed from '{named}' to 'None'" in message for message in said) is bool(named)
+        assert config.base_model_name_or_path is kept
+
+
+def test_mixed_is_taken_since_adapters_of_all_methods_mix() -> None:
+    model = get_peft_model(tiny_llama(), lora(), mixed=True)
+    assert torch.equal(logits(model), logits(minipeft.PeftMixedModel(tiny_llama(), lora())))

@@ -73,6 +73,7 @@ class PrefixTuningConfig(VirtualTokensConfig):
             self.prefix_projection = False
 
     def fit(self, sizes: Sizes) -> None:
+        self._check_positive_int("num_virtual_tokens")
         # Under grouped queries PEFT, too, takes the model's own numbers for those of its keys.
         self._settle("token_dim", sizes.heads * sizes.head_dim, accepted=(sizes.hidden,))
         self._settle("num_attention_heads", sizes.heads, accepted=(sizes.queries,))

@@ -88,6 +88,7 @@ class PromptTuningConfig(VirtualTokensConfig):
         return self.num_virtual_tokens or 0
 
     def fit(self, sizes: Sizes) -> None:
+        self._check_positive_int("num_virtual_tokens")
         self._settle("token_dim", sizes.embedding or sizes.hidden)
         self._settle("num_attention_heads", sizes.queries)
         self._settle("num_layers", sizes.layers)

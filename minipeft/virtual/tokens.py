@@ -85,7 +85,7 @@ class VirtualTokensConfig(PeftConfig):
     """The fields that prefix and prompt tuning share: PEFT's `PromptLearningConfig`.
 
     Args:
-        num_virtual_tokens: P, how many virtual tokens stand before the text.
+        num_virtual_tokens: P, how many virtual tokens stand before the text; a model that gets them asks for it.
         token_dim: Numbers in one virtual token (a key, for a prefix). The model says it; so with the next three.
         num_transformer_submodules: 1; in encoder-decoders 2.
         num_attention_heads: Heads of a key.
@@ -108,7 +108,7 @@ class VirtualTokensConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for field in ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"):
-            if getattr(self, field) is not None or field == "num_virtual_tokens":
+            if getattr(self, field) is not None:
                 self._check_positive_int(field)
 
     def _check_positive_int(self, field: str) -> None:

@@ -310,6 +310,13 @@ def test_wrong_settings_are_named(method: str, changes: dict[str, Any], message:
 
 
 @every_method
+def test_a_config_may_leave_the_number_open_until_a_model_asks_for_it(method: str) -> None:
+    unset = config(method, num_virtual_tokens=None)
+    unset.num_virtual_tokens = 3
+    assert logits(get_peft_model(tiny_llama(), unset)).shape == logits(tiny_llama()).shape
+
+
+@every_method
 def test_adapters_of_several_methods_are_switched_and_act_together(method: str) -> None:
     model = adapted(method, tiny_llama())
     model.add_adapter("lora", LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))

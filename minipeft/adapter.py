@@ -156,7 +156,7 @@ class AdapterModule(LayerCalls, Mixin):
     """A module that holds the tensors of some adapters, and can be asked about them.
 
     A subclass says which tensors are an adapter's (`adapter_state`), how an adapter is added and removed
-    (`add_adapter`, `delete_adapter`) and, where the method can, how it is folded into the base tensors (`merge`). Two
+    (`add_adapter`, `delete_adapter`) and, where the method can, how it is folded into the base tensors (`fold`). Two
     mixins may stand in front of one module, for adapters of two methods: so every method here passes on to `super()`.
 
     Merging never writes into a base tensor: it puts a new one in its place and keeps the original, so `unmerge` is
@@ -169,14 +169,14 @@ class AdapterModule(LayerCalls, Mixin):
     _own_attributes: ClassVar[tuple[str, ...]] = ("switch", "merged_adapters", "_originals")
 
     switch: Switch
-    merged_adapters: tuple[str, ...]
+    merged_adapters: list[str]
     _originals: dict[str, nn.Parameter | None]
 
     def attach(self, switch: Switch) -> None:
         """Set up the attributes that are not there yet, right after the module's class was changed."""
         if not hasattr(self, "switch"):
             self.switch = switch
-            self.merged_adapters = ()
+            self.merged_adapters = []
             self._originals = {}
 
     def detach(self) -> None:
@@ -234,16 +234,16 @@ class AdapterModule(LayerCalls, Mixin):
     def delete_adapter(self, adapter: str) -> None:
         """Forget the tensors of `adapter`; nothing happens if it has none here."""
 
-    def merge(self, adapters: tuple[str, ...]) -> None:
+    def fold(self, adapters: tuple[str, ...]) -> None:
         """Fold `adapters` into the base tensors, so that the plain forward gives the adapted output."""
-        self.merged_adapters = adapters
+        self.merged_adapters = list(adapters)
 
     def unmerge(self) -> None:
         """Put the original base tensors back, bit for bit. Nothing happens if nothing is merged."""
         for path in list(self._originals):
             owner, name = self._owner_of(path)
             owner._parameters[name] = self._originals.pop(path)
-        self.merged_adapters = ()
+        self.merged_adapters = []
 
     def unmergeable(self, adapters: tuple[str, ...]) -> str | None:
         """The reason why `adapters` cannot be merged into this module, if there is one."""

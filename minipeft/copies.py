@@ -94,8 +94,8 @@ class TrainedBias(AdapterModule):
         if adapter in self.trained_bias:
             del self.trained_bias[adapter]
 
-    def merge(self, adapters: tuple[str, ...]) -> None:
-        super().merge(adapters)
+    def fold(self, adapters: tuple[str, ...]) -> None:
+        super().fold(adapters)
         for adapter in adapters:
             if adapter in self.trained_bias:
                 base = self._parameters["bias"]
@@ -192,8 +192,8 @@ class TrainedModule(AdapterModule):
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
 
-    def merge(self, adapters: tuple[str, ...]) -> None:
-        super().merge(adapters)
+    def fold(self, adapters: tuple[str, ...]) -> None:
+        super().fold(adapters)
         for adapter in adapters:
             if adapter not in self.modules_to_save:
                 continue

@@ -27,7 +27,7 @@ class CallsItsParts(AdapterModule):
         """Set the number."""
         vars(self)["activation_relu_or_gelu"] = value
 
-    def merge(self, adapters: tuple[str, ...]) -> None:
+    def fold(self, adapters: tuple[str, ...]) -> None:
         """Nothing to do: the parts merge their own."""
 
 

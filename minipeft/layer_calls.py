@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
+from minipeft.errors import NotMergeableError
 from minipeft.switch import OwnSwitch, Switch
 
 if TYPE_CHECKING:
@@ -29,10 +30,13 @@ class LayerCalls(_Base):
     other_param_names: ClassVar[tuple[str, ...]] = ()
 
     switch: Switch
-    merged_adapters: tuple[str, ...]
+    merged_adapters: list[str]
     adapter_names: Callable[[], set[str]]
     adapter_state: Callable[[str], dict[str, torch.Tensor]]
+    fold: Callable[[tuple[str, ...]], None]
     unmerge: Callable[[], None]
+    unmergeable: Callable[[tuple[str, ...]], str | None]
+    merged_finite: Callable[[tuple[str, ...]], bool]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -100,6 +104,28 @@ class LayerCalls(_Base):
         own = self._own_switch()
         own.own_enabled = None if enabled == own.shared.enabled else enabled
         self._share_again()
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Fold adapters (those that are set to act here by default) into this module; merged ones stay merged.
+
+        Args:
+            safe_merge: Check first that no merged weight is infinite or NaN.
+
+        Raises ValueError for adapters that cannot be merged here and, with `safe_merge`, for non-finite weights.
+        """
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        new = [name for name in dict.fromkeys(wanted) if name in self.adapter_names() - set(self.merged_adapters)]
+        names = (*self.merged_adapters, *new)
+        reason = self.unmergeable(names)
+        if reason is not None:
+            raise NotMergeableError(f"{reason} (adapters {list(names)})")
+        before = tuple(self.merged_adapters)
+        self.unmerge()
+        finite = not safe_merge or self.merged_finite(names)
+        if new or before:
+            self.fold(names if finite else before)
+        if not finite:
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {new[0]} seems to be broken")
 
     def follow(self, active: bool = False, enabled: bool = False) -> None:
         """Go back to the model's adapters (`active`), to its being enabled or not (`enabled`), or to both."""

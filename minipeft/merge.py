@@ -74,7 +74,7 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
         raise
     finally:
         for _, module in modules if names else ():
-            module.merge(names)
+            module.fold(names)
 
 
 def unmerge_adapters(model: AdaptedModel) -> None:
@@ -86,7 +86,7 @@ def unmerge_adapters(model: AdaptedModel) -> None:
 
 def merged_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of the adapters that are merged now."""
-    return next((m.merged_adapters for _, m in adapter_modules(model) if m.merged_adapters), ())
+    return tuple(next((m.merged_adapters for _, m in adapter_modules(model) if m.merged_adapters), ()))
 
 
 def check_compatible(model: nn.Module, names: tuple[str, ...]) -> None:

@@ -73,8 +73,8 @@ class ToyLayer(AdapterModule):
         if adapter in self.toy_scale:
             del self.toy_scale[adapter]
 
-    def merge(self, adapters: tuple[str, ...]) -> None:
-        super().merge(adapters)
+    def fold(self, adapters: tuple[str, ...]) -> None:
+        super().fold(adapters)
         self._install("weight", self.weight * torch.as_tensor(self._scale(adapters)).view(-1, 1))
 
 

@@ -61,7 +61,7 @@ def one_switched(model: Any) -> Any:
 
 def one_merged(model: Any) -> Any:
     layer, names = model.base_model.model.lin0, ("default",)
-    layer.merge(names) if isinstance(model, minipeft.PeftModel) else layer.merge(adapter_names=list(names))
+    layer.merge(adapter_names=list(names))
     return model
 
 

@@ -12,6 +12,7 @@ in that way, and so it does here.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,7 @@ def _read_with_updates(name: str) -> Any:
     """The attribute `name` of a `ReadLayer`. What is set or deleted is the base weight, as in a plain module."""
 
     def read(layer: Any) -> Tensor | None:
+        """The weight that acts now: W, with the updates of the adapters that act."""
         held = vars(layer) if name in vars(layer) else layer._parameters
         if name not in held:
             raise AttributeError(f"{type(layer).__name__!r} object has no attribute {name!r}")
@@ -41,7 +43,7 @@ def _read_with_updates(name: str) -> Any:
     def delete(layer: Any) -> None:
         del vars(layer)[name]
 
-    return property(read, write, delete, "The weight that acts now: W, with the updates of the adapters that act.")
+    return property(read, write, delete)
 
 
 class ReadLayer(LoraLayer):
@@ -135,6 +137,27 @@ class LoraMultiheadAttention(Sizes, ReadLayer):
         # PEFT wraps both, and this is what the wrapping leaves in its files.
         inner = LoraLayer.adapter_state(self.out_proj, adapter)
         return {**state, **{f"base_layer.out_proj.{name}": tensor for name, tensor in inner.items()}}
+
+    # PEFT's calls on this module are for both projections.
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """As `LayerCalls.merge`, of both projections."""
+        super().merge(safe_merge, adapter_names)
+        self.out_proj.merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        self.out_proj.unmerge()
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """As `LayerCalls.set_adapter`, of both projections."""
+        super().set_adapter(adapter_names, inference_mode)
+        self.out_proj.set_adapter(adapter_names, inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As `LayerCalls.enable_adapters`, of both projections."""
+        super().enable_adapters(enabled)
+        self.out_proj.enable_adapters(enabled)
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         return matrix

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minipeft.copies import TrainedBias, without_mixins
 from minipeft.lora.variants import Plain
@@ -68,6 +68,16 @@ class LoraCalls(TrainedBias):
         """
         matrix = self.variants[adapter].product(self, adapter)  # type: ignore[arg-type]
         return self.as_weight(matrix).to(self.factors(adapter)[0].dtype)
+
+    def _get_name(self) -> str:
+        # As PEFT shows its layers: "lora.Linear".
+        mixin = next(
+            cls for cls in type(self).__mro__ if issubclass(cls, LoraCalls) and "_plain_class" not in vars(cls)
+        )
+        return mixin.peft_name or f"lora.{mixin.__name__.removeprefix('Lora')}"
+
+    # Conv1D's own says its sizes alone.
+    __repr__ = nn.Module.__repr__
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Make s the one of the config times `scale`; nothing happens if the layer does not have `adapter`."""

@@ -128,7 +128,7 @@ class LoraParameters(AdapterModule):
             del self.lora_experts[adapter]
 
     @torch.no_grad()
-    def merge(self, adapters: tuple[str, ...]) -> None:
+    def fold(self, adapters: tuple[str, ...]) -> None:
         here = [adapter for adapter in adapters if adapter in self.lora_experts]
         merged = {}
         for name in {name for adapter in here for name in self.lora_experts[adapter]}:
@@ -137,7 +137,7 @@ class LoraParameters(AdapterModule):
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             total = sum(self.delta_parameter(a, name).to(wide.dtype) for a in here if name in self.lora_experts[a])
             merged[name] = (wide + total).to(weight.dtype)
-        super().merge(adapters)
+        super().fold(adapters)
         for name, tensor in merged.items():
             self._install(name, tensor)
 

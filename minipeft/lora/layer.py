@@ -162,9 +162,9 @@ class LoraLayer(AdapterStore):
         merged = (self.merged_weight(adapters), self.merged_bias(adapters))
         return all(tensor is None or bool(torch.isfinite(tensor).all()) for tensor in merged)
 
-    def merge(self, adapters: tuple[str, ...]) -> None:
+    def fold(self, adapters: tuple[str, ...]) -> None:
         merged = self.merged_weight(adapters)
-        super().merge(adapters)
+        super().fold(adapters)
         self._install_weight(merged)
         # Last, since an adapter may have replaced the base bias just now.
         bias, base = self.merged_bias(adapters), self._parameters.get("bias")

@@ -132,6 +132,10 @@ class LoraConv1D(Sizes, LoraDenseLayer):
 
     peft_name: ClassVar[str] = "lora.Linear"
 
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
     def _matrix(self) -> Tensor:
         return self.weight.T
 

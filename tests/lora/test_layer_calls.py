@@ -173,3 +173,31 @@ def test_a_module_trained_whole_takes_one_adapter_that_it_has() -> None:
         model.head.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="Adapter nobody not found"):
         model.head.set_adapter("nobody")
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_layer_is_merged_by_itself(name: str) -> None:
+    model = adapted(minipeft)
+    before, layer = model(IDS), layer_of(model, name)
+    weight = layer.weight
+    layer.merge()
+    assert layer.merged_adapters == ["default"] and layer.merged and layer.weight is not weight
+    torch.testing.assert_close(model(IDS), before)
+    if name != "emb":
+        layer.lora_B["other"].weight.data.fill_(float("inf"))
+        with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter other"):
+            layer.merge(safe_merge=True, adapter_names=["other"])
+    assert layer.merged_adapters == ["default"]
+    torch.testing.assert_close(model(IDS), before)
+    layer.unmerge()
+    assert layer.merged_adapters == [] and layer.weight is weight
+    layer.merge(adapter_names=["nobody"])
+    assert layer.weight is weight
+
+
+def test_layers_are_shown_under_peft_s_names() -> None:
+    theirs, ours = adapted(peft), adapted(minipeft)
+    for name in TARGETS:
+        shown = repr(layer_of(ours, name))
+        assert shown.split("(")[0] == repr(layer_of(theirs, name)).split("(")[0]
+        assert "default" in shown and ("in_features=8, out_features=7" in shown) == (name == "second")

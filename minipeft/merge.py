@@ -68,7 +68,10 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
     try:
         for path, module in modules if safe_merge else ():
             if not module.merged_finite(names):
-                raise ValueError(f"merging {list(names)} would make a weight of {path} infinite or NaN")
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: merging "
+                    f"would make a weight of {path} infinite or NaN"
+                )
     except ValueError:
         names = before
         raise
@@ -209,7 +212,7 @@ def _remove_adapters(model: AdaptedModel) -> Any:
 
 def check_resizable(model: Any) -> None:
     """Raise ValueError if an adapter trains an embedding: its tensors would not fit another vocabulary."""
-    ends = [get() for get in (model.get_input_embeddings, model.get_output_embeddings)]
+    ends = [_end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")]
     for path, module in adapter_modules(model):
         if any(module is end for end in ends) and module.adapter_names():
             raise ValueError(
@@ -218,16 +221,24 @@ def check_resizable(model: Any) -> None:
             )
 
 
+def _end(model: Any, getter: str) -> Any:
+    """The model's embedding or its head; None for a model that has none, which transformers answers by an error."""
+    try:
+        return getattr(model, getter, lambda: None)()
+    except NotImplementedError:
+        return None
+
+
 def _untie_different_embeddings(model: Any) -> None:
     """If merging or a trained copy gave one of two tied embeddings its own weight, say so in the model's config.
 
     Otherwise saving would drop one of the weights and loading would tie them again.
     """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "get_output_embeddings"):
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
         return
-    first, second = model.get_input_embeddings(), model.get_output_embeddings()
-    if first is None or second is None or not getattr(config, "tie_word_embeddings", False):
+    first, second = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
+    if first is None or second is None:
         return
     if first.weight is not second.weight:
         config.tie_word_embeddings = False

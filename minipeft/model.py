@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minipeft import attach, card, merge, paths, saving, status
+from minipeft import attach, card, merge, paths, preparing, saving, status
 from minipeft.adapter import AdaptedModel, mix_in
 from minipeft.attach import (
     add_adapter,
@@ -257,6 +257,12 @@ class PeftModel(AdaptedModel):
     def get_base_model(self) -> Any:
         """The model itself: here the adapted model and the base model are one object."""
         return self
+
+    prepare_model_for_gradient_checkpointing = preparing.prepare_model_for_gradient_checkpointing
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: minipeft does not make LoRA adapters of others (PEFT's `convert_to_lora`)."""
+        return False
 
     # Numbers
 

@@ -5,7 +5,7 @@ A script for PEFT finds the adapted model as `model.base_model.model` and the ve
 name: nothing is registered twice, so `state_dict`, `named_modules` and `parameters` are as they were.
 
 transformers' models have a `base_model` of their own, the part without the head. There it stays that part, which gets
-the verbs too (`Backbone`), and `model`, the way back.
+the verbs too (`Backbone`), `model`, the way back, and the other parts of the model (`model.base_model.lm_head`).
 """
 
 from __future__ import annotations
@@ -36,15 +36,33 @@ class Offered:
 
 def offered_by_model(name: str) -> Offered:
     """The attribute `name` of an adapted model."""
-    return Offered(name, _OF_MODEL.get(name) or functools.partial(_of_method, name))
+    if name in _OF_MODEL:
+        return Offered(name, _OF_MODEL[name])
+    if name in _of_methods():
+        return Offered(name, functools.partial(_of_method, name))
+    return Offered(name, operator.attrgetter(f"base_model.{name}"))
 
 
 def offers_to(obj: Any, kind: type[Face]) -> tuple[str, ...]:
     """The attributes that `obj`, which is to become a `kind`, lacks."""
-    methods = {name for method in METHODS.values() for name in method.attributes}
-    names = sorted({*_OF_MODEL, *methods} if issubclass(kind, AdaptedModel) else _OF_BACKBONE)
-    lacking = tuple(name for name in names if not hasattr(obj, name))
+    names = {*_OF_MODEL, *_of_methods(), *_parts_beside(obj)} if issubclass(kind, AdaptedModel) else set(_OF_BACKBONE)
+    lacking = tuple(name for name in sorted(names) if not hasattr(obj, name))
     return (*lacking, "base_model") if kind is Backbone and hasattr(obj, "base_model_prefix") else lacking
+
+
+def _of_methods() -> set[str]:
+    return {name for method in METHODS.values() for name in method.attributes}
+
+
+def _parts_beside(model: Any) -> set[str]:
+    """The parts of a backbone called `model`: PEFT's `model.model.model.layers` looks for them in the whole model.
+
+    Without those by whose presence transformers tells what the whole model is, or that it sets by name.
+    """
+    backbone: Any = model._modules.get("model")
+    if backbone is None or backbone is not getattr(model, "base_model", None):
+        return set()
+    return {name for name in backbone._modules if name in ("layers", "norm", "final_layer_norm", "rotary_emb")}
 
 
 def become_backbone(model: AdaptedModel) -> None:
@@ -52,9 +70,19 @@ def become_backbone(model: AdaptedModel) -> None:
     part: Any = model.base_model
     inside = any(module is part for module in model.modules() if module is not model)
     if inside and not isinstance(part, Face | torch.jit.ScriptModule):
-        mix_in(part, Backbone, offers_to(part, Backbone))
+        beside = [name for name in model._modules if not hasattr(part, name)]
+        # Which transformers would take for a head of the part.
+        hidden = (
+            ["get_output_embeddings"] if "lm_head" in beside and _has_default(part, "get_output_embeddings") else []
+        )
+        mix_in(part, Backbone, (*offers_to(part, Backbone), *beside, *hidden))
         # Past nn.Module, which would register the model as a part of its part.
         vars(part)["_adapted_model"] = model
+
+
+def _has_default(part: Any, name: str) -> bool:
+    """True if `part` has the method `name` from transformers' base classes."""
+    return str(getattr(getattr(part, name, None), "__module__", "")) == "transformers.modeling_utils"
 
 
 def _of_method(name: str, model: AdaptedModel) -> Any:
@@ -128,6 +156,8 @@ class Backbone(Face):
         if name == "base_model":
             # As transformers has it: it would take the attribute `model` for a part of that name.
             return Offered(name, lambda part: part._modules.get(part.base_model_prefix, part))
+        if name == "get_output_embeddings":
+            return Offered(name, lambda part: lambda: None)
         return Offered(name, operator.attrgetter("_adapted_model" if name == "model" else f"_adapted_model.{name}"))
 
 

@@ -58,3 +58,18 @@ def prepare_model_for_kbit_training(
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
     return model
+
+
+def prepare_model_for_gradient_checkpointing(adapted: Any, model: Any) -> None:
+    """Let the embeddings' outputs get gradients, without which reentrant checkpointing would give adapters none.
+
+    Args:
+        adapted: The model that has this as a method (PEFT's).
+        model: The model to prepare, most often the same.
+
+    Raises AttributeError for a model that names no embeddings.
+    """
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    else:
+        model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))

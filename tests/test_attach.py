@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
@@ -11,6 +12,7 @@ from tiny import tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+import minipeft
 from minipeft import LoraConfig, NF4Config, get_peft_model, inject_adapter_in_model, quantize_model
 from minipeft.lora.find import LORA
 
@@ -139,3 +141,58 @@ def test_patterns_match_names_as_in_peft(path: list[str], keys: list[list[str]])
     pattern = {".".join(key): rank + 1 for rank, key in enumerate(keys)}
     expected = pattern.get(get_pattern_key(list(pattern), name), 100)
     assert LoraConfig(r=100, rank_pattern=pattern).settings_for(name)[0] == expected
+
+
+def build_without_embeddings(name: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A model that has no input embeddings, or more than one kind, and a batch for it."""
+    torch.manual_seed(0)
+    pixels = {"pixel_values": torch.randn(1, 3, 32, 32)}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if name == "resnet":
+        config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3)
+        return transformers.ResNetForImageClassification(config).eval(), pixels
+    if name == "clip":
+        text = {**sizes, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 49}
+        vision = {**sizes, "image_size": 32, "patch_size": 16}
+        config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+        return transformers.CLIPModel(config).eval(), {**pixels, "input_ids": torch.tensor([[1, 2, 49]])}
+    if name == "wav2vec2":
+        convolutions = {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2}
+        positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "vocab_size": 10}
+        model = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**sizes, **convolutions, **positions))
+        return model.eval(), {"input_values": torch.randn(1, 400)}
+    config = transformers.SegformerConfig(hidden_sizes=[8] * 4, depths=[1] * 4, decoder_hidden_size=8)
+    return transformers.SegformerForSemanticSegmentation(config).eval(), {"pixel_values": torch.randn(1, 3, 64, 64)}
+
+
+@pytest.mark.parametrize("name", ["resnet", "clip", "wav2vec2", "segformer"])
+def test_models_without_embeddings_are_adapted_refused_and_freed(name: str) -> None:
+    model, batch = build_without_embeddings(name)
+    targets = ["convolution"] if name == "resnet" else "all-linear"
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    classes, gradients = [type(m) for m in model.modules()], [p.requires_grad for p in model.parameters()]
+
+    def unchanged() -> bool:
+        same = all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+        return same and state.keys() == model.state_dict().keys() and classes == [type(m) for m in model.modules()]
+
+    refused: list[Any] = [
+        LoraConfig(target_modules=["nope"]),
+        LoraConfig(target_modules=targets, modules_to_save=["nope"]),
+        LoraConfig(target_modules=targets, rank_pattern={"nope": 2}),
+        minipeft.PrefixTuningConfig(num_virtual_tokens=2),
+        minipeft.PromptTuningConfig(num_virtual_tokens=2),
+        minipeft.BottleneckConfig(target_modules=["nope"]),
+    ]
+    for config in refused:
+        with pytest.raises(ValueError):
+            get_peft_model(model, config)
+        assert unchanged() and gradients == [p.requires_grad for p in model.parameters()]
+    model = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False))
+    with torch.no_grad():
+        adapted = model(**batch)[0]
+        model.merge_adapter()
+        torch.testing.assert_close(model(**batch)[0], adapted, rtol=1e-3, atol=1e-4)
+        model.unload()
+        assert unchanged()
+        assert not torch.equal(model(**batch)[0], adapted)

@@ -10,7 +10,7 @@ import torch
 from tiny import randomize, some_ids, tiny_llama
 from tiny_families import FAMILIES, OTHERS, RELATIVES
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import LlamaForSequenceClassification, PreTrainedModel
 
 from minipeft import BottleneckConfig, LoraConfig, PrefixTuningConfig, get_peft_model, inject_adapter_in_model
 
@@ -98,6 +98,7 @@ def test_the_targets_of_several_adapters_are_listed_once(lib: Any) -> None:
 def test_transformers_finds_the_same_parts_of_an_adapted_model(name: str) -> None:
     family = FAMILIES_OF_ALL[name]
     model = family.build()
+    children = list(model._modules)
     base, plain, classes = model.base_model, ends_of(model), [type(m) for m in model.modules()]
     own = {attribute: getattr(base, attribute, None) for attribute in ("model", "base_model")}
     model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
@@ -107,6 +108,8 @@ def test_transformers_finds_the_same_parts_of_an_adapted_model(name: str) -> Non
         c.__name__ for c in classes if issubclass(c, PreTrainedModel)
     ]
     assert base.prefix == "lora_" and base.active_adapters == ["default"]
+    for child in (child for child in children if child != "model"):
+        assert getattr(base, child) is getattr(model, child) or child in base._modules
     names = names_in(model)
     for one in copies_of(model):
         assert names_in(one) == names
@@ -153,6 +156,28 @@ def test_what_a_model_calls_by_such_a_name_itself_stays(name: str, value: Any) -
         one(torch.ones(1, 4))
     assert getattr(model, name) is value
     assert getattr(model.unload(), name) is value
+
+
+def test_parts_of_the_model_are_found_from_every_step_of_the_path() -> None:
+    llama = tiny_llama()
+    layers, head = llama.model.layers, llama.lm_head
+    model = get_peft_model(llama, LoraConfig(target_modules=["q_proj"]))
+    assert model.base_model.model.model.layers is model.model.model.layers is model.model.layers is layers
+    assert model.base_model.model.lm_head is model.base_model.lm_head is model.model.lm_head is head
+    classifier = get_peft_model(
+        LlamaForSequenceClassification(llama.config), LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS")
+    )
+    assert classifier.base_model.score is classifier.base_model.model.score is classifier.score
+    model.resize_token_embeddings(130)
+    assert model.get_input_embeddings() is model.model.embed_tokens and len(model.model.embed_tokens.weight) == 130
+    assert "embed_tokens" not in model._modules
+    assert not hasattr(model.unload(), "layers") and not hasattr(llama.model, "lm_head")
+
+
+def test_checkpointing_is_prepared_by_pefts_call() -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    model.prepare_model_for_gradient_checkpointing(model)
+    assert model.get_input_embeddings()(some_ids()).requires_grad and not model.supports_lora_conversion()
 
 
 def test_a_child_called_base_model_leads_back() -> None:

@@ -65,6 +65,7 @@ IMPORT_TRANSFORMERS = {
     "virtual.prompt",  # reads the text that a prompt starts from
     "demo.assets",  # makes a small model
     *("train.models", "train.schedule", "train.generation"),  # loads base models; schedules; stops
+    "train.chats",  # renders chat templates with their marks
 }
 
 

@@ -29,7 +29,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from minipeft.train.models import text_positions
 
     records = read_jsonl(args.data)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.chat_template)
     max_length = resolve_max_length(args.max_length, *text_positions(args.model, read_adapter(args)))
     data = encode_records(records, tokenizer, max_length, args.too_long)
     for notice in data.notices:
@@ -50,7 +50,7 @@ def generate(args: argparse.Namespace) -> None:
 
     with as_user_error(ConfigError):
         sampling = sampling_config(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
-        tokenizer = load_tokenizer(args.model)
+        tokenizer = load_tokenizer(args.model, args.chat_template)
         ids = prompt_ids(tokenizer, read_prompt(args.prompt), raw=args.raw, system=args.system)
         limit, virtual = text_positions(args.model, read_adapter(args))
         check_fits(limit, ids, sampling, virtual)
@@ -73,9 +73,10 @@ def merge(args: argparse.Namespace) -> None:
 
     from minipeft.files import atomic_directory
     from minipeft.train import load_tokenizer
+    from minipeft.train.generation import end_ids
     from minipeft.train.models import without_bars
 
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.chat_template)
     model = load_model(args)
     packed = is_packed(model)
     if args.requantize and not packed:
@@ -83,6 +84,8 @@ def merge(args: argparse.Namespace) -> None:
     # Its log says what became of the weights; the lines printed below say it too, with the place of the result.
     with as_user_error(AdapterError), _silent_log():
         model = model.merge_and_unload(requantize=args.requantize)
+    # So that whoever generates with the folder alone stops where training ended its texts.
+    model.generation_config.eos_token_id = end_ids(model, tokenizer) or None
     with atomic_directory(output) as temporary, without_bars():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

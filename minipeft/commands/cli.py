@@ -328,6 +328,7 @@ def _add_model(parser: Parser, adapter_required: bool = False) -> None:
         "--dtype", choices=DTYPE_CHOICES, default="auto", help="dtype of the model (default: as it is stored)"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--chat-template", metavar="FILE", help="a chat template in the place of the tokenizer's own")
 
 
 if __name__ == "__main__":

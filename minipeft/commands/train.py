@@ -34,7 +34,7 @@ def train(args: argparse.Namespace) -> None:
     check_not_running(Path(config.output_dir))
     check_output_dir(config.output_dir, resume)
     adapter_config = check_settings(config)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.chat_template)
     data, eval_data = prepare_data(config, tokenizer, *text_positions(config.model, adapter_config))
     for notice in data.notices:
         print(notice)
@@ -54,6 +54,8 @@ def train(args: argparse.Namespace) -> None:
     quantize = f" --quantize {config.quantize}" if config.quantize else ""
     # A model that learned plain texts must be given plain prompts, without the chat template.
     raw = "" if data.chat else " --raw"
+    if data.chat and config.chat_template is not None:
+        raw = f" --chat-template {config.chat_template}"
     print(
         f"use it: minipeft generate --model {config.model}{quantize} --adapter {result.adapter_dir}{raw} --prompt '...'"
     )

@@ -82,6 +82,7 @@ class TrainConfig:
     eval_fraction: float = _setting("share of the training records held out for evaluation", 0.0)
 
     # From records to batches.
+    chat_template: str | None = _setting("file with a chat template to use in the tokenizer's place", None)
     max_length: int | None = _setting("longest sequence in tokens (default: 1024 or the model's limit)", None)
     too_long: str = _setting("what to do with longer records", "error", TOO_LONG_CHOICES)
     packing: bool = _setting("pack several records into a row, each isolated from the others", False)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from minipeft.train.chats import assistant_turns
 from minipeft.train.config import TrainConfig
 from minipeft.train.errors import DataError
 from minipeft.train.models import resolve_max_length
@@ -147,10 +148,13 @@ def encode_record(record: Record, tokenizer: Any) -> Example:
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt, as training has them and as generation must start from.
 
-    Special tokens in front are the tokenizer's own; an end-of-sequence token that some tokenizers append is
-    taken off, because the text goes on.
+    Special tokens in front are the tokenizer's own, once: a text that was rendered before may begin with one. An
+    end-of-sequence token that some tokenizers append is taken off, because the text goes on.
     """
     ids = list(tokenizer(prompt)["input_ids"])
+    start, first = getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "bos_token", None) or ""
+    if start is not None and ids[:2] == [start, start] and prompt.startswith(first):
+        ids = ids[1:]
     ends = {tokenizer.eos_token_id, getattr(tokenizer, "sep_token_id", None)} - {None}
     while ids and ids[-1] in ends and not prompt.endswith(tokenizer.convert_ids_to_tokens(ids[-1])):
         ids.pop()
@@ -187,7 +191,7 @@ def _encode_messages(record: Record, tokenizer: Any) -> Example:
     """Render with the chat template, tokenize, and label the assistant's turns only."""
     assert record.messages is not None
     try:
-        full, spans = _assistant_spans(record.messages, tokenizer)
+        full, turns = assistant_turns(record.messages, tokenizer, record.tools)
     except DataError as error:
         raise record.error(str(error)) from None
     except Exception as error:
@@ -199,52 +203,16 @@ def _encode_messages(record: Record, tokenizer: Any) -> Example:
     ids: list[int] = []
     labels: list[int] = []
     done = 0
-    for start, end in spans:
-        for stop, learned in ((start, False), (end, True)):
+    for turn in turns:
+        for stop, learned in ((turn.start, False), (turn.end, True)):
             ids = extend_ids(ids, full[:done], full[done:stop], encode)
             labels += [*ids[len(labels) :]] if learned else [IGNORE] * (len(ids) - len(labels))
             done = stop
     # The text after the last assistant turn is never learned from, so it is left out.
-    ids = _ended(tokenizer, ids)
-    labels += ids[len(labels) :]
+    if turns and not turns[-1].ends:
+        ids = _ended(tokenizer, ids)
+        labels += ids[len(labels) :]
     return Example(ids, labels)
-
-
-def _assistant_spans(messages: Sequence[Any], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and the character spans that the assistant has to write, end token included."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError("records with 'messages' need a tokenizer with a chat template: this one has none")
-    full = _render(tokenizer, messages)
-    spans: list[tuple[int, int]] = []
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(tokenizer, messages[:number], add_generation_prompt=True)
-        if not full.startswith(before):
-            message_text = "the chat template renders the start of a conversation differently once it goes on"
-            raise DataError(f"{message_text}: assistant turn at message {number + 1} cannot be told apart")
-        spans.append((len(before), _turn_end(tokenizer, messages, number, full, len(before))))
-    return full, spans
-
-
-def _turn_end(tokenizer: Any, messages: Sequence[Any], number: int, full: str, start: int) -> int:
-    """The end, in characters, of the assistant turn that starts at `start`: after its end-of-sequence token, if any."""
-    after = _render(tokenizer, messages[: number + 1])
-    limit = len(after) if full.startswith(after) else len(full)
-    eos = tokenizer.eos_token
-    found = full.find(eos, start, limit) if eos else -1
-    if found >= 0:
-        return found + len(eos)
-    if not full.startswith(after):
-        raise DataError(f"the chat template does not show where assistant message {number + 1} ends")
-    return limit
-
-
-def _render(tokenizer: Any, messages: Sequence[Any], **options: Any) -> str:
-    if not messages:
-        # An assistant that speaks first has nothing before it, and many templates refuse an empty conversation.
-        return ""
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
 
 
 def _ended(tokenizer: Any, ids: list[int]) -> list[int]:

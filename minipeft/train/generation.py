@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, TextStreamer
 
 from minipeft.train.batches import pad_id_of
+from minipeft.train.chats import end_of_turn
 from minipeft.train.encoding import encode_prompt
 from minipeft.train.models import eval_mode, model_position_limit
 
@@ -105,6 +106,19 @@ def check_fits(limit: int | None, ids: list[int], sampling: GenerationConfig, vi
         )
 
 
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens at which a text ends: the tokenizer's, the model's, and that of a turn in the chat template.
+
+    A model's `generation_config` and the tokenizer that it was trained with may know different ones.
+    """
+    own = model.generation_config.eos_token_id
+    found = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
+    token = end_of_turn(tokenizer)
+    if token is not None:
+        found.append(tokenizer.convert_tokens_to_ids(token))
+    return sorted({number for number in found if number is not None})
+
+
 @torch.no_grad()
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], sampling: GenerationConfig, *, stream: bool = False
@@ -133,6 +147,7 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     sampling = copy.deepcopy(sampling)
     sampling.pad_token_id = pad_id
+    sampling.eos_token_id = end_ids(model, tokenizer) or None
     with eval_mode(model):
         output = model.generate(
             input_ids=input_ids, attention_mask=attention_mask, generation_config=sampling, streamer=streamer

@@ -71,17 +71,28 @@ def load_base_model(
     return model.to(resolve_device(device)).eval()
 
 
-def load_tokenizer(path: str | Path) -> Any:
+def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> Any:
     """Load the tokenizer that belongs to a model.
+
+    Args:
+        chat_template: a file with the template to use in the place of the tokenizer's own.
 
     Raises:
         ModelLoadError: there is none.
+        ConfigError: the template's file cannot be read.
     """
     from transformers import AutoTokenizer
 
     source, options = _source(path)
     with _loading("tokenizer", path):
-        return AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"setting 'chat_template': cannot read {str(chat_template)!r}: {reason}") from None
+    return tokenizer
 
 
 def load_position_limit(path: str | Path) -> int | None:

@@ -227,6 +227,10 @@ class AdapterModule(LayerCalls, Mixin):
         """
         return False
 
+    def stored_as(self, adapter: str) -> str:
+        """The name, relative to this module, of its base weight in the file of `adapter`, should it be stored."""
+        return "weight"
+
     def replaced_tensors(self, adapter: str) -> list[str]:
         """The base parameters that `adapter` replaces by its own: two adapters that do so cannot act together."""
         return []
@@ -330,6 +334,21 @@ def _find_modules(module: nn.Module, path: str, found: dict[nn.Module, str]) -> 
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """A module that carries a part of an adapter besides those that its method adapts.
+
+    Attributes:
+        path: The module's dotted name.
+        mixin: Goes in front of the module's class.
+        add: (module, adapter, dtype, init) -> None: creates the tensors.
+    """
+
+    path: str
+    mixin: type[AdapterModule]
+    add: Callable[[Any, str, torch.dtype, bool], None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
     """The way in which adapters of one method find their modules.
 
@@ -340,8 +359,10 @@ class Method:
             `add_adapter(adapter, config, path, dtype, init)`.
         connect: (model, adapter, the names that `find` gave), called when all of them have the adapter, for modules
             that share its tensors.
+        parts: (model, config, paths to leave alone, the names that `find` gave) -> what the adapter has beside those.
     """
 
     find: Callable[[Any, Any, list[str]], list[str]]
     mixin_for: Callable[[nn.Module], Any]
     connect: Callable[[Any, str, list[str]], None] | None = None
+    parts: Callable[[Any, Any, list[str], list[str]], list[Part]] | None = None

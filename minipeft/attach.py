@@ -21,6 +21,7 @@ from minipeft.adapter import (
     Method,
     Mixin,
     PackedLayer,
+    Part,
     Switch,
     WrappedForward,
     base_modules,
@@ -67,7 +68,7 @@ def attach_adapter(
     Raises ValueError for an invalid adapter name, names that match nothing, and modules that cannot be adapted.
     """
     method: Method = method_of(str(config.type_name)).load("attach")
-    saved, targets = check_adapter(model, config, adapter, init)
+    saved, targets, parts = check_adapter(model, config, adapter, init)
     modules: dict[str, Any] = dict(base_modules(model))
     # A start may be computed from the base weights, which must be the originals then.
     unmerge(model)
@@ -82,6 +83,9 @@ def attach_adapter(
             become(module, mixin, switch)
             # Called on the mixin, because another mixin with an `add_adapter` of its own may stand in front.
             mixin.add_adapter(module, adapter, config, path, _adapter_dtype(module, autocast_adapter_dtype), init)
+        for part in parts:
+            become(modules[part.path], part.mixin, switch)
+            part.add(modules[part.path], adapter, _adapter_dtype(modules[part.path], autocast_adapter_dtype), init)
         if method.connect is not None:
             method.connect(model, adapter, targets)
         if getattr(config, "bias", "none") == "all":
@@ -91,10 +95,12 @@ def attach_adapter(
     return targets
 
 
-def check_adapter(model: nn.Module, config: PeftConfig, adapter: str, init: bool = True) -> tuple[list[str], list[str]]:
+def check_adapter(
+    model: nn.Module, config: PeftConfig, adapter: str, init: bool = True
+) -> tuple[list[str], list[str], list[Part]]:
     """Make the checks of `attach_adapter`, which fill in what `config` left open; `model` is not changed.
 
-    Returns: the dotted names of the modules that are trained whole, and of those that are adapted.
+    Returns: the dotted names of the modules that are trained whole, and of those that are adapted; and further parts.
 
     Raises as `attach_adapter`.
     """
@@ -103,10 +109,12 @@ def check_adapter(model: nn.Module, config: PeftConfig, adapter: str, init: bool
         config.check_start()
     saved = modules_to_save(model, config)
     _check_saved(model, saved)
-    targets = method_of(str(config.type_name)).load("attach").find(model, config, saved)
+    method: Method = method_of(str(config.type_name)).load("attach")
+    targets = method.find(model, config, saved)
+    parts = method.parts(model, config, saved, targets) if method.parts is not None else []
     if init:
         check_unused_names(model, config, targets)
-    return saved, targets
+    return saved, targets, parts
 
 
 def add_adapter(

@@ -36,6 +36,7 @@ class PeftType(str, enum.Enum):
     BOTTLENECK = "BOTTLENECK"
     PREFIX_TUNING = "PREFIX_TUNING"
     PROMPT_TUNING = "PROMPT_TUNING"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
 
 
 class TaskType(str, enum.Enum):

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.adapter import base_modules
-from minipeft.attach import adapter_modules, base_name
+from minipeft.adapter import AdapterModule, base_modules
+from minipeft.attach import base_name
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
@@ -48,7 +48,11 @@ def embedding_keys(model: nn.Module, prefix: str) -> dict[str, Tensor]:
         if path is None or weight is None:
             continue
         start = f"{prefix}{on_disk(path)}"
-        found[f"{start}weight"] = found[f"{start}base_layer.weight"] = weight
+        others: set[str] = set()
+        if isinstance(embedding, AdapterModule):
+            others = {embedding.stored_as(adapter) for adapter in embedding.adapter_names()}
+        for name in ("weight", "base_layer.weight", *sorted(others)):
+            found[f"{start}{name}"] = weight
     return found
 
 
@@ -65,14 +69,15 @@ def embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, prefi
     embeddings = embedding_keys(model, prefix)
     # A model without embeddings may have no vocabulary either.
     changed = bool(embeddings) and wanted == "auto" and _vocabulary_changed(model)
-    targets = [f"{prefix}{on_disk(path)}" for path, module in adapter_modules(model) if module.stored_beside(adapter)]
     kept = {}
-    for key, tensor in embeddings.items():
-        is_target = key.startswith(tuple(targets))
-        if key.endswith(".base_layer.weight") != is_target:
-            continue  # one of the two names is right: PEFT's wrapper renames the module that it adapts
-        if wanted is True or changed or (wanted == "auto" and is_target):
-            kept[key] = tensor
+    for path, module in base_modules(model):
+        name, beside = "weight", False
+        if isinstance(module, AdapterModule):
+            # PEFT's wrapper renames the weight of a module that it adapts.
+            name, beside = module.stored_as(adapter), module.stored_beside(adapter)
+        key = f"{prefix}{on_disk(path)}{name}"
+        if key in embeddings and (wanted is True or changed or (wanted == "auto" and beside)):
+            kept[key] = embeddings[key]
     return kept
 
 

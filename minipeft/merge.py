@@ -101,7 +101,8 @@ def check_compatible(model: nn.Module, names: tuple[str, ...]) -> None:
                 if owners.setdefault(tensor, name) != name:
                     raise ValueError(
                         f"adapters {owners[tensor]!r} and {name!r} cannot act together: both train "
-                        f"{path}.{tensor} whole"
+                        f"{path}.{tensor} whole, whose values by the first are already defined and would result in "
+                        "undefined merging behavior"
                     )
 
 

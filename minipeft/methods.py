@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 # The packages of minipeft's own methods, each with a tuple METHODS, in the order in which users see them listed.
-ROOMS = ("minipeft.lora", "minipeft.bottleneck", "minipeft.virtual")
+ROOMS = ("minipeft.lora", "minipeft.bottleneck", "minipeft.virtual", "minipeft.tokens")
 ENTRY_POINTS = "minipeft.methods"
 
 

@@ -48,6 +48,8 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
     "minipeft.state": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "minipeft.base_state": ("get_base_model_state_dict", "set_base_model_state_dict"),
     "minipeft.status": ("get_layer_status", "get_model_status"),
+    "minipeft.tokens.config": ("TrainableTokensConfig",),
+    "minipeft.tokens.wrapper": ("TrainableTokensModel",),
     "minipeft.utilities": ("cast_mixed_precision_params", "shift_tokens_right"),
     "minipeft.virtual.prefix": ("PrefixEncoder", "PrefixTuningConfig", "initialize_kv_prefix_from_text"),
     "minipeft.virtual.prompt": ("PromptEmbedding=PromptEncoder", "PromptTuningConfig", "PromptTuningInit"),
@@ -93,6 +95,10 @@ _FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
     "tuners.lora.model": {},
     "tuners.prefix_tuning": {},
     "tuners.prompt_tuning": {},
+    "tuners.trainable_tokens": {},
+    "tuners.trainable_tokens.config": {},
+    "tuners.trainable_tokens.model": {},
+    "tuners.trainable_tokens.layer": {"minipeft.tokens.layer": ("TrainableTokensLayer=TrainedRows",)},
     "tuners.tuners_utils": {"minipeft.wrappers": ("BaseTuner", "BaseTunerLayer")},
     "utils": {},
     "utils.constants": {
@@ -108,6 +114,7 @@ _FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
     "utils.loftq_utils": {},
     "utils.other": {
         "minipeft.copies": ("AuxiliaryTrainingWrapper=TrainedModule", "ModulesToSaveWrapper=TrainedModule"),
+        "minipeft.tokens.layer": ("TrainableTokensWrapper=TrainedRows",),
         "minipeft.utilities": (
             *("_freeze_adapter", "_get_batch_size", "_get_no_split_modules", "_get_submodules", "_set_adapter"),
             *("fsdp_auto_wrap_policy", "get_pattern_key", "id_tensor_storage", "infer_device", "str_to_bool"),
@@ -125,7 +132,7 @@ _VARIANTS = "of a variant of LoRA that minipeft does not have"
 ABSENT: dict[str, str] = {
     r"(AdaLora|Adamss|AdaptionPrompt|BOFT|Beft|C3A|CPT|Cartridge|Deft|Delora|FourierFT|Frod|Glora|Gralora|HRA|Hira|IA3"
     r"|LNTuning|Lily|LoHa|LoKr|Miss|MultitaskPromptTuning|OFT|OSF|Peanut|Poly|PromptEncoder|Psoft|Pvera|RandLora|Road"
-    r"|Shadow|Shira|Supertuning|TinyLora|TrainableTokens|UniLora|VBLoRA|Vera|WaveFT|XLora)"
+    r"|Shadow|Shira|Supertuning|TinyLora|UniLora|VBLoRA|Vera|WaveFT|XLora)"
     r"(Config|Model|Embedding|Encoder|Init|ReparameterizationType|)": _METHODS,
     r"(Arrow|BdLora|Eva|Kasa|LoraGA|Monteclora|Velora)Config|create_arrow_model|get_eva_state_dict|preprocess_loraga"
     r"|initialize_lora_eva_weights": _VARIANTS,

@@ -142,9 +142,9 @@ def test_an_orthogonal_start_of_pefts_is_read_but_none_is_made(tmp_path: Path) -
         minipeft.get_peft_model(base(), minipeft.LoraConfig(**config))
 
 
-@pytest.mark.parametrize("field", ["use_qalora", "trainable_token_indices"])
+@pytest.mark.parametrize("field", ["use_qalora", "alora_invocation_tokens"])
 def test_a_file_that_asks_for_what_is_not_here_gets_advice_for_files(field: str, tmp_path: Path) -> None:
-    changes = {"use_qalora": True, "trainable_token_indices": [5, 6]}
+    changes = {"use_qalora": True, "alora_invocation_tokens": [5, 6]}
     peft.LoraConfig(**arguments("plain"), **{field: changes[field]}).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"made with {field}=.*use it with PEFT, or train one without {field}$"):
         minipeft.PeftConfig.from_pretrained(tmp_path)

@@ -40,7 +40,8 @@ CORE = {
 # emulator, which knows nothing else, and its lab, which knows both: those are rooms of their own.
 MAY_IMPORT: dict[str, set[str]] = {
     "core": set(),
-    "lora": {"core", "nf4", "kernels"},
+    "tokens": {"core"},
+    "lora": {"core", "tokens", "nf4", "kernels"},
     "bottleneck": {"core"},
     "virtual": {"core"},
     "nf4": {"core", "kernels"},

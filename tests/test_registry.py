@@ -189,7 +189,9 @@ def test_refusals_name_the_method(toy: None) -> None:
 def test_the_commands_find_it(toy: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as printed:
         main(["train", "--help"])
-    assert "lora|qlora|bottleneck|prefix|prompt|toy" in printed.getvalue().replace("\n", "").replace(" ", "")
+    assert "lora|qlora|bottleneck|prefix|prompt|trainable_tokens|toy" in printed.getvalue().replace("\n", "").replace(
+        " ", ""
+    )
     base = save_model(tmp_path / "base")
     data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "abc?", "completion": " cba"}] * 4)
     where = ["--model", str(base), "--data", str(data), "--output", str(tmp_path / "run")]
@@ -208,7 +210,7 @@ def test_the_command_line_finds_an_installed_method(tmp_path: Path) -> None:
     paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
     command = [sys.executable, "-c", "from minipeft import methods; print(*methods.METHODS)"]
     printed = run_process(command, env={**os.environ, "PYTHONPATH": paths}, check=True)
-    assert printed.stdout.split() == ["lora", "qlora", "bottleneck", "prefix", "prompt", "toy"]
+    assert printed.stdout.split() == ["lora", "qlora", "bottleneck", "prefix", "prompt", "trainable_tokens", "toy"]
 
 
 def test_import_strings_that_lead_nowhere_are_named() -> None:

@@ -250,7 +250,8 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         help="folder for everything (default: ./minipeft-compare); finished runs in it are kept, so a comparison "
         "that was interrupted goes on",
     )
-    parser.add_argument("--methods", metavar="A,B", help=f"methods with our settings (default: {','.join(METHODS)})")
+    compared = ",".join(name for name, method in METHODS.items() if method.compare_defaults)
+    parser.add_argument("--methods", metavar="A,B", help=f"methods with our settings (default: {compared})")
     parser.add_argument(
         "--runs",
         metavar="FILE",

@@ -70,13 +70,14 @@ class Run:
 
 
 def plan_runs(methods: Sequence[str] | None, path: str | Path | None) -> list[Run]:
-    """The runs of `methods`, with our defaults, and those of a YAML file; without either, one run of every method.
+    """The runs of `methods`, with our defaults, and those of a YAML file; without either, one run of every method that
+    has settings for it.
 
     Raises:
         ConfigError: an unknown method or setting, a name that is there twice, or nothing to compare.
     """
     if methods is None:
-        methods = [] if path is not None else list(METHODS)
+        methods = [] if path is not None else [name for name, method in METHODS.items() if method.compare_defaults]
     runs = []
     for name in methods:
         where, given = f"--methods: run {name!r}", {"method": name}

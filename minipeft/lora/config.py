@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from minipeft.config import PeftConfig
+from minipeft.tokens.find import check_indices
 
 _UNSUPPORTED = (
-    *("megatron_config", "trainable_token_indices", "eva_config", "corda_config", "lora_ga_config"),
+    *("megatron_config", "eva_config", "corda_config", "lora_ga_config"),
     *("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication"),
-    *("use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
+    *("use_bdlora", "arrow_config", "kasa_config"),
 )
 
 # Values of init_lora_weights that minipeft does not make. Adapters of the first kind load as plain LoRA. With the
@@ -94,6 +95,8 @@ class LoraConfig(PeftConfig):
         rank_pattern, alpha_pattern: r and lora_alpha of targets (modules or parameters) whose name ends with the key
             (a regular expression).
         use_dora: Train the length of each output feature's weight too.
+        trainable_token_indices: Token numbers whose vectors in the input embedding are trained too, or a dictionary of
+            module names to such numbers (see `tokens/`); weights tied to an embedding follow it.
         lora_bias: Give B a bias, h = W0 x + b + s (B A x + b_B); not with DoRA, and not on embeddings.
 
     Raises ValueError for values out of range, and for fields of PEFT's that minipeft lacks.
@@ -169,6 +172,9 @@ class LoraConfig(PeftConfig):
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
+        rows = self.trainable_token_indices
+        for name, indices in (rows if isinstance(rows, dict) else {} if rows is None else {"": rows}).items():
+            check_indices(f"trainable_token_indices[{name!r}]" if name else "trainable_token_indices", indices)
         self._check_kind_of_start()
         self._check_loftq()
         self._check_bias_of_B()

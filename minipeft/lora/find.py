@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from minipeft.adapter import AdapterModule, Method, base_modules
+from minipeft.adapter import AdapterModule, Method, Part, base_modules
 from minipeft.copies import TrainedModule
 from minipeft.lora.attention import LoraMultiheadAttention
 from minipeft.lora.config import LoraConfig
@@ -15,6 +15,8 @@ from minipeft.lora.layer import LoraLayer
 from minipeft.lora.layers import LoraConv1D, LoraEmbedding, LoraLinear, LoraNF4Linear
 from minipeft.nf4 import NF4Linear
 from minipeft.targets import is_conv1d, match_targets, shortest_names
+from minipeft.tokens.find import named_rows, row_parts
+from minipeft.tokens.layer import DELTA
 
 
 def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
@@ -97,4 +99,11 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
     return targets
 
 
-LORA = Method(find=_find_targets, mixin_for=_mixin_for)
+def _parts(model: nn.Module, config: LoraConfig, saved: list[str], targets: list[str]) -> list[Part]:
+    if config.trainable_token_indices is None:
+        return []
+    wanted = named_rows(model, config.trainable_token_indices)
+    return row_parts(model, wanted, f"token_adapter.{DELTA}", targets, saved, config.ensure_weight_tying)
+
+
+LORA = Method(find=_find_targets, mixin_for=_mixin_for, parts=_parts)

@@ -200,6 +200,9 @@ class LoraLayer(AdapterStore):
         state = super().plain_state(adapter, values)
         return self.variants[adapter].plain_state(self, adapter, state) if self.adapts(adapter) else state
 
+    def stored_as(self, adapter: str) -> str:
+        return "base_layer.weight" if self.adapts(adapter) else super().stored_as(adapter)
+
     def stored_beside(self, adapter: str) -> bool:
         return self.adapts(adapter)
 

@@ -1,0 +1,27 @@
+"""`TrainableTokensModel`: PEFT's wrapper of a model with trained rows, which here is the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from minipeft.model import get_peft_model
+from minipeft.tokens.config import TrainableTokensConfig
+
+
+class _OfRows(type):
+    def __instancecheck__(cls, model: Any) -> bool:
+        configs = getattr(model, "peft_config", None)
+        own = TrainableTokensConfig
+        return isinstance(configs, Mapping) and any(isinstance(config, own) for config in configs.values())
+
+
+class TrainableTokensModel(metaclass=_OfRows):
+    """Any model with an adapter of this method is an instance; calling the class makes one, as `get_peft_model`."""
+
+    prefix = "trainable_tokens_"
+
+    def __new__(cls, model: Any, config: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
+        """The model with a new adapter; arguments and errors as those of `minipeft.lora.wrapper.LoraModel`."""
+        own = config[adapter_name] if isinstance(config, Mapping) else config
+        return get_peft_model(model, own, adapter_name, **kwargs)

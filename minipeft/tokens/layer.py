@@ -156,7 +156,7 @@ class TrainedRows(AdapterModule):
         if "weight" not in held:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
         base: Tensor = held["weight"]
-        # While merged, and while `merge` puts them in, the rows are in the base weight.
+        # While merged, and while `fold` puts them in, the rows are in the base weight.
         if base is None or "weight" in self._originals or self.merged_adapters:
             return base
         return self._with_rows(base, self._with_rows_here(self.switch.acting))
@@ -247,7 +247,7 @@ class TrainedRows(AdapterModule):
             del own.trainable_tokens_delta[adapter], own.token_indices[adapter]
 
     @torch.no_grad()
-    def merge(self, adapters: tuple[str, ...]) -> None:
+    def fold(self, adapters: tuple[str, ...]) -> None:
         here = self._with_rows_here(adapters)
         if here:
             leaders = {id(self.row_leaders.get(adapter, self)): self.row_leaders.get(adapter, self) for adapter in here}
@@ -255,7 +255,7 @@ class TrainedRows(AdapterModule):
             self._originals.setdefault("weight", self._parameters["weight"])
             # Tied weights stay one parameter.
             self._parameters["weight"] = source._merged_weight(here)
-        super().merge(adapters)
+        super().fold(adapters)
 
     def _merged_weight(self, adapters: list[str]) -> nn.Parameter:
         if self._merged_rows is None or self._merged_rows[0] != adapters:

@@ -39,6 +39,11 @@ def train(args: argparse.Namespace) -> None:
     for notice in data.notices:
         print(notice)
     print(f"{len(data)} records, {data.tokens:,} tokens, of which {data.loss_tokens:,} are learned")
+    if args.show_data is not None:
+        for number, example in enumerate(data.examples[: args.show_data], 1):
+            print(f"\n--- {number}: {len(example)} tokens, {example.loss_tokens} learned: between >>> and <<<")
+            print(example.shown(tokenizer))
+        return
     with without_bars():
         model = load_base_model(config.model, quantize=config.quantize, dtype=config.dtype, device=config.device)
     seed_everything(config.seed)

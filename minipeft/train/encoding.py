@@ -11,6 +11,7 @@ Labels are -100 wherever nothing is to be learned. A model's logits at position 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,15 @@ class Example:
     def loss_tokens(self) -> int:
         """Labels that take part in the loss; the first token has nothing before it to be predicted from."""
         return sum(label != IGNORE for label in self.labels[1:])
+
+    def shown(self, tokenizer: Any) -> str:
+        """The text of the tokens, special ones too, with what is learned between ">>>" and "<<<"."""
+        parts = []
+        groups = itertools.groupby(zip(self.labels, self.input_ids, strict=True), key=lambda pair: pair[0] != IGNORE)
+        for is_learned, group in groups:
+            text = tokenizer.decode([token for _, token in group])
+            parts.append(f">>>{text}<<<" if is_learned else text)
+        return "".join(parts)
 
 
 @dataclass

@@ -758,3 +758,22 @@ sys.exit(main())
         # Started in a script's background, Ctrl-C is not meant for it.
         ignoring = run_process(command, ignoring=[signal.SIGINT])
         assert ignoring.returncode == 0 and ignoring.stdout, ignoring.stderr
+
+
+def test_show_data_prints_what_is_learned_and_trains_nothing(base, tmp_path):
+    file = tmp_path / "talks.jsonl"
+    file.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]}) * 1
+    )
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }};{% endfor %}"
+                        "{% if add_generation_prompt %}[assistant]{% endif %}")  # fmt: skip
+    run_dir = tmp_path / "run"
+    said = ok(
+        "train", "--model", base, "--data", file, "--output", run_dir, "--chat-template", template, "--show-data", "3"
+    )
+    assert "1: " in said and ">>>" in said and said.count("<<<") == 2 and not run_dir.exists()
+    learned = said.rpartition(">>>")[2].partition("<<<")[0]
+    assert "ba" in learned.replace(" ", "") and "ab" not in learned.replace(" ", "")
+    missing = refused("train", "--model", base, "--data", file, "--output", run_dir, "--chat-template", tmp_path / "no")
+    assert "chat_template" in missing and "no" in missing

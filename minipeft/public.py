@@ -67,7 +67,7 @@ _FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "helpers": {
         "minipeft.config": ("check_if_peft_model",),
-        "minipeft.lora.contexts": ("disable_input_dtype_casting", "rescale_adapter_scale"),
+        "minipeft.lora.contexts": ("DoraCaching", "disable_input_dtype_casting", "rescale_adapter_scale"),
         "minipeft.signatures": ("update_forward_signature", "update_generate_signature", "update_signature"),
     },
     "import_utils": {

@@ -1,4 +1,4 @@
-"""Blocks in which LoRA acts otherwise: with other scalings (PEFT's context managers of these names)."""
+"""Blocks in which LoRA acts otherwise: with other scalings, or faster (PEFT's context managers of these names)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from minipeft.lora.experts import ExpertFactors
 from minipeft.lora.layer import LoraLayer
+from minipeft.lora.variants import Dora
 
 
 @contextlib.contextmanager
@@ -49,3 +50,24 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     PEFT casts inputs to the factors' dtype unless told not to; here the product is in the wider of the two dtypes.
     """
     yield
+
+
+class DoraCaching:
+    """Inside the block DoRA in eval mode computes |W0 + D| once, not at every call, at the price of keeping it.
+
+    `DoraCaching()(enabled=True)` does so until `DoraCaching()(enabled=False)`.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self._before.append(Dora.caching)
+        Dora.caching = self.enabled
+
+    def __exit__(self, *error: object) -> None:
+        Dora.caching = self._before.pop()
+
+    def __call__(self, enabled: bool = True) -> None:
+        Dora.caching = enabled

@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +168,8 @@ class Dora(Plain):
     """DoRA over another variant's low-rank matrix D: h = m / |W0 + D| (W0 + D) x + b."""
 
     fuses = False
+    # True inside `contexts.DoraCaching`.
+    caching: ClassVar[bool] = False
 
     def __init__(self, inner: Plain) -> None:
         self.inner = inner
@@ -192,11 +194,25 @@ class Dora(Plain):
     def apply(self, layer: LoraLayer, adapter: str, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
         update = self.update(layer, adapter, x)
         # The length is a constant for the gradient (section 4.3).
-        ratio = self.magnitude(layer, adapter) / self.length(layer, adapter).to(update.dtype)
+        ratio = self.magnitude(layer, adapter) / self._length_now(layer, adapter).to(update.dtype)
         ratio = layer.per_output(ratio)
         bias = getattr(layer, "bias", None)
         unbiased = base if bias is None else base - layer.per_output(bias)
         return (out + (ratio - 1) * unbiased + ratio * update).to(out.dtype)
+
+    def _length_now(self, layer: LoraLayer, adapter: str) -> Tensor:
+        """`length`; while `caching` and in eval mode, the one of the last call, if nothing was written since."""
+        cache = layer.lora_magnitude_vector[adapter]._dora_cache
+        if not self.caching or layer.training:
+            cache.clear()
+            return self.length(layer, adapter)
+        tensors = (*layer.factors(adapter), *(p for p in layer._parameters.values() if p is not None))
+        key = (layer.scaling[adapter], *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+        if key not in cache:
+            cache.clear()
+            cache[key] = self.length(layer, adapter)
+        length: Tensor = cache[key]
+        return length
 
     def update(self, layer: LoraLayer, adapter: str, x: Tensor) -> Tensor:
         return self.inner.update(layer, adapter, x)
@@ -222,6 +238,13 @@ class DoraMagnitude(nn.Module):
     def __init__(self, magnitude: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(magnitude)
+        # What `Dora._length_now` keeps, by what it was computed from.
+        self._dora_cache: dict[tuple, Tensor] = {}
+
+    def train(self, mode: bool = True) -> DoraMagnitude:
+        """As `nn.Module.train`; what was kept is forgotten."""
+        self._dora_cache.clear()
+        return super().train(mode)
 
 
 def variant_for(config: LoraConfig) -> Plain:

@@ -235,9 +235,9 @@ def test_patterns_set_rank_and_alpha_per_target() -> None:
         ({"target_modules": "("}, "is not a regular expression"),
         ({"use_qalora": True}, "use_qalora=True.* is not supported"),
         ({"kasa_config": {"beta": 1}}, "kasa_config=.* is not supported"),
-        ({"task_type": "CHAT"}, "task_type must be one of .* got 'CHAT'"),
-        ({"layers_pattern": "h"}, "layers_to_transform, which is not given"),
-        ({"layers_to_transform": 1, "target_modules": ".*"}, "needs target_modules as a list"),
+        ({"task_type": "CHAT"}, "Invalid task type: 'CHAT'"),
+        ({"layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
+        ({"layers_to_transform": 1, "target_modules": ".*"}, "cannot be used when `target_modules` is a str"),
     ],
 )
 def test_config_refuses_what_it_cannot_do(arguments: dict[str, Any], complaint: str) -> None:

@@ -18,17 +18,16 @@ _UNSUPPORTED = (
     *("use_bdlora", "arrow_config", "kasa_config"),
 )
 
-# Values of init_lora_weights that minipeft does not make. Adapters of the first kind load as plain LoRA. With the
-# second kind PEFT changes the base weight, and a reader of the file would have to change it in the same way.
-_LOADED_STARTS = ("orthogonal",)
-_CHANGE_THE_BASE = ("olora", "corda", "lora_ga")
+# Values of init_lora_weights that minipeft does not make: PEFT changes the base weight by them, from data, and a reader
+# of the file would have to change it in the same way.
+_CHANGE_THE_BASE = ("corda", "lora_ga")
 # A mark in the files of adapters with "pissa_niter_N": the random numbers were drawn as in `variants.py`, from seed 0.
 _OWN_DRAW = {"pissa_draw": "minipeft"}
 
 
 def is_pissa(kind: Any) -> bool:
-    """True if `init_lora_weights` is a kind of PiSSA."""
-    return isinstance(kind, str) and kind.startswith("pissa")
+    """True if `init_lora_weights` is a kind of PiSSA, or OLoRA: the adapter subtracts what it starts from."""
+    return isinstance(kind, str) and (kind.startswith("pissa") or kind == "olora")
 
 
 def changes_base(kind: Any) -> bool:
@@ -85,8 +84,8 @@ class LoraConfig(PeftConfig):
         use_rslora: scaling = lora_alpha / sqrt(r).
         modules_to_save: Modules that the adapter trains whole.
         init_lora_weights: True (B = 0), "gaussian" (the same with normal A), "pissa" or "pissa_niter_N" (the weight's
-            principal components), "loftq" (the error of quantization; for both see `variants.py`), or False
-            (both random: a start that is not the identity, for tests). "orthogonal" in PEFT's files is read.
+            principal components), "olora" (its QR factors), "loftq" (the error of quantization; for these see
+            `variants.py`), "orthogonal" (both random, with B A = 0), or False (both random: no identity, for tests).
         target_parameters: Names or name endings of 3-D parameters of a mixture's experts, and of its routers' weights
             (see `experts.py`).
         loftq_config: A `LoftQConfig` or its fields, for init_lora_weights="loftq".
@@ -203,23 +202,22 @@ class LoraConfig(PeftConfig):
 
     def _check_kind_of_start(self) -> None:
         kind = self.init_lora_weights
-        known = (True, False, "gaussian", "pissa", "loftq", *_LOADED_STARTS)
+        known = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq")
         if kind in _CHANGE_THE_BASE:
             raise ValueError(
-                f"init_lora_weights={kind!r} is not supported by minipeft: it changes the base weights; an adapter "
-                "that PEFT saves with path_initial_model_for_weight_conversion is plain LoRA, which loads"
+                f"init_lora_weights={kind!r} is not supported by minipeft: it changes the base weights, by data; an "
+                "adapter that PEFT saves with path_initial_model_for_weight_conversion is plain LoRA, which loads"
             )
         if kind not in known and not re.fullmatch(r"pissa_niter_\d+", str(kind)):
             raise ValueError(
-                f"init_lora_weights must be True, False, 'gaussian', 'pissa', 'pissa_niter_N' or 'loftq', got {kind!r}"
+                "init_lora_weights must be True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N', 'olora' or "
+                f"'loftq', got {kind!r}"
             )
 
     def check_start(self) -> None:
-        if self.init_lora_weights in _LOADED_STARTS:
-            raise ValueError(
-                f"init_lora_weights={self.init_lora_weights!r} is for adapters that PEFT made, which load; minipeft "
-                "makes no such start: take True, 'gaussian' or 'pissa'"
-            )
+        odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
+        if self.init_lora_weights == "orthogonal" and odd:
+            raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {odd[0]} instead.")
 
     def file_marks(self) -> dict[str, str]:
         return _OWN_DRAW if self._starts_from_a_draw() else {}

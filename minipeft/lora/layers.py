@@ -199,11 +199,12 @@ class LoraEmbedding(Sizes, LoraLayer):
 
     def _init_factors(self, adapter: str, kind: bool | str) -> None:
         lora_A, lora_B = self.factors(adapter)
+        # In PEFT's order of draws, so that a seed gives the same adapter.
+        nn.init.normal_(lora_A)
         nn.init.normal_(lora_B)
-        if kind is False:
-            nn.init.normal_(lora_A)
-        else:
+        if kind is not False:
             nn.init.zeros_(lora_A)
+            nn.init.normal_(lora_B)
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]

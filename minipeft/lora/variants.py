@@ -12,6 +12,8 @@ base weight, which no other adapter can use then. Here the base weight stays W, 
 subtract s B0 A0 by: the same function of A and B, exact in any dtype, at the cost of one more low-rank product. So
 disabling, deleting and unloading give the base model back, and a PiSSA adapter acts beside others.
 
+OLoRA (Buyukakyuz 2024) starts in the same way from the weight's QR decomposition: B0 = Q_r, A0 = R_r.
+
 LoftQ (Li et al. 2023) starts an adapter from the error of quantization, on a base quantized to suit it. Algorithm 1 of
 the paper, with T = `loftq_iter`: from A = B = 0, in turn Q = quantize(W - s B A), then s B A = the leading r components
 of W - Q. The layer acts as Q + s B A, nearer to W than its plain quantization: a start for QLoRA. PEFT writes Q into
@@ -255,16 +257,37 @@ def variant_for(config: LoraConfig) -> Plain:
     return Dora(inner) if config.use_dora else inner
 
 
+@torch.no_grad()
 def init_factors(lora_A: Tensor, lora_B: Tensor, kind: bool | str) -> None:
-    """A random; B zero, so that the start is the identity, or random too when `kind` is False."""
-    if kind == "gaussian":
-        nn.init.normal_(lora_A, std=1 / len(lora_A))
-    else:
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-    if kind is False:
-        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
-    else:
-        nn.init.zeros_(lora_B)
+    """A random; B zero, so that the start is the identity, or random too when `kind` is False or "orthogonal".
+
+    A (r, ...) and B (..., r). The numbers are drawn as by PEFT, whose factors are layers of torch, which draw a start
+    of their own first, in the default dtype and on the CPU: so a seed gives the same adapter, on any device.
+    """
+    start_A, start_B = torch.empty(lora_A.shape), torch.empty(lora_B.shape)
+    nn.init.kaiming_uniform_(start_A, a=math.sqrt(5))
+    nn.init.kaiming_uniform_(start_B, a=math.sqrt(5))
+    if kind == "orthogonal":
+        start_A, start_B = orthogonal_factors(len(lora_A), lora_A.shape[1], len(lora_B))
+    elif kind is not False:
+        nn.init.zeros_(start_B)
+        if kind == "gaussian":
+            nn.init.normal_(start_A, std=1 / len(lora_A))
+        else:
+            nn.init.kaiming_uniform_(start_A, a=math.sqrt(5))
+    lora_A.copy_(start_A)
+    lora_B.copy_(start_B)
+
+
+def orthogonal_factors(r: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    """A (r, in_features) and B (out_features, r), both random, with B A = 0: A's columns and B's rows are orthogonal.
+
+    They lie in the spans of two halves of one random orthogonal basis (PEFT's "orthogonal").
+    """
+    basis = torch.linalg.qr(torch.randn(r, r)).Q
+    lora_A = (torch.randn(in_features, r // 2) @ basis[0::2]).T / 10
+    lora_B = torch.randn(r // 2, out_features).T @ basis[1::2] / 10
+    return lora_A, lora_B
 
 
 class PissaStart(nn.Module):
@@ -297,12 +320,16 @@ def pissa_start(weight: Tensor, r: int, scaling: float, kind: str, dtype: torch.
 
     Args:
         kind: "pissa" decomposes the weight exactly; "pissa_niter_N" by N rounds of the randomized method, much faster.
+            "olora" takes the first columns of Q and rows of R of its QR decomposition.
         dtype: Of the factors.
 
     Raises ValueError when the weight has fewer than r components.
     """
     if r > min(weight.shape):
         raise ValueError(f"init_lora_weights={kind!r}: r is {r}, but the weight {tuple(weight.shape)} has no such rank")
+    if kind == "olora":
+        orthonormal, triangular = torch.linalg.qr(weight)
+        return PissaStart(triangular[:r].to(dtype).contiguous(), orthonormal[:, :r].to(dtype).contiguous())
     rounds = re.fullmatch(r"pissa_niter_(\d+)", kind)
     parts = torch.linalg.svd(weight, full_matrices=False) if rounds is None else _randomized(weight, r, int(rounds[1]))
     left, values, right = parts

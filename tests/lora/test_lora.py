@@ -226,7 +226,7 @@ def test_patterns_set_rank_and_alpha_per_target() -> None:
         ({"rank_pattern": {"q": -1}}, r"rank_pattern\['q'\] must be a positive integer, got -1"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"bias": "some"}, "bias must be .* got 'some'"),
-        ({"init_lora_weights": "olora"}, "'olora' is not supported by minipeft: it changes the base weights"),
+        ({"init_lora_weights": "corda"}, "'corda' is not supported by minipeft: it changes the base weights"),
         ({"init_lora_weights": "orthogonally"}, "init_lora_weights must be .* got 'orthogonally'"),
         (
             {"use_qalora": True},

@@ -19,20 +19,17 @@ from minipeft.adapter import (
     AdaptedModel,
     AdapterModule,
     Method,
-    Mixin,
     PackedLayer,
     Part,
     Switch,
     WrappedForward,
     base_modules,
-    behind_face,
-    mix_in,
-    mix_out,
 )
 from minipeft.config import PeftConfig
 from minipeft.copies import TrainedBias, TrainedModule
 from minipeft.fused import CallsItsParts, may_pass_by
 from minipeft.methods import method_of
+from minipeft.mixins import Mixin, behind_face, mix_in, mix_out
 from minipeft.targets import check_unused_names, modules_to_save, plain_module_names
 
 
@@ -241,24 +238,9 @@ def become(module: Any, mixin: type[AdapterModule], switch: Switch) -> None:
     module.attach(switch)
 
 
-def tell_quantizer(model: nn.Module, attached: bool) -> None:
-    """Tell transformers' quantizer if there is an adapter: only then may a quantized model be trained."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer._minipeft_attached = attached
-
-
 def base_name(model: nn.Module) -> str | None:
     """The folder or hub name that the base model was loaded from, if any."""
     return getattr(model, "name_or_path", None) or None
-
-
-def freeze(model: nn.Module) -> None:
-    """Turn off the gradient of every parameter that is not an adapter's."""
-    own = {id(parameter) for _, parameter in adapter_parameters(model)}
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            parameter.requires_grad = False
 
 
 def check_adapter_name(adapter: str) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.adapter import AdapterModule, own_attributes
+from minipeft.adapter import AdapterModule
+from minipeft.mixins import own_attributes
 from minipeft.state import LoadResult
 
 

@@ -10,10 +10,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from minipeft.adapter import plain_class
 from minipeft.attach import base_name
 from minipeft.config import PeftConfig, TaskType
 from minipeft.files import write_text
+from minipeft.mixins import plain_class
 from minipeft.public import PEFT_VERSION
 
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?\n", re.DOTALL | re.MULTILINE)

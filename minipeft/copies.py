@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from minipeft.adapter import AdapterModule, WrappedForward, own_attributes, plain_class
+from minipeft.adapter import AdapterModule, WrappedForward
+from minipeft.mixins import own_attributes, plain_class
 
 
 def without_mixins(module: nn.Module) -> Any:

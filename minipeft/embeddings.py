@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule, base_modules
-from minipeft.attach import base_name
+from minipeft.attach import adapter_modules, base_name
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
@@ -90,3 +90,39 @@ def _vocabulary_changed(model: nn.Module) -> bool:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(name).get_text_config().vocab_size != config.get_text_config().vocab_size
+
+
+def check_resizable(model: Any) -> None:
+    """Raise ValueError if an adapter trains an embedding: its tensors would not fit another vocabulary."""
+    ends = [_end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")]
+    for path, module in adapter_modules(model):
+        if any(module is end for end in ends) and module.adapter_names():
+            raise ValueError(
+                f"adapters {sorted(module.adapter_names())} train {path}, which cannot be resized under them: "
+                "resize the base model first, then attach adapters"
+            )
+
+
+def _end(model: Any, getter: str) -> Any:
+    """The model's embedding or its head; None for a model that has none, which transformers answers by an error."""
+    try:
+        return getattr(model, getter, lambda: None)()
+    except NotImplementedError:
+        return None
+
+
+def untie_different_embeddings(model: Any) -> None:
+    """If merging or a trained copy gave one of two tied embeddings its own weight, say so in the model's config.
+
+    Otherwise saving would drop one of the weights and loading would tie them again.
+    """
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    first, second = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
+    if first is None or second is None:
+        return
+    if first.weight is not second.weight:
+        config.tie_word_embeddings = False
+        config.get_text_config().tie_word_embeddings = False
+        model.all_tied_weights_keys = {}

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from minipeft.adapter import AdaptedModel, Face, PackedLayer, mix_out
-from minipeft.attach import (
-    adapter_modules,
-    adapter_parameters,
-    config_of,
-    set_enabled,
-    tell_quantizer,
-    unmerge,
-)
+from minipeft.adapter import AdaptedModel, PackedLayer
+from minipeft.attach import adapter_modules, config_of, unmerge
+from minipeft.embeddings import untie_different_embeddings
 from minipeft.errors import NotMergeableError
+from minipeft.mixins import Face, mix_out
+from minipeft.preparing import tell_quantizer
 
 logger = logging.getLogger("minipeft")
 
@@ -106,55 +101,6 @@ def check_compatible(model: nn.Module, names: tuple[str, ...]) -> None:
                     )
 
 
-def disable(model: AdaptedModel) -> None:
-    """Be the base model until `enable`: merged adapters are unmerged, and no adapter gets gradients."""
-    unmerge(model)
-    set_enabled(model, False)
-    model._switch.paused += _stop_learning(model)
-
-
-def enable(model: AdaptedModel) -> None:
-    """Let the adapters act again, with the gradients that they had."""
-    set_enabled(model, True)
-    for parameter in model._switch.paused:
-        parameter.requires_grad_(True)
-    model._switch.paused = []
-
-
-@contextlib.contextmanager
-def adapters_off(model: AdaptedModel) -> Iterator[None]:
-    """Inside the block the model is the base model; after it all is as before, merged adapters and gradients too.
-
-    But modules that were enabled or disabled by themselves are then as the model; a warning says so.
-    """
-    merged, enabled = merged_adapters(model), model._switch.enabled
-    unmerge(model)
-    if any(module.switch.enabled != enabled for _, module in adapter_modules(model)):
-        warnings.warn(
-            "The model contains some adapter layers that are enabled and others that are disabled: after "
-            f"disable_adapter() all of them are {'enabled' if enabled else 'disabled'}, as the model is",
-            stacklevel=3,
-        )
-    set_enabled(model, False)
-    learning = _stop_learning(model)
-    try:
-        yield
-    finally:
-        set_enabled(model, enabled)
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        if merged:
-            merge(model, merged)
-
-
-def _stop_learning(model: AdaptedModel) -> list[nn.Parameter]:
-    """Turn the gradients of all adapters off. Returns the parameters that had them."""
-    learning = [parameter for _, parameter in adapter_parameters(model) if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    return learning
-
-
 def unload(model: AdaptedModel) -> Any:
     """Remove all adapters and return the plain model, base weights as they were."""
     unmerge(model)
@@ -200,7 +146,7 @@ def _remove_adapters(model: AdaptedModel) -> Any:
         module.detach()
         if dense is not None:
             model.set_submodule(path, dense.requires_grad_(False))
-    _untie_different_embeddings(model)
+    untie_different_embeddings(model)
     tell_quantizer(model, attached=False)
     for part in model.modules():
         if vars(part).get("_adapted_model") is model:
@@ -209,42 +155,6 @@ def _remove_adapters(model: AdaptedModel) -> Any:
     del model.peft_config, model._switch, model._targets, model._row_checks
     mix_out(model, Face)
     return model
-
-
-def check_resizable(model: Any) -> None:
-    """Raise ValueError if an adapter trains an embedding: its tensors would not fit another vocabulary."""
-    ends = [_end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")]
-    for path, module in adapter_modules(model):
-        if any(module is end for end in ends) and module.adapter_names():
-            raise ValueError(
-                f"adapters {sorted(module.adapter_names())} train {path}, which cannot be resized under them: "
-                "resize the base model first, then attach adapters"
-            )
-
-
-def _end(model: Any, getter: str) -> Any:
-    """The model's embedding or its head; None for a model that has none, which transformers answers by an error."""
-    try:
-        return getattr(model, getter, lambda: None)()
-    except NotImplementedError:
-        return None
-
-
-def _untie_different_embeddings(model: Any) -> None:
-    """If merging or a trained copy gave one of two tied embeddings its own weight, say so in the model's config.
-
-    Otherwise saving would drop one of the weights and loading would tie them again.
-    """
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    first, second = _end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")
-    if first is None or second is None:
-        return
-    if first.weight is not second.weight:
-        config.tie_word_embeddings = False
-        config.get_text_config().tie_word_embeddings = False
-        model.all_tied_weights_keys = {}
 
 
 def _weight_dtype(model: nn.Module) -> torch.dtype:

@@ -8,30 +8,29 @@ evaluation harness meet the class that they know. `unload` and `merge_and_unload
 from __future__ import annotations
 
 import contextlib
-import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minipeft import attach, card, merge, paths, preparing, saving, status
-from minipeft.adapter import AdaptedModel, mix_in
+from minipeft import attach, card, disabling, embeddings, merge, paths, preparing, saving, status
+from minipeft.adapter import AdaptedModel
 from minipeft.attach import (
     add_adapter,
     base_name,
     config_of,
     set_trainable,
     switch_of,
-    tell_quantizer,
     unmerge,
 )
 from minipeft.config import PeftConfig
 from minipeft.errors import PeftWarning
 from minipeft.methods import optional_part
-from minipeft.rows import by_row
+from minipeft.mixins import mix_in
+from minipeft.rows import CallsByRow
 
 
-class PeftModel(AdaptedModel):
+class PeftModel(CallsByRow):
     """The calls that a model has once adapters are attached (mixed in front of its own class).
 
     Each is a function over the model, or a few lines over some: `attach.py` adds and removes adapters, `merge.py` folds
@@ -194,52 +193,14 @@ class PeftModel(AdaptedModel):
 
     delete_adapter = attach.delete_adapter
 
-    disable_adapter_layers = merge.disable
-    enable_adapter_layers = merge.enable
-    disable_adapter = merge.adapters_off
+    disable_adapter_layers = disabling.disable
+    enable_adapter_layers = disabling.enable
+    disable_adapter = disabling.adapters_off
 
     @property
     def has_active_enabled_adapter(self) -> bool:
         """True if an adapter acts now."""
         return self._switch.enabled and bool(self._switch.active)
-
-    # An adapter for each row of a batch
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "_plain_class" in vars(cls):
-            cls.forward = _forward_with_rows(vars(cls)["_plain_class"].forward)
-
-    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """As the plain model's.
-
-        Args:
-            adapter_names: The LoRA adapter that each row of the batch goes through, "__base__" for none; for this call
-                they stand in the place of the adapters that act. Inference only, as in PEFT.
-
-        Raises ValueError for adapters that are unknown, of another method, merged, or that replace base tensors
-            (biases, modules_to_save); for another number of names than rows; and in training mode.
-        """
-        # Beside `forward`, which an accelerate hook hides.
-        if adapter_names is None:
-            return super().__call__(*args, **kwargs)
-        with by_row(self, adapter_names):
-            return super().__call__(*args, **kwargs)
-
-    @property
-    def generate(self) -> Callable[..., Any]:
-        """`generate` of the plain model, if it has one, which then takes `adapter_names` as a call does.
-
-        Beams and several sequences a prompt go through their prompt's adapter.
-        """
-        plain = super().generate  # type: ignore[misc]
-
-        @functools.wraps(plain)
-        def generate(*args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-            with by_row(self, adapter_names, repeated=True) if adapter_names is not None else contextlib.nullcontext():
-                return plain(*args, **kwargs)
-
-        return generate
 
     # Into the weights and out again
 
@@ -251,7 +212,7 @@ class PeftModel(AdaptedModel):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain model's. Raises ValueError if an adapter trains an embedding, whose tensors would not fit."""
         if args or kwargs:
-            merge.check_resizable(self)
+            embeddings.check_resizable(self)
         return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
     def get_base_model(self) -> Any:
@@ -259,10 +220,7 @@ class PeftModel(AdaptedModel):
         return self
 
     prepare_model_for_gradient_checkpointing = preparing.prepare_model_for_gradient_checkpointing
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """False: minipeft does not make LoRA adapters of others (PEFT's `convert_to_lora`)."""
-        return False
+    supports_lora_conversion = preparing.supports_lora_conversion
 
     # Numbers
 
@@ -325,20 +283,6 @@ def _kind_of(model: Any) -> type[PeftModel]:
     return PeftModelForCausalLM if one_text else kind if config is not None else PeftModel
 
 
-def _forward_with_rows(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` of a model, which takes `adapter_names` as `PeftModel.__call__` does."""
-
-    # With the plain forward's signature, which Trainer and `generate` read.
-    @functools.wraps(plain)
-    def forward(self: PeftModel, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        if adapter_names is None:
-            return plain(self, *args, **kwargs)
-        with by_row(self, adapter_names):
-            return plain(self, *args, **kwargs)
-
-    return forward
-
-
 def get_peft_model(
     model: Any,
     peft_config: PeftConfig,
@@ -362,7 +306,7 @@ def get_peft_model(
     Raises ValueError when the config does not fit the model, TypeError for wrong types; `model` is then as before.
     """
     _check_config(peft_config)
-    _warn_of_adapters(model, adapter_name)
+    preparing.warn_of_adapters(model, adapter_name)
     with _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext():
         if adapter_name in model.peft_config:
             attach.check_adapter(model, peft_config, adapter_name)
@@ -390,20 +334,6 @@ def get_peft_model(
     return model
 
 
-def _warn_of_adapters(model: Any, adapter: str) -> None:
-    """Warn of a model that has adapters already, as when a notebook's cell runs again."""
-    names = sorted({name for _, module in attach.adapter_modules(model) for name in module.adapter_names()})
-    if not names:
-        return
-    gone, others = f"{adapter!r} is replaced by a new one, what it learned is lost", ", ".join(map(repr, names))
-    fate = gone if adapter in names else f"{others} does not act any more until set again"
-    warnings.warn(
-        f"You are trying to modify a model with PEFT for a second time: of its adapters {names}, {fate}. "
-        "For the plain model, call .unload() first.",
-        stacklevel=3,
-    )
-
-
 @contextlib.contextmanager
 def _becoming_peft_model(model: Any) -> Iterator[None]:
     """Freeze `model` and mix `PeftModel` in; if the block that attaches the first adapter fails, undo both."""
@@ -416,7 +346,7 @@ def _becoming_peft_model(model: Any) -> Iterator[None]:
     model._switch = switch_of(model)
     model._targets, model._row_checks = {}, {}
     paths.become_backbone(model)
-    tell_quantizer(model, attached=True)
+    preparing.tell_quantizer(model, attached=True)
     try:
         yield
     except BaseException:

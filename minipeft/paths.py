@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from minipeft.adapter import AdaptedModel, Face, mix_in
+from minipeft.adapter import AdaptedModel
 from minipeft.attach import adapter_modules
 from minipeft.methods import METHODS, Registration, method_of
+from minipeft.mixins import Face, mix_in
 
 
 class Offered:
@@ -59,10 +60,9 @@ def _parts_beside(model: Any) -> set[str]:
 
     Without those by whose presence transformers tells what the whole model is, or that it sets by name.
     """
-    backbone: Any = model._modules.get("model")
-    if backbone is None or backbone is not getattr(model, "base_model", None):
-        return set()
-    return {name for name in backbone._modules if name in ("layers", "norm", "final_layer_norm", "rotary_emb")}
+    backbone = model._modules.get("model")
+    own: Any = getattr(backbone, "_modules", ()) if backbone is getattr(model, "base_model", None) else ()
+    return {name for name in own if name in ("layers", "norm", "final_layer_norm", "rotary_emb")}
 
 
 def become_backbone(model: AdaptedModel) -> None:

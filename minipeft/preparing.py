@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.attach import attach_adapter, freeze, set_trainable, switch_of
+from minipeft.attach import adapter_modules, adapter_parameters, attach_adapter, set_trainable, switch_of
 
 
 def inject_adapter_in_model(
@@ -73,3 +74,37 @@ def prepare_model_for_gradient_checkpointing(adapted: Any, model: Any) -> None:
         model.enable_input_require_grads()
     else:
         model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+
+
+def freeze(model: nn.Module) -> None:
+    """Turn off the gradient of every parameter that is not an adapter's."""
+    own = {id(parameter) for _, parameter in adapter_parameters(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad = False
+
+
+def warn_of_adapters(model: Any, adapter: str) -> None:
+    """Warn of a model that has adapters already, as when a notebook's cell runs again."""
+    names = sorted({name for _, module in adapter_modules(model) for name in module.adapter_names()})
+    if not names:
+        return
+    gone, others = f"{adapter!r} is replaced by a new one, what it learned is lost", ", ".join(map(repr, names))
+    fate = gone if adapter in names else f"{others} does not act any more until set again"
+    warnings.warn(
+        f"You are trying to modify a model with PEFT for a second time: of its adapters {names}, {fate}. "
+        "For the plain model, call .unload() first.",
+        stacklevel=3,
+    )
+
+
+def supports_lora_conversion(adapted: Any, adapter_name: str = "default") -> bool:
+    """False: minipeft does not make LoRA adapters of others (PEFT's `convert_to_lora`)."""
+    return False
+
+
+def tell_quantizer(model: nn.Module, attached: bool) -> None:
+    """Tell transformers' quantizer if there is an adapter: only then may a quantized model be trained."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer._minipeft_attached = attached

@@ -7,7 +7,9 @@ method's modules look at it in their forward (`Switch.rows`), and its `Registrat
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,3 +88,57 @@ def by_row(model: AdaptedModel, names: Sequence[str], repeated: bool = False) ->
         yield
     finally:
         model._switch.by_row = before
+
+
+class CallsByRow(AdaptedModel):
+    """The calls of a model that take an adapter for each row of a batch."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_plain_class" in vars(cls):
+            cls.forward = _forward_with_rows(vars(cls)["_plain_class"].forward)
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """As the plain model's.
+
+        Args:
+            adapter_names: The LoRA adapter that each row of the batch goes through, "__base__" for none; for this call
+                they stand in the place of the adapters that act. Inference only, as in PEFT.
+
+        Raises ValueError for adapters that are unknown, of another method, merged, or that replace base tensors
+            (biases, modules_to_save); for another number of names than rows; and in training mode.
+        """
+        # Beside `forward`, which an accelerate hook hides.
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)
+        with by_row(self, adapter_names):
+            return super().__call__(*args, **kwargs)
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """`generate` of the plain model, if it has one, which then takes `adapter_names` as a call does.
+
+        Beams and several sequences a prompt go through their prompt's adapter.
+        """
+        plain = super().generate  # type: ignore[misc]
+
+        @functools.wraps(plain)
+        def generate(*args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+            with by_row(self, adapter_names, repeated=True) if adapter_names is not None else contextlib.nullcontext():
+                return plain(*args, **kwargs)
+
+        return generate
+
+
+def _forward_with_rows(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` of a model, which takes `adapter_names` as `CallsByRow.__call__` does."""
+
+    # With the plain forward's signature, which Trainer and `generate` read.
+    @functools.wraps(plain)
+    def forward(self: AdaptedModel, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is None:
+            return plain(self, *args, **kwargs)
+        with by_row(self, adapter_names):
+            return plain(self, *args, **kwargs)
+
+    return forward

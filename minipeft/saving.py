@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minipeft.adapter import AdaptedModel, plain_class
+from minipeft.adapter import AdaptedModel
 from minipeft.attach import adapter_modules, add_adapter, base_name, config_of, delete_adapter, set_trainable
 from minipeft.card import write_card
 from minipeft.config import PeftConfig
@@ -25,6 +25,7 @@ from minipeft.directory import find_adapter, read_marks, read_tensors, read_trai
 from minipeft.embeddings import embedding_keys
 from minipeft.files import atomic_path
 from minipeft.hub import hub_arguments
+from minipeft.mixins import plain_class
 from minipeft.renaming import following, mapped
 from minipeft.state import (
     LoadResult,

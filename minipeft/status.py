@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.adapter import AdaptedModel, AdapterModule, PackedLayer, WrappedForward, plain_class
+from minipeft.adapter import AdaptedModel, AdapterModule, PackedLayer, WrappedForward
 from minipeft.attach import adapter_modules
 from minipeft.copies import TrainedBias
 from minipeft.fused import CallsItsParts
 from minipeft.methods import method_of
+from minipeft.mixins import plain_class
 
 IRREGULAR = "irregular"
 

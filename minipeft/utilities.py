@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import behind_face
 from minipeft.attach import adapter_modules, set_trainable, switch_of, unmerge
+from minipeft.mixins import behind_face
 
 # What `target_modules` says for all linear layers but the head.
 ALL_LINEAR = "all-linear"

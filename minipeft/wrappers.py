@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from minipeft.adapter import AdapterModule, Face
+from minipeft.adapter import AdapterModule
+from minipeft.mixins import Face
 from minipeft.model import PeftModel, get_peft_model
 
 

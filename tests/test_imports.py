@@ -31,7 +31,7 @@ CORE = {
         "files",
     ),
     *("embeddings", "status", "preparing", "auto", "paths", "base_state", "layer_calls", "switch", "rows", "hub"),
-    *("renaming", "card", "fused"),
+    *("renaming", "card", *("mixins", "disabling"), "fused"),
     # PEFT's names and small functions, for the scripts that import them.
     *("public", "errors", "mappings", "wrappers", "utilities", "signatures"),
 }

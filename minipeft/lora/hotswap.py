@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import plain_class
 from minipeft.attach import adapter_modules
 from minipeft.config import PeftConfig
 from minipeft.directory import find_adapter, read_tensors
@@ -30,6 +29,7 @@ from minipeft.hub import hub_arguments
 from minipeft.lora.config import LoraConfig, changes_base
 from minipeft.lora.conv import LoraConv
 from minipeft.lora.layer import LoraLayer
+from minipeft.mixins import plain_class
 from minipeft.state import adapter_state, key_prefix, load_tensors
 from minipeft.targets import ends_with
 

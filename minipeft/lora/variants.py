@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import PackedLayer, plain_class
+from minipeft.adapter import PackedLayer
 from minipeft.errors import PeftWarning
 from minipeft.lora.config import LoftQConfig, LoraConfig, is_pissa
+from minipeft.mixins import plain_class
 from minipeft.nf4 import NF4Linear, NF4Weight
 from minipeft_kernels.linear.shorthands import lora_update
 

@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import AdapterModule, plain_class
+from minipeft.adapter import AdapterModule
+from minipeft.mixins import plain_class
 from minipeft.virtual.masks import columns_of, widened_mask
 
 # Names of the cache argument of attention modules.

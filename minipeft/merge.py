@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minipeft.adapter import AdaptedModel, PackedLayer
+from minipeft.adapter import AdaptedModel, AdapterModule, PackedLayer
 from minipeft.attach import adapter_modules, config_of, unmerge
 from minipeft.embeddings import untie_different_embeddings
 from minipeft.errors import NotMergeableError
@@ -21,7 +21,7 @@ logger = logging.getLogger("minipeft")
 
 
 def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
-    """Fold adapters (those that act by default) into the base weights; the output stays the same.
+    """Fold adapters (by default those that act, in each module) into the base weights; the output stays the same.
 
     Adapters that are merged already stay merged; a warning says so. The sum is made in float32 and the original weights
     are kept, so unmerging is exact.
@@ -32,7 +32,11 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
     Raises ValueError for unknown adapters, adapters that cannot be merged or not together and, with `safe_merge`, for
         non-finite weights, naming the module.
     """
-    names = model._switch.active if adapter_names is None else tuple(adapter_names)
+    modules = adapter_modules(model)
+    # A module that was set by itself has adapters of its own that act.
+    wanted = {path: module.switch.active if adapter_names is None else adapter_names for path, module in modules}
+    names = tuple(model._switch.active if adapter_names is None else adapter_names)
+    names = tuple(dict.fromkeys([*names, *(name for own in wanted.values() for name in own)]))
     for name in names:
         config = config_of(model, name)
         if not config.mergeable:
@@ -46,10 +50,10 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
     if before and not new:
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
         return
-    check_compatible(model, names)
-    modules = adapter_modules(model)
+    here = {path: (*before, *(name for name in new if name in wanted[path])) for path, _ in modules}
     for path, module in modules:
-        reason = module.unmergeable(names)
+        _check_one(path, module, here[path])
+        reason = module.unmergeable(here[path])
         if reason is not None:
             raise NotMergeableError(f"{path}: {reason} (adapters {list(names)})")
     if before:
@@ -62,17 +66,18 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
     unmerge(model)
     try:
         for path, module in modules if safe_merge else ():
-            if not module.merged_finite(names):
+            if not module.merged_finite(here[path]):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: merging "
                     f"would make a weight of {path} infinite or NaN"
                 )
     except ValueError:
-        names = before
+        here = dict.fromkeys(here, before)
         raise
     finally:
-        for _, module in modules if names else ():
-            module.fold(names)
+        for path, module in modules:
+            if here[path]:
+                module.fold(here[path])
 
 
 def unmerge_adapters(model: AdaptedModel) -> None:
@@ -90,15 +95,19 @@ def merged_adapters(model: nn.Module) -> tuple[str, ...]:
 def check_compatible(model: nn.Module, names: tuple[str, ...]) -> None:
     """Raise ValueError if two of the adapters replace the same base tensor, so that they cannot act together."""
     for path, module in adapter_modules(model) if len(names) > 1 else ():
-        owners: dict[str, str] = {}
-        for name in names:
-            for tensor in module.replaced_tensors(name):
-                if owners.setdefault(tensor, name) != name:
-                    raise ValueError(
-                        f"adapters {owners[tensor]!r} and {name!r} cannot act together: both train "
-                        f"{path}.{tensor} whole, whose values by the first are already defined and would result in "
-                        "undefined merging behavior"
-                    )
+        _check_one(path, module, names)
+
+
+def _check_one(path: str, module: AdapterModule, names: tuple[str, ...]) -> None:
+    owners: dict[str, str] = {}
+    for name in names:
+        for tensor in module.replaced_tensors(name):
+            if owners.setdefault(tensor, name) != name:
+                raise ValueError(
+                    f"adapters {owners[tensor]!r} and {name!r} cannot act together: both train "
+                    f"{path}.{tensor} whole, whose values by the first are already defined and would result in "
+                    "undefined merging behavior"
+                )
 
 
 def unload(model: AdaptedModel) -> Any:

@@ -167,8 +167,9 @@ def _swap(model: Any, adapter: str, stored: Mapping[str, Tensor], new: LoraConfi
     prefix = key_prefix(model, adapter)
     live, fitted = adapter_state(model, adapter, prefix), dict(stored)
     grown = []
+    on_disk = {id(tensor): name for name, tensor in live.items()}
     for path, layer in layers:
-        names = _names_of(layer, adapter, f"{prefix}{path}.")
+        names = _names_of(layer, adapter, on_disk)
         room = rank if growing else layer.r[adapter]
         _fit(fitted, layer, adapter, path, new, names, room)
         if growing:
@@ -198,11 +199,10 @@ def _check_alike(here: Any, new: Any, source: str) -> LoraConfig:
     return new
 
 
-def _names_of(layer: LoraLayer, adapter: str, start: str) -> list[str]:
-    """The names of A and B on disk, and of B's bias if it has one."""
-    names = {id(tensor): f"{start}{name}" for name, tensor in layer.adapter_state(adapter).items()}
-    bias = [f"{start}lora_B.bias"] if f"{start}lora_B.bias" in names.values() else []
-    return [*(names[id(factor)] for factor in layer.factors(adapter)), *bias]
+def _names_of(layer: LoraLayer, adapter: str, on_disk: dict[int, str]) -> list[str]:
+    """The names of A and B on disk, and of B's bias if it has one, out of those of all tensors by id."""
+    bias = [layer.lora_B[adapter].bias] if layer.lora_bias[adapter] else []
+    return [on_disk[id(tensor)] for tensor in (*layer.factors(adapter), *bias)]
 
 
 def _fit(

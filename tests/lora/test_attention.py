@@ -162,3 +162,11 @@ def test_what_attention_cannot_have_is_refused() -> None:
     assert attach(target_modules="all-linear").peft_config["default"].target_modules == {"head"}
     with pytest.raises(TypeError, match="does not support mixed adapter batches"):
         adapted()(X, adapter_names=["default", "__base__", "default", "default"])
+
+
+def test_another_adapter_is_swapped_in(tmp_path: Path) -> None:
+    small = adapted(target_modules=["mha", "head"])
+    small.save_pretrained(tmp_path)
+    model = adapted(target_modules=["mha", "head"], r=4, lora_alpha=5)
+    minipeft.hotswap_adapter(model, tmp_path, "default")
+    torch.testing.assert_close(model(X), small(X))

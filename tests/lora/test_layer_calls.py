@@ -201,3 +201,16 @@ def test_layers_are_shown_under_peft_s_names() -> None:
         shown = repr(layer_of(ours, name))
         assert shown.split("(")[0] == repr(layer_of(theirs, name)).split("(")[0]
         assert "default" in shown and ("in_features=8, out_features=7" in shown) == (name == "second")
+
+
+def test_the_model_merges_what_acts_in_each_layer() -> None:
+    model = adapted(minipeft)
+    model.first.set_adapter(["default", "other"])
+    model.second.set_adapter("other")
+    before = model(IDS)
+    model.merge_adapter()
+    assert model.second.merged_adapters == ["other"] and model.emb.merged_adapters == ["default"]
+    torch.testing.assert_close(model(IDS), before)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(IDS), before)
+    torch.testing.assert_close(model.merge_and_unload()(IDS), before)

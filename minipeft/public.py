@@ -99,7 +99,10 @@ _FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
     "tuners.trainable_tokens.config": {},
     "tuners.trainable_tokens.model": {},
     "tuners.trainable_tokens.layer": {"minipeft.tokens.layer": ("TrainableTokensLayer=TrainedRows",)},
-    "tuners.tuners_utils": {"minipeft.wrappers": ("BaseTuner", "BaseTunerLayer")},
+    "tuners.tuners_utils": {
+        "minipeft.targets": ("check_target_module_exists", "inspect_matched_modules"),
+        "minipeft.wrappers": ("BaseTuner", "BaseTunerLayer"),
+    },
     "utils": {},
     "utils.constants": {
         "minipeft.config": ("CONFIG_NAME",),

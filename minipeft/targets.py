@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -57,7 +58,8 @@ def match_targets(
     if not left:
         raise ValueError(
             f"target_modules {targets!r} matches {len(found)} modules, but exclude_modules, modules_to_save and "
-            "layers_to_transform leave none of them"
+            "layers_to_transform leave none of them (All modules were excluded: No modules were targeted for "
+            "adaptation)"
         )
     for name in left:
         if may_not_be_called(modules, name):
@@ -69,20 +71,65 @@ def match_targets(
 
 
 def check_unused_names(model: nn.Module, config: Any, targets: list[str]) -> None:
-    """Raise ValueError for a name in exclude_modules that matches nothing, or a pattern that matches no target.
+    """Warn of a name in exclude_modules that matches nothing, and of a pattern that matches no target, as PEFT does.
 
     For new adapters alone: a stored adapter is checked by its tensors, and its configuration may mention more names.
     """
     excluded = getattr(config, "exclude_modules", None)
-    if not isinstance(excluded, str):
-        names = plain_module_names(model)
-        for name in sorted(excluded or ()):
-            if not any(ends_with(module, name) for module in names):
-                raise ValueError(_no_match("exclude_modules", name, names, model, lambda module: True))
+    names = plain_module_names(model)
+    excluding = [excluded] if isinstance(excluded, str) else sorted(excluded or ())
+    unused = [name for name in excluding if not any(_matches(module, name, excluded) for module in names)]
+    if unused:
+        near = _no_match("exclude_modules", unused[0], names, model, lambda module: True)
+        warnings.warn(
+            f"You have passed exclude_modules={excluded} but no modules were excluded by {unused}. Please check that "
+            f"exclude_modules was set correctly. {near}",
+            stacklevel=2,
+        )
+    named = getattr(config, "target_parameters", None) or ()
+    parameters = [f"{path}.{name}" for path, module in base_modules(model) for name in module._parameters]
+    adapted = [*targets, *(name for name in parameters if any(ends_with(name, target) for target in named))]
     for field in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, field, None) or ():
-            if not any(re.match(rf"(.*\.)?({key})$", target) for target in targets):
-                raise ValueError(f"{field}: {key!r} matches none of the targets, such as {targets[0]!r}")
+        pattern = getattr(config, field, None) or ()
+        unused = [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", target) for target in adapted)]
+        if unused:
+            example = f"; the targets are such as {adapted[0]!r}" if adapted else ""
+            warnings.warn(
+                f"The following {field} keys did not match any targeted module and were ignored: {unused}{example}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+def _matches(name: str, target: str, given: Any) -> bool:
+    return re.fullmatch(target, name) is not None if isinstance(given, str) else ends_with(name, target)
+
+
+def check_target_module_exists(config: Any, key: str) -> bool:
+    """True if the targets of `config` take a module called `key` (PEFT's function).
+
+    Args:
+        config: Its target_modules and, where it has them, exclude_modules, layers_to_transform and layers_pattern say
+            which. "all-linear" is a name like others here: that a module is linear cannot be told from its name.
+    """
+    targets = config.target_modules
+    named = _targets_of(config) if targets else []
+    matched = _matches(key, targets, targets) if isinstance(targets, str) else any(ends_with(key, t) for t in named)
+    return matched and not _excluded(key, config, ()) and _in_layers(key, config)
+
+
+def inspect_matched_modules(model: Any, adapter_name: str = "default") -> dict[str, list[str]]:
+    """The dotted names of the modules that an adapter's targets take, and of all others (PEFT's function).
+
+    Returns: {"matched": [...], "unmatched": [...]}, in the model's order.
+
+    Raises KeyError for an unknown adapter.
+    """
+    config = model.peft_config[adapter_name]
+    sorted_out: dict[str, list[str]] = {"matched": [], "unmatched": []}
+    for name in plain_module_names(model):
+        sorted_out["matched" if check_target_module_exists(config, name) else "unmatched"].append(name)
+    return sorted_out
 
 
 def plain_module_names(model: nn.Module) -> list[str]:
@@ -145,7 +192,8 @@ def _in_layers(name: str, config: Any) -> bool:
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
     for pattern in patterns or [r"[^.]*"]:
-        number = re.match(rf"(?:.*\.)?{pattern}\.(\d+)(?:\.|$)", name)
+        # The first number counts: "layers.1.mlp.experts.0" lies in layer 1.
+        number = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)(?:\.|$)", name)
         if number:
             return int(number.group(1)) in wanted
     return False

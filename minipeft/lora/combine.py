@@ -152,7 +152,10 @@ def _layers_to_combine(model: AdaptedModel, configs: Mapping[str, Any], how: Com
                 "what it started from; take 'svd'"
             )
         if config.target_parameters:
-            raise ValueError(f"adapter {name!r} cannot be combined: it has target_parameters")
+            raise ValueError(
+                f"adapter {name!r} cannot be combined: it has target_parameters (add_weighted_adapter does not support "
+                "targeting nn.Parameter)"
+            )
         if config.lora_bias:
             raise ValueError(f"adapter {name!r} cannot be combined: its B has a bias, which no sum of factors has")
         if config.use_dora:

@@ -1,11 +1,11 @@
-"""LoRA on parameters that are no layer's weight: a mixture's experts, all in one 3-D parameter, and its router's.
+"""LoRA on parameters by their own names: a mixture's experts, all in one 3-D parameter, and any 2-D weight.
 
 transformers keeps `gate_up_proj` and `down_proj` of all experts as one parameter each, (experts, out_features,
 in_features) (or with the last two swapped, where the module says `is_transposed`). Every expert e has an update of its
 own, W_e + s B_e A_e. The module reads its parameters itself, so while it runs they stand in its place with the update
 added: unlike for a layer, the whole updated weight is made in every forward.
 
-A router's weight (experts, in_features) is updated in the same way, as one expert's would be.
+A 2-D weight (out_features, in_features), such as a router's, is updated in the same way, as one expert's would be.
 
 A and B of all experts lie as PEFT lays them: A (experts * r, in_features), expert by expert, B (out_features,
 r * experts), rank by rank.
@@ -13,6 +13,7 @@ r * experts), rank by rank.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule
+from minipeft.errors import NoMatchingPeftModuleError
 from minipeft.lora.config import LoraConfig
 from minipeft.lora.variants import init_factors
 from minipeft.targets import ends_with
@@ -43,7 +45,7 @@ class ExpertFactors(nn.Module):
 
 
 class LoraParameters(AdapterModule):
-    """A module with parameters of its own, 3-D or a router's, that adapters update.
+    """A module with 2-D or 3-D parameters of its own that adapters update.
 
     Attributes:
         lora_experts: adapter -> parameter -> its `ExpertFactors`.
@@ -51,6 +53,8 @@ class LoraParameters(AdapterModule):
 
     name_prefix: ClassVar[str] = "Lora"
     peft_name: ClassVar[str] = "lora.ParamWrapper"
+    # In front of LoRA on the layer, which reads the weight before it calls the layer's own forward.
+    outermost: ClassVar[int] = 1
     _own_attributes: ClassVar[tuple[str, ...]] = ("lora_experts",)
 
     lora_experts: Any
@@ -60,7 +64,7 @@ class LoraParameters(AdapterModule):
         if not hasattr(self, "lora_experts"):
             self.lora_experts = nn.ModuleDict()
 
-    def add_adapter(self, adapter: str, config: LoraConfig, path: str, dtype: torch.dtype, init: bool) -> None:
+    def add_factors(self, adapter: str, dtype: torch.dtype, init: bool, config: LoraConfig, path: str) -> None:
         """Create the factors of `adapter` for the parameters that `config.target_parameters` names here."""
         own = self.lora_experts[adapter] = nn.ModuleDict()
         for name in target_parameters_of(self, path, config):
@@ -128,6 +132,12 @@ class LoraParameters(AdapterModule):
             del self.lora_experts[adapter]
 
     @torch.no_grad()
+    def merged_finite(self, adapters: tuple[str, ...]) -> bool:
+        own = [(a, name) for a in adapters if a in self.lora_experts for name in self.lora_experts[a]]
+        finite = all(bool(torch.isfinite(self.delta_parameter(adapter, name)).all()) for adapter, name in own)
+        return finite and super().merged_finite(adapters)
+
+    @torch.no_grad()
     def fold(self, adapters: tuple[str, ...]) -> None:
         here = [adapter for adapter in adapters if adapter in self.lora_experts]
         merged = {}
@@ -145,55 +155,84 @@ class LoraParameters(AdapterModule):
 def target_parameters_of(module: nn.Module, path: str, config: LoraConfig) -> list[str]:
     """The names of the parameters right in `module`, which is at `path`, that `config` targets."""
     targets = config.target_parameters or ()
-    return [name for name in module._parameters if any(ends_with(f"{path}.{name}", target) for target in targets)]
+    return [
+        name for name in module._parameters if any(ends_with(f"{path}.{name}".strip("."), target) for target in targets)
+    ]
 
 
 def check_target_parameters(config: LoraConfig) -> None:
     """Raise ValueError for settings that an update of a parameter cannot have."""
-    refused = {
-        "use_dora": False,
-        "lora_bias": False,
-        "lora_dropout": 0.0,
-        "layers_to_transform": None,
-        "exclude_modules": None,
-    }
+    refused: dict[str, Any] = {"use_dora": False, "lora_bias": False, "lora_dropout": 0.0}
+    if not config.target_modules:
+        # They choose among modules; PEFT leaves the parameters as they are named, too.
+        refused |= {"layers_to_transform": None, "exclude_modules": None}
     for field, neutral in refused.items():
         if getattr(config, field) != neutral:
-            raise ValueError(f"{field}={getattr(config, field)!r} does not go with target_parameters")
+            raise ValueError(
+                f"{field}={getattr(config, field)!r} does not go with target_parameters (lora.ParamWrapper does not "
+                f"work with {field} != {neutral!r})"
+            )
     if config.init_lora_weights not in (True, False):
         raise ValueError(f"init_lora_weights={config.init_lora_weights!r} does not go with target_parameters")
 
 
 def find_target_parameters(
-    modules: dict[str, nn.Module], config: LoraConfig, reads_its_own: Callable[[nn.Module], bool]
+    modules: dict[str, nn.Module], config: LoraConfig, taken: list[str], never_read: Callable[[str], bool]
 ) -> list[str]:
     """The dotted names of the modules that hold the parameters in `config.target_parameters`.
 
-    Args:
-        reads_its_own: True for a module that is no layer for `target_modules`, and reads its weight in its own forward.
+    If none of these matches anything, but the adapter has other modules, a warning says so.
 
-    Raises ValueError for a name that matches no parameter, or one that cannot be updated.
+    Args:
+        taken: The modules that the adapter updates otherwise.
+        never_read: True for a module whose parameters others may read without calling it.
+
+    Raises ValueError for a name that matches no parameter while others match, and for a parameter that cannot be
+        updated; NoMatchingPeftModuleError if nothing is left to adapt.
     """
     found: dict[str, list[str]] = {}
     for path, module in modules.items():
         names = target_parameters_of(module, path, config)
         for name in names:
-            _check_target(f"{path}.{name}", module._parameters[name], reads_its_own(module))
+            _check_target(path, name, module, path in taken, never_read(path))
         if names:
             found[path] = names
-    for target in config.target_parameters or ():
-        if not any(ends_with(f"{path}.{name}", target) for path, names in found.items() for name in names):
-            fused = {n for m in modules.values() for n, p in m._parameters.items() if p is not None and p.dim() == 3}
-            raise ValueError(f"target_parameters: {target!r} matches no parameter; 3-D ones here: {sorted(fused)}")
+    missing = [
+        target
+        for target in config.target_parameters or ()
+        if not any(ends_with(f"{path}.{name}".strip("."), target) for path, names in found.items() for name in names)
+    ]
+    if not found and taken:
+        warnings.warn(
+            f"target_parameters={config.target_parameters} were set but no parameter was matched.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    elif missing:
+        fused = {n for m in modules.values() for n, p in m._parameters.items() if p is not None and p.dim() == 3}
+        problem = f"target_parameters: {missing[0]!r} matches no parameter; 3-D ones here: {sorted(fused)}"
+        if found:
+            raise ValueError(problem)
+        raise NoMatchingPeftModuleError(f"No `target_modules` passed but also no `target_parameters` found. {problem}")
     return list(found)
 
 
-def _check_target(name: str, parameter: Tensor | None, reads_its_own: bool) -> None:
-    dims = 0 if parameter is None or not parameter.is_floating_point() else parameter.dim()
-    if dims == 3 or (dims == 2 and reads_its_own):
-        return
-    shape = None if parameter is None else tuple(parameter.shape)
-    advice = "; adapt a layer's weight by naming the layer in target_modules" if dims == 2 else ""
-    raise ValueError(
-        f"target_parameters: {name} is no 3-D parameter of experts, nor a router's (shape {shape}){advice}"
-    )
+def _check_target(path: str, name: str, module: nn.Module, taken: bool, never_read: bool) -> None:
+    parameter, full = module._parameters[name], f"{path}.{name}"
+    if not path:
+        raise ValueError(f"Targeting an nn.Parameter on the top-level module is not supported (parameter {name!r}).")
+    if taken:
+        raise ValueError(
+            f"Trying to wrap an `nn.Parameter` of layer {path!r} of type {type(module).__name__}, which is not a valid "
+            f"target. Make sure that this layer is not also targeted with `target_modules` ({full} would get two "
+            "updates of one adapter)"
+        )
+    if never_read:
+        raise ValueError(f"target_parameters: {full} may be read without its module being called, past the update")
+    dims = 0 if parameter is None else parameter.dim()
+    if dims not in (2, 3) or not parameter.is_floating_point():  # type: ignore[union-attr]
+        shape, dtype = (None, None) if parameter is None else (tuple(parameter.shape), parameter.dtype)
+        raise ValueError(
+            f"target_parameters: {full} is a {dims} dimensional Parameter (shape {shape}, {dtype}), but only 2d and 3d "
+            "are supported, of floating point"
+        )

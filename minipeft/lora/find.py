@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 from torch import nn
 
-from minipeft.adapter import AdapterModule, Method, Part, base_modules
+from minipeft.adapter import Method, Part, base_modules
 from minipeft.copies import TrainedModule
 from minipeft.lora.attention import LoraMultiheadAttention
 from minipeft.lora.config import LoraConfig
@@ -14,7 +17,7 @@ from minipeft.lora.experts import LoraParameters, check_target_parameters, find_
 from minipeft.lora.layer import LoraLayer
 from minipeft.lora.layers import LoraConv1D, LoraEmbedding, LoraLinear, LoraNF4Linear
 from minipeft.nf4 import NF4Linear
-from minipeft.targets import is_conv1d, match_targets, shortest_names
+from minipeft.targets import is_conv1d, match_targets, may_not_be_called, shortest_names
 from minipeft.tokens.find import named_rows, row_parts
 from minipeft.tokens.layer import DELTA
 
@@ -43,32 +46,23 @@ def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
 _ROUTER = ", the router of a mixture of experts, whose weight target_parameters takes"
 
 
-def _mixin_for(module: nn.Module) -> type[AdapterModule] | None:
-    """`lora_mixin_for`, and for a module that holds parameters for `target_parameters` `LoraParameters`."""
-    fused = any(p is not None and p.dim() >= 2 for p in module._parameters.values())
-    return lora_mixin_for(module) or (LoraParameters if fused else None)
-
-
-def _reads_its_own(module: nn.Module) -> bool:
-    """True if a 2-D weight of `module` is read in the module's own forward, where an update of it can stand in."""
-    plain_layer = isinstance(module, nn.Linear) and "Router" not in type(module).__name__
-    return lora_mixin_for(module) is None and not plain_layer
-
-
 def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
     if not config.target_parameters:
         return _find_layers(model, config, skip)
     check_target_parameters(config)
-    holders = find_target_parameters(dict(base_modules(model)), config, _reads_its_own)
     # As in PEFT, a config that names parameters and no modules adapts the parameters alone.
-    return [*(_find_layers(model, config, skip) if config.target_modules else ()), *holders]
+    return _find_layers(model, config, skip) if config.target_modules else []
+
+
+def _passed_by(model: nn.Module) -> list[nn.Module]:
+    """The layers that nn.MultiheadAttention reads the weight of without calling them: an update would be lost."""
+    return [part.out_proj for _, part in base_modules(model) if isinstance(part, nn.MultiheadAttention)]
 
 
 def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
     if config.target_modules is None:
         config.target_modules = set(usual_targets(model))
-    # nn.MultiheadAttention reads its out_proj's weight without calling it: an update beside it would be lost.
-    passed_by = [part.out_proj for _, part in base_modules(model) if isinstance(part, nn.MultiheadAttention)]
+    passed_by = _passed_by(model)
 
     def adaptable(module: nn.Module) -> bool:
         return lora_mixin_for(module) is not None and all(module is not part for part in passed_by)
@@ -100,10 +94,52 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
 
 
 def _parts(model: nn.Module, config: LoraConfig, saved: list[str], targets: list[str]) -> list[Part]:
-    if config.trainable_token_indices is None:
-        return []
-    wanted = named_rows(model, config.trainable_token_indices)
-    return row_parts(model, wanted, f"token_adapter.{DELTA}", targets, saved, config.ensure_weight_tying)
+    parts = []
+    if config.ensure_weight_tying:
+        _check_tying(model, config, [*saved, *targets])
+    if config.target_parameters:
+        modules = dict(base_modules(model))
+        passed_by = _passed_by(model)
+
+        def never_read(path: str) -> bool:
+            return any(modules[path] is part for part in passed_by) or may_not_be_called(modules, path)
+
+        for path in find_target_parameters(modules, config, targets, never_read):
+            add = functools.partial(LoraParameters.add_factors, config=config, path=path)
+            parts.append(Part(path, LoraParameters, add))
+    if config.trainable_token_indices is not None:
+        wanted, taken = named_rows(model, config.trainable_token_indices), [*targets, *(part.path for part in parts)]
+        key = f"token_adapter.{DELTA}"
+        parts += row_parts(model, wanted, key, taken, saved, config.ensure_weight_tying)
+    return parts
 
 
-LORA = Method(find=_find_targets, mixin_for=_mixin_for, parts=_parts)
+def _check_tying(model: nn.Module, config: LoraConfig, taken: list[str]) -> None:
+    """Warn, as PEFT does, where `ensure_weight_tying` has nothing to tie.
+
+    Raises ValueError where it asks for LoRA or trained copies that are tied, which minipeft does not have.
+    """
+    owners: dict[int, list[str]] = {}
+    for path, module in base_modules(model):
+        weight = getattr(module, "_originals", {}).get("weight", module._parameters.get("weight"))
+        if weight is not None:
+            owners.setdefault(id(weight), []).append(path)
+    tied = {path for paths in owners.values() if len(paths) > 1 for path in paths}
+    if not tied:
+        warnings.warn(
+            "You have requested `ensure_weight_tying`, but no tied modules were found in the model", stacklevel=2
+        )
+    elif tied & set(taken):
+        raise ValueError(
+            f"ensure_weight_tying=True: {sorted(tied & set(taken))} is tied to {sorted(tied - set(taken))}, and "
+            "minipeft ties the rows of trainable_token_indices alone; leave it out, and each module keeps an update of its own"
+        )
+    elif config.trainable_token_indices is None:
+        warnings.warn(
+            "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
+            "`target_modules`",
+            stacklevel=2,
+        )
+
+
+LORA = Method(find=_find_targets, mixin_for=lora_mixin_for, parts=_parts)

@@ -24,7 +24,12 @@ def check_rows(name: str, config: LoraConfig) -> None:
     """Raise ValueError for an adapter that replaces base tensors, which are the whole batch's."""
     if config.init_lora_weights == "loftq":
         raise ValueError(f"adapter_names: {name!r} is LoftQ: it replaces the base weight for the whole batch")
+    if config.target_parameters:
+        raise ValueError(
+            f"adapter_names: {name!r} has target_parameters, which act on the whole batch: lora.ParamWrapper does not "
+            "support mixed adapter batches yet."
+        )
     neutral: tuple[Any, ...] = (None, [], "none")
-    whole = [f for f in ("bias", "modules_to_save", "target_parameters") if getattr(config, f) not in neutral]
+    whole = [f for f in ("bias", "modules_to_save") if getattr(config, f) not in neutral]
     if whole:
         raise ValueError(f"adapter_names: {name!r} has {whole[0]}: tensors of its own for the whole batch")

@@ -125,11 +125,13 @@ def test_parameters_alone_need_no_modules() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"targets": ["nope"]}, r"'nope' matches no parameter; 3-D ones here: \['down_proj', 'gate_up_proj'\]"),
-        ({"targets": ["q_proj.weight"]}, r"q_proj\.weight is no 3-D parameter.* naming the layer in target_modules"),
+        (
+            {"targets": ["down_proj", "nope"]},
+            r"'nope' matches no parameter; 3-D ones here: \['down_proj', 'gate_up_proj'\]",
+        ),
         (
             {"targets": ["norm.weight"]},
-            r"norm\.weight is no 3-D parameter of experts, nor a router's \(shape \(32,\)\)$",
+            r"norm\.weight is a 1 dimensional Parameter \(shape \(32,\), torch.float32\), but only 2d and 3d",
         ),
         ({"use_dora": True}, "use_dora=True does not go with target_parameters"),
         ({"lora_dropout": 0.1}, "lora_dropout=0.1 does not go with"),
@@ -140,6 +142,107 @@ def test_parameters_alone_need_no_modules() -> None:
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         adapted(minipeft, **changes)
+
+
+class Dense(nn.Module):
+    """Two linear layers, an embedding and a parameter right in the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.first, self.second = nn.Embedding(7, 6), nn.Linear(6, 5), nn.Linear(5, 4)
+        self.own = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.second(torch.tanh(self.first(self.emb(ids)))) @ self.own
+        return out
+
+
+def dense(library: Any, **fields: Any) -> Any:
+    given = {"target_parameters": ["first.weight", "emb.weight"], "target_modules": ["second"], "r": 2}
+    config = library.LoraConfig(init_lora_weights=False, **{**given, **fields})
+    return library.get_peft_model(Dense().eval(), config)
+
+
+@torch.no_grad()
+def test_weights_of_layers_move_in_both_directions(tmp_path: Path) -> None:
+    ids, ours = torch.arange(7), dense(minipeft)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(Dense().eval(), str(tmp_path / "ours"))
+    torch.testing.assert_close(theirs(ids), ours(ids))
+    theirs = dense(peft)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    back = minipeft.PeftModel.from_pretrained(Dense().eval(), tmp_path / "theirs")
+    torch.testing.assert_close(back(ids), theirs(ids))
+    acting = back(ids)
+    back.merge_adapter()
+    torch.testing.assert_close(back(ids), acting)
+    back.unmerge_adapter()
+    assert torch.equal(back(ids), acting)
+    assert torch.equal(back.unload()(ids), Dense()(ids))
+
+
+@torch.no_grad()
+def test_a_layer_and_its_weight_adapted_by_two_adapters_act_together() -> None:
+    ids, model = torch.arange(7), dense(minipeft)
+    model.add_adapter("layer", minipeft.LoraConfig(target_modules=["first"], r=2, init_lora_weights=False))
+    base = model.first.weight.clone()
+    change = model.first.delta_parameter("default", "weight") + model.first.get_delta_weight("layer")
+    model.set_adapter(["default", "layer"])
+    model.second.set_adapter([])
+    model.emb.set_adapter([])
+    wanted = nn.functional.linear(Dense().emb(ids), base + change, model.first.bias)
+    torch.testing.assert_close(model.first(Dense().emb(ids)), wanted)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_parameters": ["first.bias"]}, "1 dimensional Parameter.*only 2d and 3d are supported"),
+        ({"target_parameters": ["own"]}, "top-level module is not supported"),
+        ({"target_parameters": ["second.weight"]}, "not also targeted with `target_modules`"),
+        ({"target_parameters": ["nope"], "target_modules": None}, "no `target_parameters` found"),
+    ],
+)
+def test_parameters_that_cannot_be_updated_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dense(minipeft, **fields)
+
+
+def test_names_that_match_nothing_are_told_as_peft_tells_them() -> None:
+    with pytest.warns(RuntimeWarning, match="were set but no parameter was matched"):
+        dense(minipeft, target_parameters=["nope"])
+    with pytest.warns(RuntimeWarning, match=r"rank_pattern keys did not match any .*\['first'\]"):
+        model = dense(minipeft, rank_pattern={"first": 3, "emb.weight": 4})
+    assert model.emb.lora_experts["default"]["weight"].lora_A.shape == (4, 6)
+    with pytest.warns(UserWarning, match="no modules were excluded by"):
+        dense(minipeft, exclude_modules=["nope"])
+
+
+@pytest.mark.parametrize("targets", [["second"], ["second", "emb"], "first|second"])
+def test_matching_is_peft_s(targets: Any) -> None:
+    from peft.tuners.tuners_utils import check_target_module_exists, inspect_matched_modules
+
+    ours, theirs = (
+        library.get_peft_model(Dense(), library.LoraConfig(target_modules=targets)) for library in (minipeft, peft)
+    )
+    names = [name for name, _ in Dense().named_modules() if name]
+    config = peft.LoraConfig(target_modules=targets)
+    wanted = [name for name in names if check_target_module_exists(config, name)]
+    assert minipeft.tuners.tuners_utils.inspect_matched_modules(ours)["matched"] == wanted
+    assert wanted == inspect_matched_modules(theirs.base_model)["matched"]
+
+
+@pytest.mark.parametrize("pattern", [None, "layers", ["layers", "h"], "experts"])
+def test_the_first_number_of_a_name_is_its_layer(pattern: Any) -> None:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    for key in ("model.layers.1.layers.0.up", "model.layers.1.mlp.experts.0.up", "a.b.1.c.d.2.up", "x.h.2.up"):
+        for layer in range(3):
+            fields = {"target_modules": ["up"], "layers_to_transform": [layer], "layers_pattern": pattern}
+            wanted = bool(check_target_module_exists(peft.LoraConfig(**fields), key))
+            ours = minipeft.tuners.tuners_utils.check_target_module_exists(minipeft.LoraConfig(**fields), key)
+            assert ours == wanted, (key, layer)
 
 
 def test_calls_for_layers_refuse_parameters(tmp_path: Path) -> None:

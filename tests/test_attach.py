@@ -179,7 +179,7 @@ def test_models_without_embeddings_are_adapted_refused_and_freed(name: str) -> N
     refused: list[Any] = [
         LoraConfig(target_modules=["nope"]),
         LoraConfig(target_modules=targets, modules_to_save=["nope"]),
-        LoraConfig(target_modules=targets, rank_pattern={"nope": 2}),
+        LoraConfig(target_parameters=["nope"]),
         minipeft.PrefixTuningConfig(num_virtual_tokens=2),
         minipeft.PromptTuningConfig(num_virtual_tokens=2),
         minipeft.BottleneckConfig(target_modules=["nope"]),

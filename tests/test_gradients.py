@@ -256,7 +256,7 @@ def test_the_model_holds_the_config_that_it_was_given(tmp_path: Any) -> None:
 
 
 def test_a_config_that_does_not_fit_is_as_before() -> None:
-    config = LoraConfig(target_modules="all-linear", modules_to_save=["lm_head"], rank_pattern={"nope": 3})
+    config = LoraConfig(target_modules="all-linear", modules_to_save=["lm_head", "nope"])
     fields = copy.deepcopy(vars(config))
     with pytest.raises(ValueError, match="nope"):
         get_peft_model(tiny_llama(), config)

@@ -132,7 +132,8 @@ def _check_tying(model: nn.Module, config: LoraConfig, taken: list[str]) -> None
     elif tied & set(taken):
         raise ValueError(
             f"ensure_weight_tying=True: {sorted(tied & set(taken))} is tied to {sorted(tied - set(taken))}, and "
-            "minipeft ties the rows of trainable_token_indices alone; leave it out, and each module keeps an update of its own"
+            "minipeft ties the rows of trainable_token_indices alone; leave it out, and each module keeps an update of "
+            "its own"
         )
     elif config.trainable_token_indices is None:
         warnings.warn(

@@ -168,6 +168,21 @@ def test_adapters_are_merged_one_after_the_other() -> None:
         model.unmerge_adapter()
 
 
+def test_modules_that_were_set_by_themselves_merge_what_acts_in_them() -> None:
+    model = get_peft_model(MLP(), LoraConfig(target_modules=["lin0", "lin1"]))
+    model.add_adapter("b", LoraConfig(target_modules=["lin0", "lin1"]))
+    randomize(model, scale=0.5)
+    x = torch.randn(3, 4)
+    model.lin0.set_adapter(["default", "b"])
+    model.lin1.set_adapter("b")
+    acting = model(x)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), acting)
+    assert [list(model.get_submodule(name).merged_adapters) for name in ("lin0", "lin1")] == [["default", "b"], ["b"]]
+    model.unmerge_adapter()
+    assert torch.equal(model(x), acting)
+
+
 def test_a_merge_that_would_not_be_finite_changes_nothing() -> None:
     model = get_peft_model(MLP(), LoraConfig(target_modules=["lin0"]))
     model.add_adapter("b", LoraConfig(target_modules=["lin0"]))

@@ -49,8 +49,9 @@ class RowAdapters:
         times, rest = divmod(rows, len(self.names))
         if rest or times == 0 or (times > 1 and not self.repeated):
             raise ValueError(
-                f"adapter_names has {len(self.names)} names, but an adapted layer got an input of {rows} rows: there "
-                "must be one name for each row of the batch, and the layer's input must keep the rows apart"
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.names)} names, but an adapted layer got an input of {rows} rows; it must keep the batch's "
+                "rows apart"
             )
         indices: dict[str, list[int]] = {}
         for row in range(rows):
@@ -71,7 +72,12 @@ def by_row(model: AdaptedModel, names: Sequence[str], repeated: bool = False) ->
     if isinstance(names, str) or not names:
         raise ValueError(f"adapter_names must be a list with one name for each row of the batch, got {names!r}")
     if model.training:
-        raise ValueError("adapter_names is for inference: call model.eval() first")
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first.")
+    unknown = [name for name in dict.fromkeys(names) if name != BASE_ROW and name not in model.peft_config]
+    if unknown:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {sorted(model.peft_config)}"
+        )
     for name in dict.fromkeys(names):
         if name != BASE_ROW:
             config = config_of(model, name)

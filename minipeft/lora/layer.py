@@ -184,7 +184,10 @@ class LoraLayer(AdapterStore):
 
     def _check_unmerged(self) -> None:
         if self.merged_adapters:
-            raise ValueError(f"adapter_names needs unmerged weights, but {list(self.merged_adapters)} are merged")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. Here "
+                f"{list(self.merged_adapters)} are merged."
+            )
 
     # Files
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from minipeft.commands.arguments import check_device, check_output_path
 from minipeft.methods import METHODS
 from minipeft.train.config import TrainConfig, config_values
-from minipeft.train.errors import ConfigError
-from minipeft.train.methods import attach, check_settings, start
+from minipeft.train.errors import ConfigError, as_user_error
+from minipeft.train.methods import AdapterError, attach, check_settings, start
 
 
 def train(args: argparse.Namespace) -> None:
@@ -47,8 +47,9 @@ def train(args: argparse.Namespace) -> None:
     with without_bars():
         model = load_base_model(config.model, quantize=config.quantize, dtype=config.dtype, device=config.device)
     seed_everything(config.seed)
-    model = attach(model, adapter_config)
-    start(model, data)
+    model = attach(model, adapter_config, config.adapter)
+    if config.adapter is None:
+        start(model, data)
     model.print_trainable_parameters()
     trainer = Trainer(model, data, config, eval_data=eval_data, pad_id=pad_id_of(tokenizer))
     result = trainer.train(resume=resume)
@@ -66,6 +67,16 @@ def train(args: argparse.Namespace) -> None:
     )
 
 
+def _base_of(adapter: str) -> str:
+    from minipeft import PeftConfig
+
+    with as_user_error(AdapterError, adapter):
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if not base:
+        raise ConfigError(f"--model {adapter} is an adapter that names no base model: give --model and --adapter")
+    return base
+
+
 def train_config(args: argparse.Namespace) -> TrainConfig:
     """The run's settings: YAML, then flags; `qlora` spelled out.
 
@@ -73,6 +84,10 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         ConfigError: see `TrainConfig.from_sources`; an unknown method.
     """
     config = TrainConfig.from_sources(args.config, config_values(args))
+    held = [name for name in ("adapter_config.json", "config.json") if (Path(config.model) / name).is_file()]
+    if config.adapter is None and held == ["adapter_config.json"]:
+        # As TRL: the model is an adapter, which knows its base.
+        config.adapter, config.model = config.model, _base_of(config.model)
     if config.method not in METHODS:
         raise ConfigError(f"unknown method {config.method!r}: known methods are {', '.join(METHODS)}")
     for name, value in METHODS[config.method].settings.items():

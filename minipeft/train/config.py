@@ -75,6 +75,7 @@ class TrainConfig:
     method_args: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "arguments of the method's config, such as {r: 8}"}
     )
+    adapter: str | None = _setting("directory of an adapter to train further, by its own settings", None)
     quantize: str | None = _setting("quantize the base model", None, QUANTIZE_CHOICES)
     dtype: str = _setting("dtype the base model is loaded in", "auto", DTYPE_CHOICES)
     device: str = _setting("auto, cpu, cuda or cuda:N", "auto")

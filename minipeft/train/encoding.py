@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from minipeft.train.chats import assistant_turns
 from minipeft.train.config import TrainConfig
 from minipeft.train.errors import DataError
 from minipeft.train.models import resolve_max_length
-from minipeft.train.records import Record, read_jsonl
+from minipeft.train.records import Record, as_object, read_jsonl
 
 IGNORE = -100
 
@@ -60,6 +61,7 @@ class EncodedDataset:
         max_length: longest sequence in tokens, or with packing the tokens of a row.
         records: how many records there were; `truncated` of them were cut, `dropped` left out.
         notices: sentences on cut and left-out records, for the user.
+        dated: the identity of data whose tokens are others on another day, see `content_hash`.
     """
 
     examples: list[Example]
@@ -69,6 +71,7 @@ class EncodedDataset:
     dropped: int = 0
     notices: list[str] = field(default_factory=list)
     chat: bool = False  # True if the records were conversations, put into the chat template
+    dated: str | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -84,7 +87,12 @@ class EncodedDataset:
         return sum(example.loss_tokens for example in self.examples)
 
     def content_hash(self) -> str:
-        """sha256 over ids and labels in order: equal exactly when training sees the same data."""
+        """sha256 over ids and labels in order: equal exactly when training sees the same data.
+
+        Of data in a template that prints the date, over the records and the template.
+        """
+        if self.dated is not None:
+            return self.dated
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(len(example).to_bytes(8, "little"))
@@ -111,6 +119,10 @@ def encode_records(
             nothing left.
     """
     data = EncodedDataset([], max_length, len(records), chat=any(r.messages is not None for r in records))
+    template = getattr(tokenizer, "chat_template", None)
+    if data.chat and isinstance(template, str) and "strftime_now" in template:
+        whole = json.dumps([template, max_length, too_long, [as_object(record) for record in records]])
+        data.dated = hashlib.sha256(whole.encode()).hexdigest()
     hopeless = 0
     for record in records:
         example = encode_record(record, tokenizer)
@@ -243,6 +255,22 @@ def _describe_losses(data: EncodedDataset, hopeless: int) -> None:
         )
 
 
+def check_vocabulary(examples: Sequence[Example], tokens: int | None) -> None:
+    """Refuse token ids that a model with embeddings of so many tokens lacks; None refuses nothing.
+
+    Raises:
+        DataError: the first of them.
+    """
+    for number, example in enumerate(examples, 1):
+        largest = max(example.input_ids)
+        if tokens is not None and largest >= tokens:
+            raise DataError(
+                f"example {number} has the token {largest}, and the model has embeddings of {tokens} tokens: the "
+                "tokenizer is larger than the model; take the tokenizer that belongs to it, or resize the model's "
+                "embeddings and save it"
+            )
+
+
 def split_examples(data: EncodedDataset, fraction: float, seed: int) -> tuple[EncodedDataset, EncodedDataset]:
     """Hold out `round(fraction * n)` examples, at least one, chosen by `seed`. Order is kept in both parts.
 
@@ -257,8 +285,12 @@ def split_examples(data: EncodedDataset, fraction: float, seed: int) -> tuple[En
 
 
 def _subset(data: EncodedDataset, indices: Iterable[int]) -> EncodedDataset:
+    indices = list(indices)
     examples = [data.examples[i] for i in indices]
-    return EncodedDataset(examples, data.max_length, len(examples), chat=data.chat)
+    dated = None
+    if data.dated is not None:
+        dated = hashlib.sha256(f"{data.dated} {indices}".encode()).hexdigest()
+    return EncodedDataset(examples, data.max_length, len(examples), chat=data.chat, dated=dated)
 
 
 def prepare_data(

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, TextStreamer
 from minipeft.train.batches import pad_id_of
 from minipeft.train.chats import end_of_turn
 from minipeft.train.encoding import encode_prompt
-from minipeft.train.models import eval_mode, model_position_limit
+from minipeft.train.models import eval_mode, model_position_limit, vocabulary_of
 
 # With a lower temperature, logits divided by it can leave float32's range; long before that, the likeliest token is
 # all but certain to be drawn.
@@ -138,12 +138,13 @@ def generate(
     """
     longest = max(prompts, key=len)
     check_fits(model_position_limit(model), longest, sampling)
-    pad_id = pad_id_of(tokenizer)
+    rows, pad_id = vocabulary_of(model), pad_id_of(tokenizer)
+    pad_id = pad_id if rows is None or pad_id < rows else 0
     device = next(model.parameters()).device
-    rows = [torch.tensor(ids) for ids in prompts]
+    prompt_rows = [torch.tensor(ids) for ids in prompts]
     on_the_left: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
-    input_ids = pad_sequence(rows, padding_value=pad_id, **on_the_left).to(device)
-    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], **on_the_left).to(device)
+    input_ids = pad_sequence(prompt_rows, padding_value=pad_id, **on_the_left).to(device)
+    attention_mask = pad_sequence([torch.ones_like(row) for row in prompt_rows], **on_the_left).to(device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     sampling = copy.deepcopy(sampling)
     sampling.pad_token_id = pad_id

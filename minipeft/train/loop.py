@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,11 +29,11 @@ from minipeft.train.checkpoint import (
     save_checkpoint,
 )
 from minipeft.train.config import TrainConfig
-from minipeft.train.encoding import EncodedDataset
+from minipeft.train.encoding import EncodedDataset, check_vocabulary
 from minipeft.train.errors import NonFiniteError, TrainingInterrupted
 from minipeft.train.evaluation import EvalResult, evaluate_loss
 from minipeft.train.loss import autocast, token_loss_sum
-from minipeft.train.models import training_mode
+from minipeft.train.models import training_mode, vocabulary_of
 from minipeft.train.report import (
     Reporter,
     RunLog,
@@ -46,6 +47,8 @@ from minipeft.train.report import (
 )
 from minipeft.train.run import StopSignal, check_output_dir, hold_run, open_run, run_identity
 from minipeft.train.schedule import make_optimizer, make_schedule, trainable_parameters
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -76,6 +79,11 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.device = next(model.parameters()).device
         self.parameters = list(trainable_parameters(model).values())
+        rows = vocabulary_of(model)
+        for examples in (data.examples, [] if eval_data is None else eval_data.examples):
+            check_vocabulary(examples, rows)
+        # Padding is masked: an id of a token that the model lacks would only be out of range.
+        pad_id = pad_id if rows is None or pad_id < rows else 0
         layout: dict[str, Any] = {"pad_id": pad_id, "packing": config.packing, "max_length": data.max_length}
         self.batches = Batches(data.examples, config.batch_size, seed=config.seed, **layout)
         self.eval_batches = None
@@ -86,6 +94,11 @@ class Trainer:
         self.total_steps = total_steps(len(self.batches), config)
         self.optimizer = make_optimizer(model, config)
         self.schedule = make_schedule(self.optimizer, config, self.total_steps)
+        if config.warmup_steps is not None and config.warmup_steps >= self.total_steps:
+            logger.warning(
+                "the warm-up of %d steps is as long as the whole run of %d: the learning rate never reaches %g",
+                *(config.warmup_steps, self.total_steps, config.lr),
+            )
         self.progress = Progress()
         self._progress_bar, self._on_log = progress_bar, on_log
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from minipeft.config import PeftConfig
@@ -22,17 +22,31 @@ class AdapterError(TrainingError, ValueError):
 
 
 def method_config(config: TrainConfig) -> Any:
-    """The adapter's config: `method_args` over the method's defaults for training.
+    """The adapter's config: `method_args` over the method's defaults for training, or that of the adapter to train on.
 
     Raises:
-        ConfigError: an argument that the method does not have, or a value it refuses.
+        ConfigError: an argument that the method does not have, or a value it refuses; an adapter of another method.
+        AdapterError: no adapter there.
     """
-    _check_arguments(config)
     method = METHODS[config.method]
+    if config.adapter is not None:
+        return _stored_config(config.adapter, config.method, config.method_args)
+    _check_arguments(config)
     config_class = method.load("config")
     arguments = {**method.train_defaults, "task_type": "CAUSAL_LM", **config.method_args}
     with as_user_error(ConfigError, "method_args"):
         return config_class(**config_class.completed(arguments, str(config.model)))
+
+
+def _stored_config(adapter: str, method: str, method_args: Mapping[str, Any]) -> PeftConfig:
+    with as_user_error(AdapterError, adapter):
+        stored = PeftConfig.from_pretrained(adapter)
+    if method_args:
+        raise ConfigError(f"method_args {dict(method_args)} cannot change {adapter}, which is trained further")
+    if METHODS[method].peft_type != stored.type_name:
+        fitting = [name for name, other in METHODS.items() if other.peft_type == stored.type_name]
+        raise ConfigError(f"the adapter {adapter} is a {stored.type_name}: take --method {' or '.join(fitting)}")
+    return stored
 
 
 def method_arguments(method: str) -> list[str]:
@@ -87,14 +101,20 @@ def check_settings(config: TrainConfig) -> Any:
     return method_config(config)
 
 
-def attach(model: Any, adapter_config: Any) -> Any:
-    """`get_peft_model`, with its refusals (such as names that match no module) as AdapterError."""
-    from minipeft import get_peft_model, prepare_model_for_kbit_training
+def attach(model: Any, adapter_config: Any, adapter: str | None = None) -> Any:
+    """The model with a new adapter or, to be trained further, with that in the directory `adapter`.
+
+    Raises:
+        AdapterError: names that match no module and the like; an adapter that does not fit.
+    """
+    from minipeft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 
     with as_user_error(AdapterError):
         if is_packed(model):
             # The Trainer switches checkpointing on.
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        if adapter is not None:
+            return PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
         return get_peft_model(model, adapter_config)
 
 

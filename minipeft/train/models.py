@@ -95,6 +95,14 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
     return tokenizer
 
 
+def vocabulary_of(model: Any) -> int | None:
+    """The number of tokens that the model has embeddings of, None if it does not say."""
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def load_position_limit(path: str | Path) -> int | None:
     """The longest sequence a model can take, read from its config alone; None where there is no limit."""
     return getattr(load_text_config(path), "max_position_embeddings", None)

@@ -188,6 +188,9 @@ def run_identity(model: Any, data: EncodedDataset, config: TrainConfig) -> dict[
         identity["setting 'max_length'"] = data.max_length
     identity["training data (sha256)"] = data.content_hash()
     identity["base model (fingerprint)"] = model_fingerprint(model)
+    if config.adapter is not None:
+        with (Path(config.adapter) / "adapter_model.safetensors").open("rb") as file:
+            identity["adapter to go on with (sha256)"] = hashlib.file_digest(file, "sha256").hexdigest()
     for name, peft_config in getattr(model, "peft_config", {}).items():
         settings = peft_config.to_dict()
         for key in sorted(settings.keys() - set(_INCIDENTAL)):

@@ -777,3 +777,30 @@ def test_show_data_prints_what_is_learned_and_trains_nothing(base, tmp_path):
     assert "ba" in learned.replace(" ", "") and "ab" not in learned.replace(" ", "")
     missing = refused("train", "--model", base, "--data", file, "--output", run_dir, "--chat-template", tmp_path / "no")
     assert "chat_template" in missing and "no" in missing
+
+
+def test_train_goes_on_with_an_adapter(base, data, lora_run, adapter, tmp_path):
+    before = loss_of("--model", base, "--adapter", adapter, "--data", data)
+    settings = ["--data", data, "--max-steps", "10", "--lr", "0.01", "--batch-size", "4"]
+    ok("train", "--model", base, "--adapter", adapter, "--output", tmp_path / "one", *settings)
+    # The same by the adapter alone, which knows its base.
+    ok("train", "--model", adapter, "--output", tmp_path / "two", *settings)
+    tensors = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two")]
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    started = load_file(adapter / "adapter_model.safetensors")
+    assert any(not torch.equal(started[name], tensors[0][name]) for name in started)
+    assert loss_of("--model", base, "--adapter", tmp_path / "one" / "adapter", "--data", data) < before
+    where = ["--model", base, "--adapter", adapter, "--output", tmp_path / "three", *settings]
+    assert "cannot change" in refused("train", *where, "--method-args", "{r: 3}")
+    assert "is a LORA: take --method lora or qlora" in refused("train", *where, "--method", "prefix")
+    assert "no adapter" in refused(
+        "train", "--model", base, "--adapter", base, "--output", tmp_path / "four", *settings
+    )
+
+
+def test_a_model_by_another_path_is_the_same_model(base, data, lora_run, adapter, tmp_path, monkeypatch):
+    link = tmp_path / "current"
+    link.symlink_to(base)
+    ok("generate", "--model", link, "--adapter", adapter, "--raw", "--prompt", "a", "--max-new-tokens", "1")
+    monkeypatch.chdir(base)
+    ok("generate", "--model", ".", "--adapter", adapter, "--raw", "--prompt", "a", "--max-new-tokens", "1")

@@ -14,13 +14,15 @@ import pytest
 from downloads import wheel
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from minipeft.train import DataError, make_records
+from minipeft import LoraConfig, get_peft_model
+from minipeft.train import DataError, TrainConfig, Trainer, encode_records, make_records
 from minipeft.train.chats import end_of_turn
-from minipeft.train.encoding import IGNORE, encode_record
+from minipeft.train.encoding import IGNORE, EncodedDataset, encode_record, split_examples
 
 TRL = "trl==1.16.0"
 # What templates write as tokens of their own.
@@ -299,3 +301,50 @@ def test_the_end_of_a_turn_is_known() -> None:
     assert end_of_turn(tokenizer_for(OLMO)) == "<|endoftext|>"
     assert end_of_turn(tokenizer_for("{% for m in messages %}{{ m['content'] }}{% endfor %}")) is None
     assert end_of_turn(tokenizer_for("{{ raise_exception('no') }}")) is None
+
+
+# A tokenizer that is larger than its model, and a template that prints the date
+
+
+def test_a_token_that_the_model_lacks_is_named_and_padding_does_no_harm(tmp_path: Any) -> None:
+    tokenizer = tokenizer_for(CHATML)
+    size = len(tokenizer)
+    model = get_peft_model(tiny_llama(vocab_size=size), LoraConfig())
+    config = TrainConfig(model="m", data="d", output_dir=str(tmp_path / "run"), max_steps=1, batch_size=2)
+    data = encode_records(make_records([{"text": "ab"}, {"text": "abcdef"}]), tokenizer, 64)
+    trained = Trainer(model, data, config, pad_id=size + 3, progress_bar=False).train()
+    assert trained.steps == 1
+    tokenizer.add_tokens(["[NEW]"])
+    data = encode_records(make_records([{"text": "ab[NEW]"}]), tokenizer, 64)
+    with pytest.raises(DataError, match=rf"has the token {size}, and the model has embeddings of {size} tokens"):
+        Trainer(model, data, config, progress_bar=False)
+
+
+def test_data_in_a_template_with_a_date_are_the_same_data_on_another_day() -> None:
+    def data_of(template: str, day: str, answer: str = "answer-1") -> EncodedDataset:
+        talk = [TALK[0], {"role": "assistant", "content": answer}]
+        date = "{% set today = strftime_now('%d') %}{{ DAY }}"
+        tokenizer = tokenizer_for(date.replace("DAY", day) + template)
+        tokenizer.chat_template = tokenizer.chat_template.replace("DAY", day)
+        return encode_records(make_records([{"messages": talk}] * 3), tokenizer, 200)
+
+    first = data_of(CHATML, "today")
+    assert data_of(CHATML, "today").content_hash() == first.content_hash()
+    assert data_of(CHATML, "today", "another").content_hash() != first.content_hash()
+    assert data_of(PHI3, "today").content_hash() != first.content_hash()
+    # The tokens do not decide, which are others on another day.
+    first.examples[0].input_ids[0] += 1
+    assert data_of(CHATML, "today").content_hash() == first.content_hash()
+    one, other = split_examples(first, 0.34, seed=0)
+    assert len({first.content_hash(), one.content_hash(), other.content_hash()}) == 3
+
+
+def test_a_warm_up_as_long_as_the_run_is_said(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tokenizer_for(CHATML)
+    model = get_peft_model(tiny_llama(vocab_size=len(tokenizer)), LoraConfig())
+    data = encode_records(make_records([{"text": "ab"}]), tokenizer, 64)
+    for warmup, said in ((4, True), (5, True), (3, False)):
+        caplog.clear()
+        settings: dict[str, Any] = {"max_steps": 4, "warmup_steps": warmup, "output_dir": str(tmp_path)}
+        Trainer(model, data, TrainConfig(model="m", data="d", **settings), progress_bar=False)
+        assert ("never reaches" in caplog.text) == said

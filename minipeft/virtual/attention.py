@@ -67,6 +67,17 @@ class PrefixedCache:
         return key, value
 
 
+class _Borrowed:
+    """What a mask must know of another layer's keys, (batch, heads, length + keys, head_dim)."""
+
+    def __init__(self, keys: Tensor, length: int) -> None:
+        self.keys = keys.shape[2] - length
+
+    def get_mask_sizes(self, queries: int, layer_idx: int) -> tuple[int, int]:
+        """(keys, 0), as a cache's."""
+        return self.keys, 0
+
+
 def _in_front(prefix: Tensor, states: Tensor) -> Tensor:
     batch = states.shape[0]
     return torch.cat([prefix.to(states).expand(batch, -1, -1, -1), states], dim=2)
@@ -202,11 +213,15 @@ class PrefixedAttention(AdapterModule):
         cache, mask = getattr(cache, "self_attention_cache", cache), kwargs.get(mask_name)
         key = value = None
         if encoders:
-            key, value = self._prefix(encoders)
+            # Gemma 4's last layers look at the keys of an earlier one, its prefix with them.
+            borrows = getattr(self, "is_kv_shared_layer", False)
+            key, value = (None, None) if borrows else self._prefix(encoders)
+            length = sum(encoder.length for encoder in encoders)
             causal = kwargs.get("is_causal", getattr(self, "is_causal", True))
-            mask = widened_mask(self, mask, key.shape[1], kwargs["hidden_states"], cache, causal)
+            counted = _Borrowed(kwargs["shared_kv_states"][self.layer_type][0], length) if borrows else cache
+            mask = widened_mask(self, mask, length, kwargs["hidden_states"], counted, causal)
             if kwargs.get("alibi") is not None:
-                kwargs["alibi"] = self._continued(kwargs["alibi"], key.shape[1])
+                kwargs["alibi"] = self._continued(kwargs["alibi"], length)
         kwargs[cache_name] = PrefixedCache(cache, key, value, columns_of(mask), self.recorder)
         return super().forward(**{**kwargs, mask_name: mask})
 

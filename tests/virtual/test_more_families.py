@@ -40,6 +40,11 @@ DECODERS: dict[str, Callable[[], Any]] = {
         **_FALCON, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True
     ),
     "gemma4_text": lambda: t.Gemma4TextConfig(**_SMALL, **_HEADS),
+    "gemma4_text, layers of two shapes": lambda: t.Gemma4TextConfig(
+        **{**_FOUR, "num_key_value_heads": 1, "head_dim": 8},
+        **{"global_head_dim": 16, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8},
+        **{"vocab_size_per_layer_input": 64, "layer_types": _KINDS},
+    ),
     "glm": lambda: t.GlmConfig(**_SMALL, **_HEADS, pad_token_id=0),
     "glm4": lambda: t.Glm4Config(**_SMALL, **_HEADS, pad_token_id=0),
     "gpt_bigcode": lambda: t.GPTBigCodeConfig(**_GPT, attn_pdrop=0.0),
@@ -80,7 +85,9 @@ ENCODERS: dict[str, Callable[[], Any]] = {
 }
 PROMPTS_ALONE = ("deberta", "deberta-v2", "distilbert")
 CONFIGS = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}
-PAIRS = [(family, kind) for family in DECODERS for kind in CONFIGS if (family, kind) != ("gemma4_text", "prompt")]
+PAIRS = [
+    (family, kind) for family in DECODERS for kind in CONFIGS if not (family.startswith("gemma4") and kind == "prompt")
+]
 
 
 def build(family: str, auto: Any = t.AutoModelForCausalLM) -> Any:
@@ -106,6 +113,8 @@ def peft_of(folder: Path, base: Any) -> Any:
         return peft.PeftModel.from_pretrained(base, str(folder)).eval()
 
 
+# PEFT says of Gemma 4 that the last layers get no prefix of their own.
+@pytest.mark.filterwarnings("ignore:Prefix tuning injected into layers:UserWarning")
 @pytest.mark.parametrize(("family", "kind"), PAIRS)
 def test_logits_are_pefts_for_the_same_file(family: str, kind: str, tmp_path: Path) -> None:
     model = adapted(build(family), kind)

@@ -101,6 +101,11 @@ _FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
     "tuners.trainable_tokens.layer": {"minipeft.tokens.layer": ("TrainableTokensLayer=TrainedRows",)},
     "tuners.tuners_utils": {
         "minipeft.targets": ("check_target_module_exists", "inspect_matched_modules"),
+        "minipeft.names": (
+            *("_filter_state_dict_by_key_prefixes", "_get_tuner_state_dict_key_prefixes"),
+            "_maybe_include_all_linear_layers",
+        ),
+        "minipeft.shorter": ("_find_minimal_target_modules",),
         "minipeft.wrappers": ("BaseTuner", "BaseTunerLayer"),
     },
     "utils": {},
@@ -108,7 +113,9 @@ _FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
         "minipeft.config": ("CONFIG_NAME",),
         "minipeft.directory": ("SAFETENSORS_WEIGHTS_NAME=WEIGHTS_NAME", "WEIGHTS_NAME=PICKLE_NAME"),
         "minipeft.lora.default_targets": ("TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=DEFAULT_TARGETS",),
+        "minipeft.shorter": ("MIN_TARGET_MODULES_FOR_OPTIMIZATION",),
         "minipeft.utilities": ("INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR",),
+        "minipeft.wrappers": ("DUMMY_MODEL_CONFIG",),
     },
     "utils.error": {},
     "utils.hotswap": {

@@ -217,16 +217,6 @@ def _no_match(
     return f"{message}; modules that can be adapted: {', '.join(linear) or 'none'}"
 
 
-def shortest_names(model: nn.Module, targets: list[str]) -> list[str]:
-    """Names that select exactly `targets`: last parts where those suffice, whole names elsewhere."""
-    names, chosen = plain_module_names(model), set(targets)
-    taken: dict[str, bool] = {}
-    for name in names:
-        leaf = name.rpartition(".")[2]
-        taken[leaf] = taken.get(leaf, True) and name in chosen
-    return sorted({t.rpartition(".")[2] if taken[t.rpartition(".")[2]] else t for t in targets})
-
-
 def modules_to_save(model: nn.Module, config: Any) -> list[str]:
     """The dotted names of the modules that `config` trains whole; a task's heads are added to its list.
 

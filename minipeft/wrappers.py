@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from minipeft.adapter import AdapterModule
 from minipeft.mixins import Face
 from minipeft.model import PeftModel, get_peft_model
+
+# What stands for the config of a model that has none.
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 
 class _Described(type):
@@ -41,6 +45,15 @@ class BaseTuner(metaclass=_Described):
     def includes(other: type) -> bool:
         """True for classes with `PeftModel`, or what leads to it (`paths.Backbone`), in front."""
         return issubclass(other, Face)
+
+    @staticmethod
+    def get_model_config(model: Any) -> dict[str, Any]:
+        """The `config` of a model as a dictionary; {"model_type": "custom"} for a model without one."""
+        config = getattr(model, "config", DUMMY_MODEL_CONFIG)
+        if hasattr(config, "to_dict"):
+            return config.to_dict()
+        is_fields = dataclasses.is_dataclass(config) and not isinstance(config, type)
+        return dataclasses.asdict(config) if is_fields else config
 
 
 class PeftMixedModel(PeftModel):

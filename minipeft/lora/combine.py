@@ -25,7 +25,7 @@ from minipeft.adapter import AdaptedModel
 from minipeft.attach import adapter_modules, add_adapter, config_of, set_trainable
 from minipeft.lora.config import LoraConfig, is_pissa
 from minipeft.lora.layer import LoraLayer
-from minipeft.targets import shortest_names
+from minipeft.shorter import shortest_names
 
 ELEMENTWISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 KINDS = ("cat", "svd", *ELEMENTWISE, "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")

@@ -17,7 +17,8 @@ from minipeft.lora.experts import LoraParameters, check_target_parameters, find_
 from minipeft.lora.layer import LoraLayer
 from minipeft.lora.layers import LoraConv1D, LoraEmbedding, LoraLinear, LoraNF4Linear
 from minipeft.nf4 import NF4Linear
-from minipeft.targets import is_conv1d, match_targets, may_not_be_called, shortest_names
+from minipeft.shorter import shortened, shortest_names
+from minipeft.targets import is_conv1d, match_targets, may_not_be_called
 from minipeft.tokens.find import named_rows, row_parts
 from minipeft.tokens.layer import DELTA
 
@@ -90,6 +91,8 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
         mixin.check(module, path, config)
     if config.target_modules == "all-linear":
         config.target_modules = set(shortest_names(model, targets))
+    else:
+        config.target_modules = shortened(model, config.target_modules)
     return targets
 
 

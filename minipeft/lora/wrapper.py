@@ -19,6 +19,8 @@ class LoraModel(metaclass=_OfLora):
     """Any model with LoRA adapters is an instance; calling the class makes one, as `get_peft_model` does."""
 
     prefix = "lora_"
+    # No tensor is shared by several layers (PEFT's word for methods such as VeRA).
+    uses_shared_state = False
 
     def __new__(cls, model: Any, config: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
         """The model with a new adapter.

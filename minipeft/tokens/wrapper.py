@@ -20,6 +20,8 @@ class TrainableTokensModel(metaclass=_OfRows):
     """Any model with an adapter of this method is an instance; calling the class makes one, as `get_peft_model`."""
 
     prefix = "trainable_tokens_"
+    # No tensor is shared by several layers (PEFT's word for methods such as VeRA).
+    uses_shared_state = False
 
     def __new__(cls, model: Any, config: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
         """The model with a new adapter; arguments and errors as those of `minipeft.lora.wrapper.LoraModel`."""

@@ -25,6 +25,7 @@ from minipeft.attach import (
 )
 from minipeft.config import PeftConfig
 from minipeft.errors import PeftWarning
+from minipeft.meta import take_memory
 from minipeft.methods import optional_part
 from minipeft.mixins import mix_in
 from minipeft.rows import CallsByRow
@@ -132,13 +133,16 @@ class PeftModel(CallsByRow):
     ) -> None:
         """Attach a new adapter beside those that are there; it is frozen and does not act until `set_adapter`.
 
-        The model holds `peft_config` itself, and fills in what it left open.
+        The model holds `peft_config` itself, and fills in what it left open. With `low_cpu_mem_usage` the tensors lie
+        on the meta device until values are loaded (`minipeft/meta.py`).
 
         Raises ValueError when the name is taken or the config does not fit the model, TypeError for wrong types.
         """
         _check_config(peft_config)
         _check_free(self, adapter_name)
-        add_adapter(self, adapter_name, peft_config, autocast_adapter_dtype)
+        add_adapter(self, adapter_name, peft_config, autocast_adapter_dtype, init=not low_cpu_mem_usage)
+        if low_cpu_mem_usage:
+            take_memory(self, adapter_name)
         set_trainable(self, adapter_name, self.active_adapters == [adapter_name] and not peft_config.inference_mode)
 
     def add_weighted_adapter(
@@ -301,7 +305,7 @@ def get_peft_model(
         peft_config: Held by the model itself, which fills in what it left open.
         mixed: Accepted for compatibility: adapters of all methods mix.
         autocast_adapter_dtype: Hold the adapter in float32 over a 16-bit or 4-bit model.
-        low_cpu_mem_usage: Accepted for compatibility: tensors are always made where they stay.
+        low_cpu_mem_usage: Leave the adapter's tensors on the meta device until values are loaded.
 
     Raises ValueError when the config does not fit the model, TypeError for wrong types; `model` is then as before.
     """
@@ -313,7 +317,7 @@ def get_peft_model(
             with warnings.catch_warnings(action="ignore"):  # the other adapter acts for a moment
                 model.unmerge_adapter()
                 model.delete_adapter(adapter_name)
-        model.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         model.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     if revision and peft_config.revision not in (None, revision):
         warnings.warn(

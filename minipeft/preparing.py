@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.attach import adapter_modules, adapter_parameters, attach_adapter, set_trainable, switch_of
+from minipeft.attach import (
+    adapter_modules,
+    adapter_parameters,
+    attach_adapter,
+    check_adapter,
+    set_trainable,
+    switch_of,
+)
+from minipeft.meta import take_memory
+from minipeft.methods import method_of
+from minipeft.targets import plain_module_names
+
+# In front of the names of a model that torch.compile wraps.
+_COMPILED = "_orig_mod."
 
 
 def inject_adapter_in_model(
@@ -24,16 +38,68 @@ def inject_adapter_in_model(
 
     Adapters that it has already keep their gradients, but do not act any more.
 
-    Raises ValueError for `state_dict` (PEFT takes the targets from it; name them in the config).
+    Args:
+        low_cpu_mem_usage: Leave the adapter's tensors on the meta device until values are loaded.
+        state_dict: Tensors of an adapter of this method: the adapter goes to the modules that they name, with a warning
+            where the config says others. They are not loaded (`set_peft_model_state_dict`).
+
+    Raises ValueError when the config or `state_dict` does not fit the model; it is then as before, but for its frozen
+    parameters.
     """
-    if state_dict is not None:
-        raise ValueError("inject_adapter_in_model(state_dict=...) is not supported; name the targets in the config")
+    config = copy.deepcopy(peft_config)
     freeze(model)
+    if state_dict is not None:
+        aim_by_state(model, config, adapter_name, state_dict)
     switch = switch_of(model)
-    attach_adapter(model, copy.deepcopy(peft_config), adapter_name, switch)
+    attach_adapter(model, config, adapter_name, switch, init=not low_cpu_mem_usage)
+    if low_cpu_mem_usage:
+        take_memory(model, adapter_name)
     switch.active = (adapter_name,)
     set_trainable(model, adapter_name, not peft_config.inference_mode)
     return model
+
+
+def aim_by_state(model: nn.Module, config: Any, adapter: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Let `config` take exactly the modules that `state_dict` has tensors for, named with or without PEFT's prefix.
+
+    Warns, as PEFT does, of modules that only one of the two names.
+
+    Raises ValueError for a config whose adapters do not lie at modules by names, or aim at parameters, for a state that
+    names no module, and when the config itself does not fit the model.
+    """
+    start = method_of(str(config.type_name)).prefix
+    if start is None or not hasattr(config, "target_modules"):
+        raise ValueError(f"state_dict: adapters of {type(config).__name__} do not go to modules that tensors name")
+    if getattr(config, "target_parameters", None):
+        raise ValueError(
+            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: by their "
+            "names, the tensors of a parameter and of its module look alike; leave state_dict out"
+        )
+    plain = (key.replace(_COMPILED, "").removeprefix(config.key_prefix) for key in state_dict if f".{start}" in key)
+    named = {key.rpartition(f".{start}")[0].partition(".base_layer")[0] for key in plain}
+    _, wanted, _ = check_adapter(model, copy.deepcopy(config), adapter, init=False)
+    found = [path for path in plain_module_names(model) if path.replace(_COMPILED, "") in named]
+    if not found:
+        raise ValueError(f"state_dict names no module of {type(model).__name__}, but {sorted(named)[:3]}")
+    only = {
+        "PEFT config": sorted(set(wanted) - set(found)),
+        "state_dict": sorted({*found, *(named - {path.replace(_COMPILED, "") for path in found})} - set(wanted)),
+    }
+    if any(only.values()):
+        told = (
+            f"The {who} contained these additional target modules: {names}. " for who, names in only.items() if names
+        )
+        warnings.warn(
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+            "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+            f"{''.join(told)}The adapter goes to those of the state_dict.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    config.target_modules = "|".join(map(re.escape, found))
+    for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if hasattr(config, field):
+            setattr(config, field, None)
 
 
 def prepare_model_for_kbit_training(

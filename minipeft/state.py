@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minipeft.attach import adapter_modules
 from minipeft.config import PeftConfig
 from minipeft.embeddings import embedding_keys, embeddings_to_save, on_disk
+from minipeft.meta import give_memory
 
 KEY_PREFIX = PeftConfig.key_prefix
 
@@ -188,6 +189,7 @@ def load_tensors(
                 f"expected {tuple(target.shape)}"
             )
     for name, target in targets.items():
+        give_memory(target, stored[name])
         target.copy_(stored[name])
 
 

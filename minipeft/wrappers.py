@@ -49,7 +49,7 @@ class BaseTuner(metaclass=_Described):
     @staticmethod
     def get_model_config(model: Any) -> dict[str, Any]:
         """The `config` of a model as a dictionary; {"model_type": "custom"} for a model without one."""
-        config = getattr(model, "config", DUMMY_MODEL_CONFIG)
+        config: Any = getattr(model, "config", DUMMY_MODEL_CONFIG)
         if hasattr(config, "to_dict"):
             return config.to_dict()
         is_fields = dataclasses.is_dataclass(config) and not isinstance(config, type)

@@ -33,7 +33,7 @@ CORE = {
     *("embeddings", "status", "preparing", "auto", "paths", "base_state", "layer_calls", "switch", "rows", "hub"),
     *("renaming", "card", *("mixins", "disabling"), "fused"),
     # PEFT's names and small functions, for the scripts that import them.
-    *("public", "errors", "mappings", "wrappers", "utilities", "signatures", "names", "shorter"),
+    *("public", "errors", "mappings", "wrappers", "utilities", "signatures", "names", "shorter", "meta"),
 }
 
 # Room -> the other rooms that its modules import. "core" is CORE, "kernels" the package minipeft_kernels without its

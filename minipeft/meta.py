@@ -1,0 +1,31 @@
+"""Adapters without memory (`low_cpu_mem_usage`): their tensors lie on torch's meta device until values are loaded.
+
+Running such an adapter, or saving it, ends in torch's error about tensors on the device meta.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.attach import adapter_modules
+
+
+def take_memory(model: nn.Module, adapter: str) -> None:
+    """Put the parameters of `adapter` on the meta device, each of the same shape, dtype and name."""
+    for _, module in adapter_modules(model):
+        for tensor in module.adapter_state(adapter).values():
+            if isinstance(tensor, nn.Parameter):
+                empty = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=tensor.requires_grad)
+                empty._in_memory_on = tensor.device  # type: ignore[attr-defined]
+                torch.utils.swap_tensors(tensor, empty)
+
+
+def give_memory(tensor: Tensor, like: Tensor) -> None:
+    """Give a parameter that lies on the meta device its memory back, of open values, in place.
+
+    It lies where it lay before it was put there, or else (a copy of such a model) where `like` does.
+    """
+    if tensor.is_meta:
+        real = torch.empty_like(tensor, device=getattr(tensor, "_in_memory_on", like.device))
+        torch.utils.swap_tensors(tensor, nn.Parameter(real, requires_grad=tensor.requires_grad))

@@ -32,7 +32,7 @@ from minipeft.train.config import TrainConfig
 from minipeft.train.encoding import EncodedDataset, check_vocabulary
 from minipeft.train.errors import NonFiniteError, TrainingInterrupted
 from minipeft.train.evaluation import EvalResult, evaluate_loss
-from minipeft.train.loss import autocast, token_loss_sum
+from minipeft.train.loss import autocast, training_loss_sum
 from minipeft.train.models import training_mode, vocabulary_of
 from minipeft.train.report import (
     Reporter,
@@ -184,7 +184,7 @@ class Trainer:
                 # Nothing of a half-done step is kept: the whole step is taken when the run is resumed.
                 self._save_and_stop()
             with autocast(self.device, self.config.precision):
-                loss = token_loss_sum(self.model, batch.to(self.device))
+                loss = training_loss_sum(self.model, batch.to(self.device))
             (loss / tokens).backward()
             losses.append(loss.detach())
 

@@ -33,6 +33,24 @@ CHUNK = 1 << 22
 _tried: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
+def training_loss_sum(model: Any, batch: Batch) -> Tensor:
+    """`token_loss_sum`, and the loss that balances a mixture's experts where the model's config asks for it.
+
+    That is transformers' loss: `output_router_logits` adds `router_aux_loss_coef` times the balancing loss (Fedus et
+    al. 2021, equation 4) to the mean over tokens. Here it counts once a learned token, so that after the division by
+    the tokens of all micro-batches their balancing losses are averaged by their tokens.
+    """
+    config: Any = model.config.get_text_config() if hasattr(model, "config") else None
+    if not getattr(config, "output_router_logits", False):
+        return token_loss_sum(model, batch)
+    positions, labels = learned_positions(batch)
+    out = model(**batch.inputs, use_cache=False)
+    logits = at_least_float32(out.logits[:, -positions.shape[1] :][positions])
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    balance = getattr(out, "aux_loss", None)
+    return loss if balance is None else loss + config.router_aux_loss_coef * balance * len(labels)
+
+
 def token_loss_sum(model: Any, batch: Batch) -> Tensor:
     """Sum of -log p(label) over the batch's learned tokens; scalar, float32 (float64 for a float64 model)."""
     positions, labels = learned_positions(batch)

@@ -9,11 +9,13 @@ from tiny import VOCABULARY, randomize, some_ids, tiny_gpt2, tiny_llama
 from tiny_decoders import tiny_decoder
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from minipeft import LoraConfig, get_peft_model
 from minipeft.train import loss
-from minipeft.train.batches import Batch
-from minipeft.train.loss import head_loss_sum, split_model, token_loss_sum
+from minipeft.train.batches import Batch, collate
+from minipeft.train.encoding import Example
+from minipeft.train.loss import head_loss_sum, split_model, token_loss_sum, training_loss_sum
 
 ROWS, HIDDEN, VOCAB = 11, 6, 20
 
@@ -129,3 +131,23 @@ def test_trying_a_model_leaves_its_modes_alone() -> None:
     model.model.layers[0].eval()
     split_model(model)
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_the_balancing_loss_of_a_mixture_is_transformers(micro: int) -> None:
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config)
+    ids = torch.randint(0, 64, (2 * micro, 16))
+    examples = [Example(row, row) for row in ids.tolist()]
+    batches = [collate(examples[i * 2 : i * 2 + 2], pad_id=0) for i in range(micro)]
+    tokens = sum(batch.loss_tokens for batch in batches)
+    total = sum(training_loss_sum(model, batch) for batch in batches) / tokens
+    # Micro-batches of as many tokens: the mean of transformers' losses.
+    theirs = sum(model(ids[i * 2 : i * 2 + 2], labels=ids[i * 2 : i * 2 + 2]).loss for i in range(micro)) / micro
+    torch.testing.assert_close(total, theirs, rtol=1e-5, atol=1e-5)
+    plain = sum(token_loss_sum(model, batch) for batch in batches) / tokens
+    assert (theirs - plain).abs() > 0.1

@@ -68,7 +68,7 @@ class PrefixedCache:
 
 
 class _Borrowed:
-    """What a mask must know of another layer's keys, (batch, heads, length + keys, head_dim)."""
+    """The number of another layer's keys, (batch, heads, length + keys, head_dim), as a mask asks for it."""
 
     def __init__(self, keys: Tensor, length: int) -> None:
         self.keys = keys.shape[2] - length

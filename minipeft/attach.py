@@ -76,7 +76,7 @@ def attach_adapter(
             module.add_copy(adapter, _adapter_dtype(module, autocast_adapter_dtype))
         for path in targets:
             module = modules[path]
-            mixin = method.mixin_for(module)
+            mixin = config.own_mixin(module) or method.mixin_for(module)
             become(module, mixin, switch)
             # Called on the mixin, because another mixin with an `add_adapter` of its own may stand in front.
             mixin.add_adapter(module, adapter, config, path, _adapter_dtype(module, autocast_adapter_dtype), init)

@@ -122,6 +122,10 @@ class PeftConfig:
     def check_start(self) -> None:
         """Raise ValueError if an adapter of this config can be loaded, but not made anew."""
 
+    def own_mixin(self, module: Any) -> Any:
+        """The mixin that the user wants for `module` in the place of the method's; None for the method's."""
+        return None
+
     def fields_of_training(self) -> set[str]:
         """The fields that matter in training alone: an adapter with given tensors computes the same without them."""
         return {

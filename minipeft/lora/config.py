@@ -171,6 +171,11 @@ class LoraConfig(PeftConfig):
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'lora_only', got {self.bias!r}")
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                "`target_parameters` must be a list of strings or None. A string is no pattern here, unlike in "
+                f"target_modules; got {self.target_parameters!r}"
+            )
         rows = self.trainable_token_indices
         for name, indices in (rows if isinstance(rows, dict) else {} if rows is None else {"": rows}).items():
             check_indices(f"trainable_token_indices[{name!r}]" if name else "trainable_token_indices", indices)
@@ -199,6 +204,23 @@ class LoraConfig(PeftConfig):
         values = super().to_dict()
         del values["runtime_config"]
         return values
+
+    def _register_custom_module(self, custom_mapping: dict[type, type]) -> None:
+        """Adapt modules of these classes by LoRA layers of your own (PEFT's method): see `minipeft/lora/custom.py`.
+
+        Not stored: a config that is read from a folder must be told again.
+
+        Raises TypeError for classes that cannot be used so.
+        """
+        from minipeft.lora.custom import check_custom
+
+        check_custom(custom_mapping)
+        self._custom_modules = {**getattr(self, "_custom_modules", {}), **custom_mapping}
+
+    def own_mixin(self, module: Any) -> Any:
+        from minipeft.lora.custom import custom_mixin
+
+        return custom_mixin(module, getattr(self, "_custom_modules", {}))
 
     def _check_kind_of_start(self) -> None:
         kind = self.init_lora_weights

@@ -16,6 +16,7 @@ from minipeft.lora.default_targets import usual_targets
 from minipeft.lora.experts import LoraParameters, check_target_parameters, find_target_parameters
 from minipeft.lora.layer import LoraLayer
 from minipeft.lora.layers import LoraConv1D, LoraEmbedding, LoraLinear, LoraNF4Linear
+from minipeft.mixins import plain_class
 from minipeft.nf4 import NF4Linear
 from minipeft.shorter import shortened, shortest_names
 from minipeft.targets import is_conv1d, match_targets, may_not_be_called
@@ -66,7 +67,8 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
     passed_by = _passed_by(model)
 
     def adaptable(module: nn.Module) -> bool:
-        return lora_mixin_for(module) is not None and all(module is not part for part in passed_by)
+        mixin = config.own_mixin(module) or lora_mixin_for(module)
+        return mixin is not None and all(module is not part for part in passed_by)
 
     targets = match_targets(model, config, adaptable, skip)
     for path in targets:
@@ -78,7 +80,11 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
             )
         if isinstance(module, TrainedModule):
             raise ValueError(f"target_modules: {path!r} is another adapter's modules_to_save")
-        mixin = lora_mixin_for(module)
+        mixin, known = config.own_mixin(module), lora_mixin_for(module)
+        if mixin is not None and known is None:
+            kind = plain_class(module)
+            warnings.warn(f"Unsupported layer type '{kind}' encountered, proceed at your own risk.", stacklevel=2)
+        mixin = mixin or known
         if mixin is None:
             kind = f"{type(module).__module__}.{type(module).__name__}"
             if kind.startswith("bitsandbytes."):

@@ -45,7 +45,14 @@ class LoraDenseLayer(LoraLayer):
 
     def _matrix(self) -> Tensor:
         """The weight as (out_features, in_features), perhaps a transposed view."""
-        raise NotImplementedError
+        return self.weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        return matrix
+
+    def _lora_shape(self) -> tuple[int, int]:
+        out_features, in_features = self._matrix().shape
+        return out_features, in_features
 
 
 class LoraLinear(LoraDenseLayer):
@@ -55,12 +62,6 @@ class LoraLinear(LoraDenseLayer):
 
     in_features: int
     out_features: int
-
-    def _matrix(self) -> Tensor:
-        return self.weight
-
-    def as_weight(self, matrix: Tensor) -> Tensor:
-        return matrix
 
     def _lora_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features

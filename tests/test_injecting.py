@@ -14,6 +14,7 @@ from torch import nn
 
 from minipeft import (
     LoraConfig,
+    PeftWarning,
     PrefixTuningConfig,
     PromptTuningConfig,
     get_peft_model,
@@ -128,6 +129,24 @@ def test_an_adapter_without_memory_is_filled_by_loading(config: Any, tmp_path: P
     empty(IDS).logits.sum().backward()
     optimizer.step()
     assert not torch.equal(empty(IDS).logits, before)
+
+
+@pytest.mark.parametrize("flat", [torch.zeros(64), torch.zeros(0)])
+def test_shards_in_the_place_of_a_matrix_are_told_when_they_are_saved(flat: torch.Tensor, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "embed_tokens"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path / "whole", save_embedding_layers=False)
+    model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.data = flat
+    with pytest.warns(PeftWarning, match="DeepSpeed ZeRO-3 / FSDP shards"):
+        model.save_pretrained(tmp_path / "flat", save_embedding_layers=False)
+    assert (tmp_path / "flat" / "adapter_config.json").exists()
+
+
+def test_a_string_is_no_list_of_parameters() -> None:
+    for config in (LoraConfig, peft.LoraConfig):
+        with pytest.raises(TypeError, match="`target_parameters` must be a list of strings or None"):
+            config(target_parameters="linear.weight")
 
 
 def test_a_second_adapter_without_memory_stands_beside_the_first(tmp_path: Path) -> None:

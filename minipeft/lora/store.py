@@ -6,11 +6,14 @@ ways around it, which are no part of LoRA, are collected here.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from minipeft.errors import PeftWarning
 from minipeft.lora.calls import LoraCalls
 from minipeft.lora.variants import Plain, wide
 
@@ -112,6 +115,19 @@ class AdapterStore(LoraCalls):
 
     def adapter_names(self) -> set[str]:
         return set(self.scaling) | super().adapter_names()
+
+    def stored_state(self, adapter: str, values: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        state = super().stored_state(adapter, values)
+        for name, tensor in state.items():
+            if name.startswith(("lora_A.w", "lora_B.w", "lora_embedding_")) and tensor.dim() < 2:
+                warnings.warn(
+                    f"{name} of adapter {adapter!r} has shape {tuple(tensor.shape)}, expected a matrix: it seems to be one "
+                    "of DeepSpeed ZeRO-3 / FSDP shards, which no adapter can be loaded from; gather them first",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+                break
+        return state
 
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)

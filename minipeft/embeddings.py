@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, prefi
     # A model without embeddings may have no vocabulary either.
     changed = bool(embeddings) and wanted == "auto" and _vocabulary_changed(model)
     kept = {}
+    adapted = False
     for path, module in base_modules(model):
         name, beside = "weight", False
         if isinstance(module, AdapterModule):
@@ -78,6 +80,14 @@ def embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, prefi
         key = f"{prefix}{on_disk(path)}{name}"
         if key in embeddings and (wanted is True or changed or (wanted == "auto" and beside)):
             kept[key] = embeddings[key]
+            adapted |= beside
+    if wanted == "auto" and (changed or adapted):
+        reason = "the embedding layer has been resized" if changed else "embedding layers found in `target_modules`"
+        warnings.warn(
+            f"Setting `save_embedding_layers` to `True` as {reason}. The file holds {sorted(kept)} besides the "
+            "adapter; save_embedding_layers=False leaves them out",
+            stacklevel=2,
+        )
     return kept
 
 

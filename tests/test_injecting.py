@@ -131,6 +131,19 @@ def test_an_adapter_without_memory_is_filled_by_loading(config: Any, tmp_path: P
     assert not torch.equal(empty(IDS).logits, before)
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"]])
+def test_embeddings_that_are_stored_besides_are_told_as_by_peft(targets: list[str], tmp_path: Path) -> None:
+    told = []
+    for get, config in ((get_peft_model, LoraConfig), (peft.get_peft_model, peft.LoraConfig)):
+        model = get(tiny_llama(), config(target_modules=targets))
+        for wanted in ("auto", True, False):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                model.save_pretrained(tmp_path, save_embedding_layers=wanted)
+            told.append(["`save_embedding_layers` to `True` as embedding" in str(one.message) for one in caught])
+    assert told[:3] == told[3:] == [[True] if "embed_tokens" in targets else [], [], []]
+
+
 @pytest.mark.parametrize("flat", [torch.zeros(64), torch.zeros(0)])
 def test_shards_in_the_place_of_a_matrix_are_told_when_they_are_saved(flat: torch.Tensor, tmp_path: Path) -> None:
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj", "embed_tokens"]))

@@ -121,8 +121,8 @@ class AdapterStore(LoraCalls):
         for name, tensor in state.items():
             if name.startswith(("lora_A.w", "lora_B.w", "lora_embedding_")) and tensor.dim() < 2:
                 warnings.warn(
-                    f"{name} of adapter {adapter!r} has shape {tuple(tensor.shape)}, expected a matrix: it seems to be one "
-                    "of DeepSpeed ZeRO-3 / FSDP shards, which no adapter can be loaded from; gather them first",
+                    f"{name} of adapter {adapter!r} has shape {tuple(tensor.shape)}, expected a matrix: it seems to be "
+                    "one of DeepSpeed ZeRO-3 / FSDP shards, which no adapter can be loaded from; gather them first",
                     PeftWarning,
                     stacklevel=2,
                 )

@@ -4,8 +4,8 @@ A module is adapted by putting a mixin in front of its class, in place, as torch
 `nn.Linear` becomes a `LoraLinear(LoraLayer, nn.Linear)`. It stays the same object, so its parameters keep their
 names and the model its hooks, and taking the mixin out again gives back exactly the plain module.
 
-Every adapted module of a model looks at one shared `Switch`: disabling all adapters is one assignment, however large the
-model.
+Every adapted module of a model looks at one shared `Switch`: disabling all adapters is one assignment, however large
+the model.
 """
 
 from __future__ import annotations

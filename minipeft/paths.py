@@ -21,6 +21,7 @@ from minipeft.adapter import AdaptedModel
 from minipeft.attach import adapter_modules
 from minipeft.methods import METHODS, Registration, method_of
 from minipeft.mixins import Face, mix_in
+from minipeft.tying import tied_with_embedding
 
 
 class Offered:
@@ -134,6 +135,7 @@ def _modules_to_save(model: AdaptedModel) -> set[str] | None:
 
 
 _OF_MODEL: dict[str, Callable[[Any], Any]] = {
+    "_get_module_names_tied_with_embedding": lambda model: functools.partial(tied_with_embedding, model),
     "base_model": lambda model: model,
     "model": lambda model: model,
     "modules_to_save": _modules_to_save,

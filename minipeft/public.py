@@ -130,6 +130,7 @@ _FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
             *("fsdp_auto_wrap_policy", "get_pattern_key", "id_tensor_storage", "infer_device", "str_to_bool"),
             "transpose",
         ),
+        "minipeft.tying": ("_get_module_names_tied_with_embedding=tied_with_embedding",),
     },
     "utils.peft_types": {},
     "utils.save_and_load": {},

@@ -191,9 +191,9 @@ def _in_layers(name: str, config: Any) -> bool:
         return True
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    for pattern in patterns or [r"[^.]*"]:
+    for pattern in list(filter(None, patterns or ())) or [r"[^.]*"]:
         # The first number counts: "layers.1.mlp.experts.0" lies in layer 1.
-        number = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)(?:\.|$)", name)
+        number = re.match(rf"(?:.*?\.)??{pattern}\.(\d+)(?:\.|$)", name)
         if number:
             return int(number.group(1)) in wanted
     return False

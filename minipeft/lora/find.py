@@ -16,6 +16,7 @@ from minipeft.lora.default_targets import usual_targets
 from minipeft.lora.experts import LoraParameters, check_target_parameters, find_target_parameters
 from minipeft.lora.layer import LoraLayer
 from minipeft.lora.layers import LoraConv1D, LoraEmbedding, LoraLinear, LoraNF4Linear
+from minipeft.lora.tying import tied_parts, tied_with
 from minipeft.mixins import plain_class
 from minipeft.nf4 import NF4Linear
 from minipeft.shorter import shortened, shortest_names
@@ -70,7 +71,8 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
         mixin = config.own_mixin(module) or lora_mixin_for(module)
         return mixin is not None and all(module is not part for part in passed_by)
 
-    targets = match_targets(model, config, adaptable, skip)
+    targets = match_targets(model, config, adaptable, [*skip, *tied_with(model, config, skip)])
+    targets += [path for path in tied_with(model, config, targets) if path not in targets]
     for path in targets:
         module = model.get_submodule(path)
         if any(module is part for part in passed_by):
@@ -103,9 +105,8 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
 
 
 def _parts(model: nn.Module, config: LoraConfig, saved: list[str], targets: list[str]) -> list[Part]:
-    parts = []
-    if config.ensure_weight_tying:
-        _check_tying(model, config, [*saved, *targets])
+    parts = tied_parts(model, config, saved, targets)
+    saved = list(dict.fromkeys([*saved, *tied_with(model, config, saved)]))
     if config.target_parameters:
         modules = dict(base_modules(model))
         passed_by = _passed_by(model)
@@ -121,35 +122,6 @@ def _parts(model: nn.Module, config: LoraConfig, saved: list[str], targets: list
         key = f"token_adapter.{DELTA}"
         parts += row_parts(model, wanted, key, taken, saved, config.ensure_weight_tying)
     return parts
-
-
-def _check_tying(model: nn.Module, config: LoraConfig, taken: list[str]) -> None:
-    """Warn, as PEFT does, where `ensure_weight_tying` has nothing to tie.
-
-    Raises ValueError where it asks for LoRA or trained copies that are tied, which minipeft does not have.
-    """
-    owners: dict[int, list[str]] = {}
-    for path, module in base_modules(model):
-        weight = getattr(module, "_originals", {}).get("weight", module._parameters.get("weight"))
-        if weight is not None:
-            owners.setdefault(id(weight), []).append(path)
-    tied = {path for paths in owners.values() if len(paths) > 1 for path in paths}
-    if not tied:
-        warnings.warn(
-            "You have requested `ensure_weight_tying`, but no tied modules were found in the model", stacklevel=2
-        )
-    elif tied & set(taken):
-        raise ValueError(
-            f"ensure_weight_tying=True: {sorted(tied & set(taken))} is tied to {sorted(tied - set(taken))}, and "
-            "minipeft ties the rows of trainable_token_indices alone; leave it out, and each module keeps an update of "
-            "its own"
-        )
-    elif config.trainable_token_indices is None:
-        warnings.warn(
-            "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
-            "`target_modules`",
-            stacklevel=2,
-        )
 
 
 LORA = Method(find=_find_targets, mixin_for=lora_mixin_for, parts=_parts)

@@ -20,9 +20,9 @@ def tied_with_embedding(model: Any) -> list[str]:
 
     There are none if the model's config does not say `tie_word_embeddings`, nor its class which weights it ties.
     """
-    path = _embedding_path(model)
     ties = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
-    if path is None or not ties or not getattr(model, "_tied_weights_keys", None):
+    path = _embedding_path(model) if ties and getattr(model, "_tied_weights_keys", None) else None
+    if path is None:
         return []
     embedding = model.get_submodule(path)
     weight = _base_weight(embedding)
@@ -32,9 +32,10 @@ def tied_with_embedding(model: Any) -> list[str]:
 
 def tied_group(model: Any) -> list[str]:
     """The dotted names of the input embedding and of the modules tied to it, the embedding first; none if none is."""
-    tied, path = set(tied_with_embedding(model)), _embedding_path(model)
-    others = [name for name, _ in base_modules(model) if name in tied]
-    return [path, *others] if path is not None and others else []
+    tied = set(tied_with_embedding(model))
+    others = [name for name, _ in base_modules(model) if name in tied] if tied else []
+    path = _embedding_path(model) if others else None
+    return [] if path is None else [path, *others]
 
 
 def _embedding_path(model: Any) -> str | None:

@@ -34,6 +34,7 @@ CORE = {
     *("renaming", "card", *("mixins", "disabling"), "fused"),
     # PEFT's names and small functions, for the scripts that import them.
     *("public", "errors", "mappings", "wrappers", "utilities", "signatures", "names", "shorter", "meta"),
+    "tying",
 }
 
 # Room -> the other rooms that its modules import. "core" is CORE, "kernels" the package minipeft_kernels without its

@@ -81,7 +81,7 @@ def tied_with(model: nn.Module, config: LoraConfig, paths: list[str]) -> list[st
 
 
 def tied_parts(model: nn.Module, config: LoraConfig, saved: list[str], targets: list[str]) -> list[Part]:
-    """What ties the updates, and the trained copies, of tied modules; with PEFT's warnings where it does not happen.
+    """Parts that tie the updates, or the trained copies, of tied modules; with PEFT's warnings where none does.
 
     Raises ValueError for DoRA on tied modules, whose lengths would differ, and as `tied_copies`.
     """

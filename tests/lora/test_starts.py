@@ -1,5 +1,8 @@
 """The start values of A and B: PEFT's, number by number, for the same seed."""
 
+import copy
+from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -79,3 +82,21 @@ def test_olora_is_peft_s_and_leaves_the_base_alone(tmp_path: Any) -> None:
     theirs.save_pretrained(tmp_path)
     loaded = minipeft.PeftModel.from_pretrained(Layers(), tmp_path)
     torch.testing.assert_close(loaded.first(x), theirs.base_model.model.first(x))
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("pattern", [{"rank_pattern": {"lin": 2}}, {"alpha_pattern": {"lin": 3}}])
+def test_a_start_converts_exactly_under_rslora_with_patterns(start: str, pattern: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(OrderedDict(lin=nn.Linear(8, 8), out=nn.Linear(8, 8)))
+    config = minipeft.LoraConfig(
+        target_modules=["lin", "out"], r=4, use_rslora=True, init_lora_weights=start, **pattern
+    )
+    model = minipeft.get_peft_model(copy.deepcopy(base), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data += torch.randn_like(parameter) / 10
+    x = torch.randn(4, 8)
+    model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion=tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-4, atol=1e-5)

@@ -15,7 +15,8 @@ def take_memory(model: nn.Module, adapter: str) -> None:
     """Put the parameters of `adapter` on the meta device, each of the same shape, dtype and name."""
     for _, module in adapter_modules(model):
         for tensor in module.adapter_state(adapter).values():
-            if isinstance(tensor, nn.Parameter):
+            # Tied modules have the same parameter.
+            if isinstance(tensor, nn.Parameter) and not hasattr(tensor, "_in_memory_on"):
                 empty = nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=tensor.requires_grad)
                 empty._in_memory_on = tensor.device  # type: ignore[attr-defined]
                 torch.utils.swap_tensors(tensor, empty)

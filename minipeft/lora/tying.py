@@ -63,6 +63,11 @@ class TiedLora(TiedModule):
             self.lora_A[adapter] = _Transposed(leader, "lora_embedding_B", adapter)
             self.lora_B[adapter] = _Transposed(leader, "lora_embedding_A", adapter)
 
+    def adapter_state(self, adapter: str) -> dict[str, Tensor]:
+        state = super().adapter_state(adapter)
+        # Views that autograd follows would hold the leader's parameters, which could get no other memory then.
+        return {n: t if isinstance(t, nn.Parameter) else t.detach() for n, t in state.items()}
+
     def stored_state(self, adapter: str, values: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         if adapter not in self.tied_to or isinstance(self, nn.Embedding):
             return super().stored_state(adapter, values)

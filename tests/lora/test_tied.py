@@ -173,6 +173,20 @@ def test_what_is_not_tied_is_said_as_by_peft(
             library.get_peft_model(tiny_llama(tie_word_embeddings=tied), config(library, way, **fields))
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_without_memory_until_it_is_loaded(way: dict[str, Any]) -> None:
+    model = adapted(way)
+    state = {name: tensor.clone() for name, tensor in minipeft.get_peft_model_state_dict(model).items()}
+    twin = base()
+    minipeft.inject_adapter_in_model(config(minipeft, way), twin, low_cpu_mem_usage=True)
+    own = [parameter for parameter in twin.parameters() if parameter.is_meta]
+    assert own and {vars(parameter)["_in_memory_on"] for parameter in own} == {torch.device("cpu")}
+    state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+    minipeft.set_peft_model_state_dict(twin, state)
+    assert torch.equal(logits(twin), logits(model))
+    assert len(list(twin.parameters())) == len(list(model.parameters()))
+
+
 def test_lengths_of_dora_cannot_be_tied() -> None:
     with pytest.raises(ValueError, match=r"use_dora=True: model\.embed_tokens, lm_head"):
         get_peft_model(base(), config(minipeft, WAYS[0], use_dora=True))

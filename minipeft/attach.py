@@ -30,7 +30,8 @@ from minipeft.copies import TrainedBias, TrainedModule
 from minipeft.fused import CallsItsParts, may_pass_by
 from minipeft.methods import method_of
 from minipeft.mixins import Mixin, behind_face, mix_in, mix_out
-from minipeft.targets import check_unused_names, modules_to_save, plain_module_names
+from minipeft.targets import modules_to_save, plain_module_names
+from minipeft.unused_names import check_names, check_unused_names
 
 
 def adapter_modules(model: nn.Module) -> list[tuple[str, AdapterModule]]:
@@ -104,6 +105,7 @@ def check_adapter(
     check_adapter_name(adapter)
     if init:
         config.check_start()
+        check_names(model, config)
     saved = modules_to_save(model, config)
     _check_saved(model, saved)
     method: Method = method_of(str(config.type_name)).load("attach")

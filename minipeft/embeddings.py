@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from pathlib import Path
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule, base_modules
 from minipeft.attach import adapter_modules, base_name
+
+logger = logging.getLogger("minipeft")
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
@@ -35,8 +38,8 @@ def on_disk(path: str) -> str:
     return _WRAPPERS.sub("", f"{path}.") if path else ""
 
 
-def embedding_keys(model: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """The base embeddings of `model`, under the names that PEFT stores them by when it stores them.
+def embedding_keys(model: nn.Module, adapter: str, prefix: str) -> dict[str, Tensor]:
+    """The base embeddings of `model`, under the names that PEFT stores them by when it stores them beside `adapter`.
 
     PEFT writes them beside an adapter of an embedding, or of a model whose vocabulary was resized.
     """
@@ -49,10 +52,8 @@ def embedding_keys(model: nn.Module, prefix: str) -> dict[str, Tensor]:
         if path is None or weight is None:
             continue
         start = f"{prefix}{on_disk(path)}"
-        others: set[str] = set()
-        if isinstance(embedding, AdapterModule):
-            others = {embedding.stored_as(adapter) for adapter in embedding.adapter_names()}
-        for name in ("weight", "base_layer.weight", *sorted(others)):
+        own = embedding.stored_as(adapter) if isinstance(embedding, AdapterModule) else "weight"
+        for name in ("weight", "base_layer.weight", own):
             found[f"{start}{name}"] = weight
     return found
 
@@ -67,7 +68,7 @@ def embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, prefi
     """
     if wanted not in ("auto", True, False):
         raise ValueError(f"save_embedding_layers must be 'auto', True or False, got {wanted!r}")
-    embeddings = embedding_keys(model, prefix)
+    embeddings = embedding_keys(model, adapter, prefix)
     # A model without embeddings may have no vocabulary either.
     changed = bool(embeddings) and wanted == "auto" and _vocabulary_changed(model)
     kept = {}
@@ -92,14 +93,30 @@ def embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, prefi
 
 
 def _vocabulary_changed(model: nn.Module) -> bool:
-    """True if the base model's own folder (if it has one) says another vocabulary size than the model has now."""
+    """True if the base model's folder or the hub's cache says another vocabulary size than the model has now.
+
+    If a model of the hub is not in the cache, a warning says that its size is not known.
+    """
     name = base_name(model)
     config: Any = getattr(model, "config", None)
-    if name is None or config is None or not (Path(name) / "config.json").is_file():
+    on_hub = name is not None and not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    if config is None or name is None or not (on_hub or (Path(name) / "config.json").is_file()):
         return False
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(name).get_text_config().vocab_size != config.get_text_config().vocab_size
+    # Of the commit that was loaded: the vocabulary may be another in a later one.
+    where = {"local_files_only": True, "revision": getattr(config, "_commit_hash", None) or "main"} if on_hub else {}
+    try:
+        original: Any = AutoConfig.from_pretrained(name, **where)
+    except (OSError, ValueError):
+        logger.warning(
+            "the config.json of %s is not in the hub's cache, so it is not known if the vocabulary was resized since: "
+            "if it was, save with save_embedding_layers=True",
+            name,
+        )
+        return False
+    sizes = [getattr(one.get_text_config(), "vocab_size", None) for one in (original, config)]
+    return sizes[0] != sizes[1]
 
 
 def check_resizable(model: Any) -> None:

@@ -48,10 +48,11 @@ _TRAINER_WEIGHTS = "model.safetensors"
 _IGNORED_AT_LOADING: dict[str, Any] = dict.fromkeys(
     (
         *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"),
-        *("low_cpu_mem_usage", "ephemeral_gpu_offload"),
+        *("low_cpu_mem_usage", "ephemeral_gpu_offload", "torch_dtype", "dtype", "offload_state_dict"),
+        *("offload_buffers", "trust_remote_code", "attn_implementation", "proxies", "resume_download"),
     ),
     ...,
-)
+) | {"use_safetensors": True, "ignore_mismatched_sizes": False}
 _IGNORED_AT_SAVING: dict[str, Any] = {
     "push_to_hub": False,
     "token": ...,
@@ -102,7 +103,7 @@ def load_adapter(
         add_adapter(model, adapter_name, config, autocast_adapter_dtype, init=False)
     try:
         prefix = config.key_prefix
-        expected = [*adapter_state(model, adapter_name, prefix), *embedding_keys(model, prefix)]
+        expected = [*adapter_state(model, adapter_name, prefix), *embedding_keys(model, adapter_name, prefix)]
         stored = following(stored, expected, model, prefix)
         fill_adapter(model, adapter_name, stored, str(directory), training)
     except BaseException:
@@ -257,5 +258,5 @@ def _refuse(function: str, given: Mapping[str, Any], neutral: Mapping[str, Any])
     for name, value in given.items():
         if name not in neutral:
             raise TypeError(f"{function}() does not take {name!r}")
-        if neutral[name] is not ... and value != neutral[name]:
+        if value is not None and neutral[name] is not ... and value != neutral[name]:
             raise ValueError(f"{function}({name}={value!r}) is not supported by minipeft")

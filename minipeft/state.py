@@ -117,7 +117,7 @@ def fill_adapter(
     made = [name for name in products if name not in live]
     read = {**stored, **training} if made else stored
     given = {name: tensor for name, tensor in read.items() if name not in made}
-    load_tensors(live, given, source, embedding_keys(model, prefix))
+    load_tensors(live, given, source, embedding_keys(model, adapter, prefix))
     again = stored_state(model, adapter, prefix) if made else {}
     for name in made:
         if name in stored and not torch.allclose(again[name], stored[name].to(again[name]), rtol=1e-3, atol=1e-3):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -36,7 +35,7 @@ def match_targets(
         adaptable: True for a module that the method can adapt.
         skip: Dotted names that are no targets, with all that lies under them.
 
-    Raises ValueError when target_modules is empty, when a name in it matches nothing or a module that cannot be
+    Raises ValueError when target_modules is empty, when nothing matches it, when it matches a module that cannot be
     adapted, and when nothing is left after the exclusions.
     """
     modules = dict(base_modules(model))
@@ -47,13 +46,10 @@ def match_targets(
     elif isinstance(targets, str):
         found = [name for name in names if re.fullmatch(targets, name)]
     else:
-        for target in targets:
-            if not any(ends_with(name, target) for name in names):
-                raise ValueError(_no_match("target_modules", target, names, model, adaptable))
         ends = tuple(f".{target}" for target in targets)
         found = [name for name in names if f".{name}".endswith(ends)]
     if not found:
-        raise ValueError(_no_match("target_modules", str(targets), names, model, adaptable))
+        raise ValueError(no_match("target_modules", str(targets), names, model, adaptable))
     left = [name for name in found if not _excluded(name, config, skip) and _in_layers(name, config)]
     if not left:
         raise ValueError(
@@ -70,38 +66,8 @@ def match_targets(
     return left
 
 
-def check_unused_names(model: nn.Module, config: Any, targets: list[str]) -> None:
-    """Warn of a name in exclude_modules that matches nothing, and of a pattern that matches no target, as PEFT does.
-
-    For new adapters alone: a stored adapter is checked by its tensors, and its configuration may mention more names.
-    """
-    excluded = getattr(config, "exclude_modules", None)
-    names = plain_module_names(model)
-    excluding = [excluded] if isinstance(excluded, str) else sorted(excluded or ())
-    unused = [name for name in excluding if not any(_matches(module, name, excluded) for module in names)]
-    if unused:
-        near = _no_match("exclude_modules", unused[0], names, model, lambda module: True)
-        warnings.warn(
-            f"You have passed exclude_modules={excluded} but no modules were excluded by {unused}. Please check that "
-            f"exclude_modules was set correctly. {near}",
-            stacklevel=2,
-        )
-    named = getattr(config, "target_parameters", None) or ()
-    parameters = [f"{path}.{name}" for path, module in base_modules(model) for name in module._parameters]
-    adapted = [*targets, *(name for name in parameters if any(ends_with(name, target) for target in named))]
-    for field in ("rank_pattern", "alpha_pattern"):
-        pattern = getattr(config, field, None) or ()
-        unused = [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", target) for target in adapted)]
-        if unused:
-            example = f"; the targets are such as {adapted[0]!r}" if adapted else ""
-            warnings.warn(
-                f"The following {field} keys did not match any targeted module and were ignored: {unused}{example}.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-
-def _matches(name: str, target: str, given: Any) -> bool:
+def matches(name: str, target: str, given: Any) -> bool:
+    """True if `target`, one of the names `given` or an expression, takes the module called `name`."""
     return re.fullmatch(target, name) is not None if isinstance(given, str) else ends_with(name, target)
 
 
@@ -114,7 +80,7 @@ def check_target_module_exists(config: Any, key: str) -> bool:
     """
     targets = config.target_modules
     named = _targets_of(config) if targets else []
-    matched = _matches(key, targets, targets) if isinstance(targets, str) else any(ends_with(key, t) for t in named)
+    matched = matches(key, targets, targets) if isinstance(targets, str) else any(ends_with(key, t) for t in named)
     return matched and not _excluded(key, config, ()) and _in_layers(key, config)
 
 
@@ -187,7 +153,7 @@ def _excluded(name: str, config: Any, skip: Iterable[str]) -> bool:
 
 def _in_layers(name: str, config: Any) -> bool:
     wanted = getattr(config, "layers_to_transform", None)
-    if wanted is None:
+    if wanted is None or wanted == []:
         return True
     wanted = [wanted] if isinstance(wanted, int) else wanted
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
@@ -199,9 +165,10 @@ def _in_layers(name: str, config: Any) -> bool:
     return False
 
 
-def _no_match(
+def no_match(
     field: str, target: str, names: list[str], model: nn.Module, adaptable: Callable[[nn.Module], bool]
 ) -> str:
+    """The error for `target`, which matches nothing, with the nearest of `names`."""
     message = f"{field}: {target!r} matches no module of {type(model).__name__}"
     parameters = [(name, p) for name, p in model.named_parameters() if ends_with(name, target)]
     if parameters:
@@ -218,21 +185,12 @@ def _no_match(
 
 
 def modules_to_save(model: nn.Module, config: Any) -> list[str]:
-    """The dotted names of the modules that `config` trains whole; a task's heads are added to its list.
-
-    Raises ValueError when a name matches nothing.
-    """
+    """The dotted names of the modules that `config` trains whole; a task's heads are added to its list."""
     if not hasattr(config, "modules_to_save"):
         return []
     names = plain_module_names(model)
     known_heads = TASK_HEADS.get(config.task_type, ())
     heads = [h for h in known_heads if any(ends_with(name, h) for name in names)]
-    for wanted in config.modules_to_save or ():
-        # PEFT's files list every name that a task's head has in some family.
-        if heads and wanted in known_heads:
-            continue
-        if not any(name.endswith(wanted) for name in names):
-            raise ValueError(_no_match("modules_to_save", wanted, names, model, lambda module: True))
     if heads:
         config.modules_to_save = [*dict.fromkeys([*(config.modules_to_save or ()), *heads])]
     # PEFT's rule for these: the end of a name, also within a word ("norm" takes every "input_layernorm").

@@ -21,6 +21,7 @@ CORE = {
         "methods",
         "adapter",
         "targets",
+        "unused_names",
         "attach",
         "copies",
         "model",

@@ -187,8 +187,7 @@ def find_target_parameters(
         taken: The modules that the adapter updates otherwise.
         never_read: True for a module whose parameters others may read without calling it.
 
-    Raises ValueError for a name that matches no parameter while others match, and for a parameter that cannot be
-        updated; NoMatchingPeftModuleError if nothing is left to adapt.
+    Raises ValueError for a parameter that cannot be updated; NoMatchingPeftModuleError if nothing is left to adapt.
     """
     found: dict[str, list[str]] = {}
     for path, module in modules.items():
@@ -208,11 +207,9 @@ def find_target_parameters(
             RuntimeWarning,
             stacklevel=2,
         )
-    elif missing:
+    elif missing and not found:
         fused = {n for m in modules.values() for n, p in m._parameters.items() if p is not None and p.dim() == 3}
         problem = f"target_parameters: {missing[0]!r} matches no parameter; 3-D ones here: {sorted(fused)}"
-        if found:
-            raise ValueError(problem)
         raise NoMatchingPeftModuleError(f"No `target_modules` passed but also no `target_parameters` found. {problem}")
     return list(found)
 

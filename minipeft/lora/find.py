@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import NoReturn
 
 from torch import nn
 
@@ -29,6 +30,8 @@ def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
     """The mixin that adapts `module`, or None if LoRA cannot."""
     if isinstance(module, NF4Linear):
         return LoraNF4Linear
+    if _eight_bits(module):
+        return None
     if isinstance(module, nn.Embedding):
         return LoraEmbedding
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -44,6 +47,12 @@ def lora_mixin_for(module: nn.Module) -> type[LoraLayer] | None:
     if isinstance(module, nn.Linear) and module.weight.shape == (module.out_features, module.in_features):
         return LoraLinear
     return None
+
+
+def _eight_bits(module: nn.Module) -> bool:
+    """True if the weight is 8-bit codes (bitsandbytes' int8, FP8) and not numbers: an update added would be wrong."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.element_size() == 1
 
 
 _ROUTER = ", the router of a mixture of experts, whose weight target_parameters takes"
@@ -66,6 +75,11 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
     if config.target_modules is None:
         config.target_modules = set(usual_targets(model))
     passed_by = _passed_by(model)
+    if config.target_modules == "all-linear":
+        # They would be left out in silence, since they cannot be adapted.
+        for path, module in base_modules(model):
+            if isinstance(module, nn.Linear) and not isinstance(module, NF4Linear) and _eight_bits(module):
+                _refuse(path, module)
 
     def adaptable(module: nn.Module) -> bool:
         mixin = config.own_mixin(module) or lora_mixin_for(module)
@@ -88,20 +102,29 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
             warnings.warn(f"Unsupported layer type '{kind}' encountered, proceed at your own risk.", stacklevel=2)
         mixin = mixin or known
         if mixin is None:
-            kind = f"{type(module).__module__}.{type(module).__name__}"
-            if kind.startswith("bitsandbytes."):
-                raise ValueError(f"{path!r} is a {kind}: load the model with minipeft's BitsAndBytesConfig instead")
-            raise ValueError(
-                f"target_modules: {path!r} is a {kind}{_ROUTER if 'Router' in kind else ''}; LoRA adapts "
-                "torch.nn.Linear, Embedding, Conv1d to Conv3d and MultiheadAttention, transformers' Conv1D and "
-                "minipeft's NF4Linear"
-            )
+            _refuse(path, module)
         mixin.check(module, path, config)
     if config.target_modules == "all-linear":
         config.target_modules = set(shortest_names(model, targets))
     else:
         config.target_modules = shortened(model, config.target_modules)
     return targets
+
+
+def _refuse(path: str, module: nn.Module) -> NoReturn:
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    if kind.startswith("bitsandbytes."):
+        raise ValueError(f"{path!r} is a {kind}: load the model with minipeft's BitsAndBytesConfig, in 4 bits, instead")
+    if _eight_bits(module):
+        raise ValueError(
+            f"target_modules: {path!r} is a {kind} with an 8-bit weight ({module.weight.dtype}), which LoRA does not "
+            "adapt: load the model in 16 bits, or in 4 by minipeft's BitsAndBytesConfig"
+        )
+    raise ValueError(
+        f"target_modules: {path!r} is a {kind}{_ROUTER if 'Router' in kind else ''}; LoRA adapts "
+        "torch.nn.Linear, Embedding, Conv1d to Conv3d and MultiheadAttention, transformers' Conv1D and "
+        "minipeft's NF4Linear"
+    )
 
 
 def _parts(model: nn.Module, config: LoraConfig, saved: list[str], targets: list[str]) -> list[Part]:

@@ -176,7 +176,7 @@ def _swap(model: Any, adapter: str, stored: Mapping[str, Tensor], new: LoraConfi
             factors = _padded(layer, layer.factors(adapter), rank)
             live |= dict(zip(names[:2], factors, strict=True))
             grown.append((layer, factors))
-    load_tensors(live, fitted, source, embedding_keys(model, prefix))
+    load_tensors(live, fitted, source, embedding_keys(model, adapter, prefix))
     if growing and adapter in getattr(model, "peft_config", {}):
         _say_rank(model.peft_config[adapter], [path for path, _ in layers], rank)
     for layer, factors in grown:

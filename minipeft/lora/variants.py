@@ -197,7 +197,7 @@ class Dora(Plain):
     def apply(self, layer: LoraLayer, adapter: str, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
         update = self.update(layer, adapter, x)
         # The length is a constant for the gradient (section 4.3).
-        ratio = self.magnitude(layer, adapter) / self._length_now(layer, adapter).to(update.dtype)
+        ratio = self.magnitude(layer, adapter) / _divisor(self._length_now(layer, adapter)).to(update.dtype)
         ratio = layer.per_output(ratio)
         bias = getattr(layer, "bias", None)
         unbiased = base if bias is None else base - layer.per_output(bias)
@@ -225,7 +225,7 @@ class Dora(Plain):
 
     def delta(self, layer: LoraLayer, adapter: str) -> Tensor:
         weight = layer.dense_weight()
-        ratio = wide(self.magnitude(layer, adapter)) / self.length(layer, adapter)
+        ratio = wide(self.magnitude(layer, adapter)) / _divisor(self.length(layer, adapter))
         return ratio[:, None] * (weight + self.product(layer, adapter)) - weight
 
     def state(self, layer: LoraLayer, adapter: str) -> dict[str, Tensor]:
@@ -233,6 +233,11 @@ class Dora(Plain):
 
     def plain_state(self, layer: LoraLayer, adapter: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.inner.plain_state(layer, adapter, state)
+
+
+def _divisor(length: Tensor) -> Tensor:
+    """`length` with 1 for 0: a row of zeros (pruned or padded heads have some) has no direction, and stays zero."""
+    return length.masked_fill(length == 0, 1)
 
 
 class DoraMagnitude(nn.Module):

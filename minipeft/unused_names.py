@@ -1,0 +1,87 @@
+"""Names in a new adapter's config that match nothing: errors where training would leave something out, or warnings."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+from torch import nn
+
+from minipeft.adapter import PackedLayer, base_modules
+from minipeft.targets import TASK_HEADS, ends_with, is_conv1d, matches, no_match, plain_module_names
+
+# The names that experts' layers have where each is a module, and those of the parameters that hold all experts.
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
+_FUSED = ("gate_up_proj", "down_proj")
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding | PackedLayer) or is_conv1d(module)
+
+
+def check_names(model: nn.Module, config: Any) -> None:
+    """Raise ValueError for a name in target_modules, modules_to_save or target_parameters that matches nothing.
+
+    And for names of a mixture's experts that take other layers alone, where the experts are parameters. For new
+    adapters alone: a stored one is checked by its tensors.
+    """
+    names = plain_module_names(model)
+    parameters = {
+        f"{path}.{name}".strip("."): parameter
+        for path, module in base_modules(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    fused = sorted({name.rpartition(".")[2] for name, parameter in parameters.items() if parameter.dim() == 3})
+    targets: Any = getattr(config, "target_modules", None) or ()
+    own_parameters = getattr(config, "target_parameters", None) or ()
+    for target in () if isinstance(targets, str) else sorted(targets):
+        if target in _OF_EXPERTS and not own_parameters and (experts := [n for n in _FUSED if n in fused]):
+            raise ValueError(
+                f"target_modules: {target!r} would leave out the experts of {type(model).__name__}, which are "
+                f"parameters of all the experts and no modules; name them by target_parameters={experts}, "
+                f"and other layers by a longer name"
+            )
+        if not any(ends_with(name, target) for name in names):
+            raise ValueError(no_match("target_modules", target, names, model, _is_layer))
+    # PEFT's files list every name that a task's head has in some family.
+    heads = TASK_HEADS.get(getattr(config, "task_type", None), ())  # type: ignore[arg-type]
+    has_head = any(ends_with(name, head) for name in names for head in heads)
+    for wanted in getattr(config, "modules_to_save", None) or ():
+        if not (has_head and wanted in heads) and not any(name.endswith(wanted) for name in names):
+            raise ValueError(no_match("modules_to_save", wanted, names, model, lambda module: True))
+    missing = [target for target in own_parameters if not any(ends_with(name, target) for name in parameters)]
+    if missing and len(missing) < len(own_parameters):
+        raise ValueError(f"target_parameters: {missing[0]!r} matches no parameter; 3-D ones here: {fused}")
+
+
+def check_unused_names(model: nn.Module, config: Any, targets: list[str]) -> None:
+    """Warn of a name in exclude_modules that matches nothing, and of a pattern that matches no target, as PEFT does.
+
+    For new adapters alone: a stored adapter is checked by its tensors, and its configuration may mention more names.
+    """
+    excluded = getattr(config, "exclude_modules", None)
+    names = plain_module_names(model)
+    excluding = [excluded] if isinstance(excluded, str) else sorted(excluded or ())
+    unused = [name for name in excluding if not any(matches(module, name, excluded) for module in names)]
+    if unused:
+        near = no_match("exclude_modules", unused[0], names, model, lambda module: True)
+        warnings.warn(
+            f"You have passed exclude_modules={excluded} but no modules were excluded by {unused}. Please check that "
+            f"exclude_modules was set correctly. {near}",
+            stacklevel=2,
+        )
+    named = getattr(config, "target_parameters", None) or ()
+    parameters = [f"{path}.{name}" for path, module in base_modules(model) for name in module._parameters]
+    adapted = [*targets, *(name for name in parameters if any(ends_with(name, target) for target in named))]
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, field, None) or ()
+        unused = [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", target) for target in adapted)]
+        if unused:
+            example = f"; the targets are such as {adapted[0]!r}" if adapted else ""
+            warnings.warn(
+                f"The following {field} keys did not match any targeted module and were ignored: {unused}{example}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,103 @@
+"""Stored adapters are judged by their tensors; new ones by their names; bases of 8 bits and rows of zeros."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from tiny import tiny_llama
+from torch import nn
+
+from minipeft import LoraConfig, PeftModel, get_peft_model
+
+IDS = torch.arange(8)[None]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"target_modules": ["q_proj", "c_attn", "query_key_value"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "wte"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": []},
+        {"target_modules": ["q_proj"], "modules_to_save": [], "exclude_modules": []},
+    ],
+)
+def test_a_file_whose_tensors_fit_loads_whatever_else_its_config_names(more: dict[str, Any], tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, init_lora_weights=False, **more)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits)
+
+
+def test_a_place_without_a_tensor_is_an_error(tmp_path: Path) -> None:
+    get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "target_modules": ["q_proj", "v_proj", "wte"]}))
+    with pytest.raises(ValueError, match="missing tensors"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("names", [{"target_modules": ["q_proj", "wte"]}, {"modules_to_save": ["wte"]}])
+def test_a_new_adapters_names_all_match(names: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="'wte' matches no module"):
+        get_peft_model(tiny_llama(), LoraConfig(**{"target_modules": ["q_proj"], **names}))
+
+
+@pytest.mark.parametrize("target", ["gate_proj", "up_proj", "down_proj"])
+def test_a_shared_expert_is_not_adapted_alone_in_silence(target: str) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_experts": 4}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32}
+    sizes |= {"num_experts_per_tok": 2, "shared_expert_intermediate_size": 8}
+    model = transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**sizes))
+    with pytest.raises(ValueError, match=r"target_parameters=\['gate_up_proj', 'down_proj'\]"):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj", target]))
+    adapted = get_peft_model(model, LoraConfig(target_modules=[f"shared_expert.{target}"]))
+    assert any("shared_expert" in name for name, p in adapted.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_layer_of_eight_bits_is_refused_by_name(targets: Any, dtype: torch.dtype) -> None:
+    model = tiny_llama()
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=r"q_proj' is a torch.nn.modules.linear.Linear with an 8-bit weight"):
+        get_peft_model(model, LoraConfig(target_modules=targets))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d])
+def test_dora_on_a_row_of_zeros_is_finite(kind: Any) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 6) if kind is nn.Linear else nn.Conv1d(8, 6, 3)
+    with torch.no_grad():
+        layer.weight[2] = 0
+    x = torch.randn(3, 8) if kind is nn.Linear else torch.randn(3, 8, 5)
+    want = layer(x).detach()
+    model = get_peft_model(nn.Sequential(layer), LoraConfig(target_modules=["0"], r=2, use_dora=True))
+    out = model(x)
+    torch.testing.assert_close(out, want)
+    out.square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    torch.testing.assert_close(model.merge_and_unload()(x), want)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"torch_dtype": torch.float16}, {"dtype": torch.bfloat16}, {"offload_folder": "x"}, {"use_safetensors": True}],
+)
+def test_arguments_about_the_base_and_devices_are_taken(given: dict[str, Any], tmp_path: Path) -> None:
+    get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny_llama(), tmp_path, **given)
+
+
+def test_arguments_that_ask_for_a_pickle_or_a_part_are_refused(tmp_path: Path) -> None:
+    get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    for given in ({"use_safetensors": False}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(ValueError, match="not supported"):
+            PeftModel.from_pretrained(tiny_llama(), tmp_path, **given)

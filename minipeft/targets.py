@@ -49,7 +49,9 @@ def match_targets(
         ends = tuple(f".{target}" for target in targets)
         found = [name for name in names if f".{name}".endswith(ends)]
     if not found:
-        raise ValueError(no_match("target_modules", str(targets), names, model, adaptable))
+        raise ValueError(
+            no_match("target_modules", targets if isinstance(targets, str) else targets[0], names, model, adaptable)
+        )
     left = [name for name in found if not _excluded(name, config, skip) and _in_layers(name, config)]
     if not left:
         raise ValueError(

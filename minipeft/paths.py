@@ -134,9 +134,30 @@ def _modules_to_save(model: AdaptedModel) -> set[str] | None:
     return {name for config in configs for name in getattr(config, "modules_to_save", None) or ()} or None
 
 
+class View:
+    """An adapted model as PEFT's `base_model`: its attributes, but that `model` is the adapted model itself.
+
+    For models with a part called `model`, which PEFT's script finds one step further on.
+    """
+
+    def __init__(self, model: Any) -> None:
+        vars(self)["model"] = model
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":  # a copy in the making has none yet
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.model, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
 _OF_MODEL: dict[str, Callable[[Any], Any]] = {
     "_get_module_names_tied_with_embedding": lambda model: functools.partial(tied_with_embedding, model),
-    "base_model": lambda model: model,
+    "base_model": lambda model: View(model) if "model" in model._modules else model,
     "model": lambda model: model,
     "modules_to_save": _modules_to_save,
     "peft_type": lambda model: next(iter(model.peft_config.values())).peft_type,

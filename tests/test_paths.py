@@ -221,3 +221,25 @@ def test_a_model_that_is_itself_an_adapted_module_keeps_its_verbs(bias: str) -> 
     assert list(model.peft_config) == ["other"]
     assert copy.deepcopy(model).active_adapters == ["other"]
     assert type(model.unload()) is Biased
+
+
+def test_a_plain_model_with_a_part_called_model_is_found_one_step_further_on() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.ModuleDict({"lin": nn.Linear(3, 3)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model["lin"](x)
+
+    model = get_peft_model(Inner(), LoraConfig(target_modules=["lin"]))
+    assert model.model is model._modules["model"]
+    assert model.base_model.model is model and model.base_model.model.model["lin"] is model.model["lin"]
+    assert model.base_model.peft_config is model.peft_config and model.base_model.prefix == "lora_"
+    model.base_model.note = 3
+    assert model.note == 3
+    x = torch.randn(2, 3)
+    assert torch.equal(model.base_model(x), model(x))
+    assert copy.deepcopy(model).base_model.model is not model
+    names = [name for name, _ in model.named_parameters()]
+    assert len(names) == len(set(names)) and not any(name.startswith("base_model") for name in names)

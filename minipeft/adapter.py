@@ -157,7 +157,8 @@ class AdapterModule(LayerCalls, Mixin):
 
     def unmergeable(self, adapters: tuple[str, ...]) -> str | None:
         """The reason why `adapters` cannot be merged into this module, if there is one."""
-        return None
+        offloaded = any(p is not None and p.is_meta for p in self._parameters.values())
+        return "its weight is offloaded (device meta), where nothing can be added to it" if offloaded else None
 
     def merged_finite(self, adapters: tuple[str, ...]) -> bool:
         """True if merging `adapters` would leave no weight here infinite or NaN. Nothing is changed."""

@@ -258,6 +258,11 @@ def _check_saved(model: nn.Module, saved: list[str]) -> None:
         module = model.get_submodule(path)
         if isinstance(module, AdapterModule) and not isinstance(module, TrainedModule):
             raise ValueError(f"modules_to_save: {path!r} already carries another adapter's {type(module).__name__}")
+        if isinstance(module, nn.ModuleDict | nn.ModuleList | nn.ParameterDict | nn.ParameterList):
+            raise TypeError(
+                f"modules_to_save cannot be applied to modules of type {type(module).__name__}, which are never "
+                f"called: {path!r}; name what is in it"
+            )
         inside = [
             (f"{path}.{name}".strip("."), p) for path, m in base_modules(module) for name, p in m._parameters.items()
         ]

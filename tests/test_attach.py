@@ -196,3 +196,17 @@ def test_models_without_embeddings_are_adapted_refused_and_freed(name: str) -> N
         model.unload()
         assert unchanged()
         assert not torch.equal(model(**batch)[0], adapted)
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleList, nn.ModuleDict])
+def test_lists_of_modules_are_not_trained_whole(kind: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, one = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.heads = kind([one]) if kind is nn.ModuleList else kind({"one": one})
+
+    model = Model()
+    with pytest.raises(TypeError, match=r"modules_to_save cannot be applied to modules of type Module(List|Dict)"):
+        get_peft_model(model, LoraConfig(target_modules=["body"], modules_to_save=["heads"]))
+    assert type(model) is Model and type(model.body) is nn.Linear

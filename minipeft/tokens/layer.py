@@ -46,6 +46,12 @@ class TokenAdapter(nn.Module):
         return self._of.weight
 
     @property
+    def trainable_tokens_original(self) -> dict[str, Tensor]:
+        """adapter name -> the base weight's rows in whose place its own stand."""
+        rows: dict[str, Tensor] = self._of.trainable_tokens_original
+        return rows
+
+    @property
     def active_adapter(self) -> list[str]:
         """The adapters that are set to act."""
         names: list[str] = self._of.active_adapters

@@ -242,3 +242,12 @@ def test_rows_may_start_from_random_numbers() -> None:
     model = get_peft_model(tiny_llama(), TrainableTokensConfig(token_indices=[1, 2], init_weights=False))
     embedding = model.get_input_embeddings()
     assert not torch.equal(embedding.weight[1], embedding.trainable_tokens_original["default"][0])
+
+
+def test_the_rows_that_trained_ones_replace_are_there() -> None:
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 3]})
+    )
+    rows = model.model.embed_tokens.token_adapter.trainable_tokens_original
+    assert set(rows) == {"default"}
+    assert torch.equal(rows["default"], tiny_llama().model.embed_tokens.weight[[1, 3]])

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from minipeft.adapter import Part, base_modules
+from minipeft.copies import TrainedModule
 from minipeft.targets import ends_with
 from minipeft.tokens.layer import TrainedRows
 
@@ -114,6 +115,8 @@ def _check(path: str, module: nn.Module, rows: Sequence[int], taken: Sequence[st
             f"The embedding layer is already marked to be trained fully: {path} is in modules_to_save, and its rows "
             f"{list(rows)} would be trained once more; leave it out of one of them"
         )
+    if isinstance(module, TrainedModule):
+        raise ValueError(f"{path} is in another adapter's modules_to_save, and so cannot have rows of its own trained")
     weight = _base_weight(module)
     fits = isinstance(module, nn.Embedding | nn.Linear) and not isinstance(weight, nn.Module)
     if path in taken or not fits or weight.dim() != 2 or not weight.is_floating_point():

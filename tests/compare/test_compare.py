@@ -67,9 +67,11 @@ def finished(tmp_path_factory, base, files):
 
     def execute(order):
         took = seen.setdefault(order.run.name, [])
-        original = loop.token_loss_sum
+        original = loop.training_loss_sum
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "token_loss_sum", lambda m, b: (took.append(b.inputs["input_ids"]), original(m, b))[1])
+            patch.setattr(
+                loop, "training_loss_sum", lambda m, b: (took.append(b.inputs["input_ids"]), original(m, b))[1]
+            )
             assert attempt(order)
 
     table = compare(config_of(output, base, files, METHODS), quiet, execute)

@@ -251,3 +251,14 @@ def test_the_rows_that_trained_ones_replace_are_there() -> None:
     rows = model.model.embed_tokens.token_adapter.trainable_tokens_original
     assert set(rows) == {"default"}
     assert torch.equal(rows["default"], tiny_llama().model.embed_tokens.weight[[1, 3]])
+
+
+def test_one_module_is_not_trained_whole_and_by_rows_in_either_order() -> None:
+    whole = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    rows = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 3]})
+    for first, second in ((whole, rows), (rows, whole)):
+        model = get_peft_model(tiny_llama(), copy.deepcopy(first))
+        before = model(some_ids()).logits
+        with pytest.raises(ValueError, match="embed_tokens"):
+            model.add_adapter("second", copy.deepcopy(second))
+        assert torch.equal(model(some_ids()).logits, before)

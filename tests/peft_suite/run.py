@@ -86,8 +86,8 @@ def run(
         command += ["--continue-on-collection-errors", f"--basetemp={results}/scratch-{number}", *paths]
         command += ["-k", expression] if expression else []
         own = {"SUITE_RESULTS": str(results / f"tests-{number}.jsonl"), "SUITE_EVERY": str(every)}
-        log = (results / f"tests-{number}.log").open("w")
-        running.append(subprocess.Popen(command, env={**environment, **own}, cwd=results, stdout=log, stderr=log))
+        with (results / f"tests-{number}.log").open("w") as log:
+            running.append(subprocess.Popen(command, env={**environment, **own}, cwd=results, stdout=log, stderr=log))
     try:
         for process in running:
             process.wait(timeout=limit)

@@ -15,17 +15,23 @@ PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def parameter_name(group: dict[str, Any], number: int, index: int) -> str:
     """The name of the parameter at `index` of group `number`, for messages."""
     names = group.get("param_names")
-    which = repr(names[index]) if names else f"{index} of group {number}"
+    # Code that moves parameters between groups seldom moves their names.
+    which = repr(names[index]) if names and len(names) == len(group["params"]) else f"{index} of group {number}"
     return f"parameter {which} {tuple(group['params'][index].shape)}"
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError for settings of a parameter group that are out of range or not supported."""
+def check_supported(group: dict[str, Any]) -> None:
+    """Raise ValueError for settings of a parameter group that are not supported."""
     for name in ("amsgrad", "capturable", "differentiable"):
         if group.get(name):
             raise ValueError(f"PagedAdamW does not support {name}={group[name]!r}: leave it False")
     if not group.get("decoupled_weight_decay", True):
         raise ValueError("PagedAdamW decays weights apart from the gradient, this is a group of torch.optim.Adam")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise ValueError for settings of a parameter group that are out of range or not supported."""
+    check_supported(group)
     for name in ("lr", "eps", "weight_decay"):
         if not group[name] >= 0:
             raise ValueError(f"{name} must be 0 or greater, got {group[name]}")

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,16 +19,16 @@ import torch
 from torch import Tensor
 
 from minipeft.optim.adamw import Pieces, update_8bit, update_32bit
-from minipeft.optim.checks import check_group, check_parameter, common_device, parameter_name
-from minipeft.optim.pager import MOVERS
+from minipeft.optim.backward import BackwardSweep
+from minipeft.optim.checks import check_group, check_parameter, check_supported, common_device, parameter_name
 from minipeft.optim.pages import Segment
+from minipeft.optim.parameter_state import ParameterState, read_states
 from minipeft.optim.state import Memory, PagedState, Views
 from minipeft.optim.state_dicts import (
-    ParameterState,
+    check_state,
     checked_states,
     load_states,
     merged_groups,
-    read_states,
     save_states,
     write_states,
 )
@@ -37,67 +36,10 @@ from minipeft.optim.tiers import MemoryTier, SimulatedDevice
 from minipeft_kernels.adamw.reference import Hyper
 
 UPDATES = {32: update_32bit, 8: update_8bit}
-# Uses fetched ahead while backward updates: enough for every mover to be at work.
-AHEAD = MOVERS + 1
-
 # A parameter to be updated: (which hyperparameters, its dtype, its gradient's), its elements, its gradient's.
 Job = tuple[tuple[Hyper, torch.dtype, torch.dtype], Tensor, Tensor]
-
-
-@dataclass(slots=True)
-class _ParameterPlace:
-    """A parameter's group, its index in that group, and its number in the pages (-1 until it has one)."""
-
-    group: int
-    index: int
-    number: int = -1
-
-
-class BackwardSweep:
-    """Updates parameters while backward is still at work, each as soon as its gradient is there.
-
-    The gradient is freed at once, so that gradients of all parameters never exist together (Lv et al. 2023, "Full
-    Parameter Fine-tuning for Large Language Models with Limited Resources", section 3). Backward visits the parameters
-    in much the same order every time, and always in one direction: so the order of the last step is what the pager
-    expects of the next.
-    """
-
-    def __init__(self, optimizer: PagedAdamW) -> None:
-        # Parameters hold the hooks: they must not hold the optimizer.
-        self._optimizer = weakref.ref(optimizer)
-        self._expected: list[int] = []
-        self._seen: list[int] = []
-        self._done: set[int] = set()
-
-    def attach(self, p: Tensor) -> None:
-        """Update `p` when it gets a gradient."""
-        p.register_post_accumulate_grad_hook(self._on_gradient)
-
-    def end(self) -> None:
-        """The next gradient belongs to the next step."""
-        if self._done:
-            self._expected, self._seen, self._done = self._seen, [], set()
-
-    @torch.no_grad()
-    def _on_gradient(self, p: Tensor) -> None:
-        optimizer = self._optimizer()
-        if optimizer is None:
-            return
-        pages, jobs = optimizer.pages, optimizer.jobs_of([p])
-        (number,) = jobs
-        if number in self._done:
-            raise RuntimeError(
-                f"a parameter of shape {tuple(p.shape)} had a second gradient before step() was called: with "
-                "fuse_backward every backward is a step, so gradients cannot be accumulated"
-            )
-        if not self._done:
-            pages.prepare(p.device)
-            expected = self._expected or list(range(len(pages.table)))[::-1]
-            pages.pager.begin_sweep(expected, expected, AHEAD)
-        self._done.add(number)
-        self._seen += pages.pages_of(number)
-        optimizer.update(jobs, pages.visit(number))
-        p.grad = None
+# A parameter group and those of its parameters that are looked at.
+Chosen = tuple[dict[str, Any], Sequence[Tensor]]
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -149,10 +91,6 @@ class PagedAdamW(torch.optim.Optimizer):
         if state_bits not in UPDATES:
             raise ValueError(f"state_bits must be one of {', '.join(map(str, UPDATES))}, got {state_bits}")
         memory = Memory(page_bytes, device_budget, host_budget, spill_dir)
-        self._update = UPDATES[state_bits]
-        self._places: dict[Tensor, _ParameterPlace] = {}
-        self._steps: list[int] = []
-        self._backward = BackwardSweep(self) if fuse_backward else None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -167,11 +105,25 @@ class PagedAdamW(torch.optim.Optimizer):
             "decoupled_weight_decay": True,
         }
         super().__init__(params, defaults)
+        self._make_pages(state_bits, memory, fuse_backward, simulate)
+
+    def _make_pages(
+        self, state_bits: int, memory: Memory, fuse_backward: bool, simulate: Callable[[str, int, int], MemoryTier]
+    ) -> None:
+        """Have room for the state of all parameters that are trained."""
+        # What a copy of this optimizer is made with.
+        self._paging = (state_bits, memory, fuse_backward, simulate)
+        self._update = UPDATES[state_bits]
+        # Places of parameters that have no state yet.
+        self._reserved: dict[Tensor, ParameterState] = {}
+        # States that were read or edited before the step that is on.
+        self._lent: list[ParameterState] = []
+        self._backward = BackwardSweep(self) if fuse_backward else None
         every = [p for group in self.param_groups for p in group["params"]]
         self.pages = PagedState(state_bits, memory, [p.numel() for p in every if p.requires_grad], simulate)
         self._close = weakref.finalize(self, self.pages.close)
         try:
-            self._lay_out(every)
+            self._reserve(p for p in every if p.requires_grad)
         except BaseException:
             self.close()
             raise
@@ -183,10 +135,9 @@ class PagedAdamW(torch.optim.Optimizer):
         number = len(self.param_groups) - 1
         for index, p in enumerate(group["params"]):
             check_parameter(p, parameter_name(group, number, index))
-            self._places[p] = _ParameterPlace(number, index)
         # The first groups are laid out together, when all are known.
         if hasattr(self, "pages"):
-            self._lay_out(group["params"])
+            self._reserve(p for p in group["params"] if p.requires_grad)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -208,10 +159,15 @@ class PagedAdamW(torch.optim.Optimizer):
         if self._backward is not None:
             self._backward.end()
         with torch.no_grad():
-            jobs = self.jobs_of(p for group in self.param_groups for p in group["params"])
+            jobs = self.jobs_of([(group, group["params"]) for group in self.param_groups])
             if jobs:
+                updated = [p for _, p, _ in jobs.values()] if self._backward is not None else []
                 self.pages.prepare(common_device(p for _, p, _ in jobs.values()))
                 self.update(jobs, self.pages.sweep(jobs))
+                for p in updated:
+                    # A parameter that backward did not know yet: from here on its gradient is freed as all are.
+                    p.grad = None
+            self._return_to_holders()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -223,14 +179,19 @@ class PagedAdamW(torch.optim.Optimizer):
         """As torch.optim.AdamW's, and, for 32 bits, to be loaded there: copies of all state, in host memory.
 
         `save_state` writes the same to a file without having it all in memory.
+
+        Raises:
+            ValueError: there is state of a parameter that is in no group.
         """
-        lazy = self.state
-        self.state = defaultdict(dict, read_states(self.pages, self.state))
+        self._check_owners()
+        in_pages = self.state
+        self.state = self._copied_state()
         try:
             return super().state_dict()
         finally:
-            self.state = lazy
+            self.state = in_pages
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state, page by page: of a PagedAdamW of either number of bits, or of torch.optim.AdamW.
 
@@ -242,25 +203,35 @@ class PagedAdamW(torch.optim.Optimizer):
             state_dict = pre_hook(self, state_dict) or state_dict
         groups = merged_groups(self.param_groups, state_dict)
         states = checked_states(groups, state_dict)
-        self._lay_out(list(states), frozen=True)
+        self._reserve(p for p in states if self._own(p) is None)
         self.param_groups = groups
-        stale = {self._places[p].number for p in self.state}
-        self._steps[:] = [0] * len(self._steps)
-        self.state.clear()
+        owned = {p: self._own(p) for p in states}
+        loaded = {p: self._reserved.pop(p) if state is None else state for p, state in owned.items()}
+        self.state = defaultdict(dict, loaded)
         for p, state in states.items():
-            self._steps[self._places[p].number] = int(state["step"])
-            self._expose(p)
-        write_states(self.pages, {self._places[p].number: state for p, state in states.items()}, stale)
+            self.pages.steps[loaded[p].number] = int(state["step"])
+            loaded[p].settle(p, {})
+        write_states(self.pages, {loaded[p].number: state for p, state in states.items()}, set())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def save_state(self, path: str | Path) -> None:
-        """Write the state to a safetensors file, atomically, holding no more than a page of it at a time."""
+        """Write the state to a safetensors file, atomically, holding no more than a page of it at a time.
+
+        Raises:
+            ValueError: state that does not fit its parameter, or of a parameter that is in no group.
+        """
+        self._check_owners()
+        every = [p for group in self.param_groups for p in group["params"]]
+        with torch.no_grad():
+            self._settle([p for p in every if self.state.get(p)])
+            self._return_to_holders()
         numbers = {}
-        for index, p in enumerate(p for group in self.param_groups for p in group["params"]):
-            if p in self.state:
-                numbers[self._places[p].number] = (index, p.shape, self._steps[self._places[p].number])
-        save_states(path, self.pages, numbers, super().state_dict()["param_groups"])
+        for index, p in enumerate(every):
+            if self.state.get(p):
+                number = self.state[p].number
+                numbers[number] = (index, p.shape, self.pages.steps[number])
+        save_states(path, self.pages, numbers, self._packed_groups())
 
     def load_state(self, path: str | Path) -> None:
         """Take over what `save_state` wrote, without having it all in memory.
@@ -293,38 +264,171 @@ class PagedAdamW(torch.optim.Optimizer):
         self._close()
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("PagedAdamW cannot be copied or pickled: its state lies in pages; use state_dict or save_state")
+        """As torch's optimizers', with copies of all state, in host memory, and how it is paged."""
+        return {
+            "defaults": self.defaults,
+            "state": self._copied_state(),
+            "param_groups": self.param_groups,
+            "paging": self._paging,
+        }
 
-    def jobs_of(self, parameters: Iterable[Tensor]) -> dict[int, Job]:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `__getstate__` gave, into pages of this copy's own; or a part, as torch's optimizers do."""
+        super().__setstate__({key: value for key, value in state.items() if key != "paging"})
+        if not hasattr(self, "pages"):
+            self._make_pages(*state["paging"])
+            with torch.no_grad():
+                self._settle([p for group in self.param_groups for p in group["params"] if self.state.get(p)])
+            self._lent.clear()
+
+    def __copy__(self) -> PagedAdamW:
+        raise TypeError("a shallow copy of PagedAdamW would have the same state: use copy.deepcopy, or state_dict")
+
+    def jobs_of(self, chosen: Iterable[Chosen]) -> dict[int, Job]:
         """The pending update of each parameter that has a gradient, by the parameter's number in the pages.
+
+        Groups and state are taken as they are now, whatever was done to them since the last step.
 
         Raises:
             RuntimeError: a gradient is sparse.
+            ValueError: a parameter is there twice, its group or its state are not what can be used.
         """
-        hypers = [Hyper.of_group(group) for group in self.param_groups]
-        places = self._places
+        chosen, known, pages = list(chosen), self.state.get, self.pages
         jobs: dict[int, Job] = {}
-        key: Any = (None, None, None)
-        for p in parameters:
-            g = p.grad
-            if g is None:
-                continue
-            # One look-up for everything: a tensor's hash is slow, and there may be hundreds of small ones.
-            place = places[p]
-            if g.is_sparse or place.number < 0:
-                self._admit(p, g, place)
-            hyper = hypers[place.group]
-            if key[0] is not hyper or key[1] is not p.dtype or key[2] is not g.dtype:
-                key = (hyper, p.dtype, g.dtype)
-            jobs[place.number] = (key, p, g)
-        return jobs
+        strangers: dict[int, Tensor] = {}
+        for group, parameters in chosen:
+            check_supported(group)
+            hyper = Hyper.of_group(group)
+            key: Any = (None, None, None)
+            for p in parameters:
+                g = p.grad
+                if g is None:
+                    continue
+                # One look-up for everything: a tensor's hash is slow, and there may be hundreds of small ones.
+                state = known(p)
+                if (
+                    type(state) is not ParameterState
+                    or state.settled_for is not p
+                    or state.shape != p.shape
+                    or state.pages is not pages
+                ):
+                    strangers[id(p)] = p
+                    continue
+                if g.is_sparse or state.number in jobs:
+                    self._refuse(p, g)
+                if key[1] is not p.dtype or key[2] is not g.dtype:
+                    key = (hyper, p.dtype, g.dtype)
+                jobs[state.number] = (key, p, g)
+        if not strangers:
+            return jobs
+        self._settle(list(strangers.values()))
+        return self.jobs_of(chosen)
 
-    def _admit(self, p: Tensor, g: Tensor, place: _ParameterPlace) -> None:
-        """Refuse a sparse gradient; lay out a parameter that was frozen until now."""
+    def _refuse(self, p: Tensor, g: Tensor) -> None:
+        name = self._name(p)
         if g.is_sparse:
-            name = parameter_name(self.param_groups[place.group], place.group, place.index)
             raise RuntimeError(f"PagedAdamW does not support sparse gradients, such as that of {name}")
-        self._lay_out([p], frozen=True)
+        raise ValueError(f"{name} is in the parameter groups twice: leave it in one of them")
+
+    def _name(self, p: Tensor) -> str:
+        """The parameter's name, for messages."""
+        for number, group in enumerate(self.param_groups):
+            for index, other in enumerate(group["params"]):
+                if other is p:
+                    return parameter_name(group, number, index)
+        return f"a parameter {tuple(p.shape)} that is in no group"
+
+    def _own(self, p: Tensor) -> ParameterState | None:
+        """The parameter's entry in `state`, if its pages are this optimizer's and of the parameter's shape.
+
+        Raises:
+            ValueError: the entry is another parameter's, too.
+        """
+        state: Any = self.state.get(p)
+        if not isinstance(state, ParameterState):
+            return None
+        other = state.owner
+        if other is not p and self.state.get(other) is state:
+            names = f"{self._name(p)} and {self._name(other)}"
+            raise ValueError(
+                f"{names} have one state: give one of them a copy of it, copy.deepcopy(optimizer.state[p])"
+            )
+        return state if state.pages is self.pages and state.shape == p.shape else None
+
+    def _settle(self, parameters: Sequence[Tensor]) -> None:
+        """Have all state of these parameters in the pages: a new one for those without, the given one for the others.
+
+        Raises:
+            ValueError, TypeError: state that is not one, or does not fit its parameter. Nothing was changed.
+        """
+        own, given = {p: self._own(p) for p in parameters}, {p: self._given(p) for p in parameters}
+        names = {
+            id(p): parameter_name(group, number, index)
+            for number, group in enumerate(self.param_groups)
+            for index, p in enumerate(group["params"])
+        }
+        for p in parameters:
+            check_parameter(p, names[id(p)])
+            if given[p]:
+                check_state(given[p], p, names[id(p)])
+        self._reserve(p for p in parameters if own[p] is None)
+        written: dict[int, Mapping[str, Any]] = {}
+        stale: set[int] = set()
+        for p in parameters:
+            state, outside = own[p], given[p]
+            if state is None:
+                state = self._reserved.pop(p)
+            else:
+                outside = state.outside()
+            if not given[p]:
+                self.pages.steps[state.number] = 0
+                stale |= set() if state.blank else {state.number}
+            elif outside:
+                self.pages.steps[state.number] = int(outside.get("step", self.pages.steps[state.number]))
+                if outside.keys() - {"step"}:
+                    written[state.number] = outside
+            if state.settle(p, outside):
+                self._lent.append(state)
+            self.state[p] = state
+            if self._backward is not None and p.requires_grad:
+                self._backward.attach(p)
+        write_states(self.pages, written, stale)
+
+    def _given(self, p: Tensor) -> Mapping[str, Any]:
+        """The parameter's entry in `state`; of pages that are not the parameter's, copies."""
+        state = self.state.get(p, {})
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state of {self._name(p)} must be a dict, and is {state!r}")
+        if isinstance(state, ParameterState) and state is not self._own(p):
+            return {**state.snapshot(), **state.outside()}
+        return state
+
+    def _return_to_holders(self) -> None:
+        for state in self._lent:
+            state.return_to_holders()
+        self._lent.clear()
+
+    def _copied_state(self) -> defaultdict[Any, Any]:
+        """`state` with copies, in host memory, in the place of what lies in pages."""
+        copies = read_states({key: value for key, value in self.state.items() if isinstance(value, ParameterState)})
+        return defaultdict(dict, {key: copies.get(key, value) for key, value in self.state.items()})
+
+    def _check_owners(self) -> None:
+        every = {id(p) for group in self.param_groups for p in group["params"]}
+        for p in self.state:
+            if isinstance(p, Tensor) and id(p) not in every:
+                raise ValueError(
+                    f"there is state of {self._name(p)}: delete it (del optimizer.state[p]), or put p back"
+                )
+
+    def _packed_groups(self) -> list[dict[str, Any]]:
+        """The groups as a state dict has them."""
+        in_pages = self.state
+        self.state = defaultdict(dict)
+        try:
+            return super().state_dict()["param_groups"]
+        finally:
+            self.state = in_pages
 
     def update(self, jobs: dict[int, Job], sweep: Iterable[list[tuple[Segment, Views]]]) -> None:
         """Do the jobs, taking the pages as they come."""
@@ -342,11 +446,9 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _begin_update(self, jobs: dict[int, Job]) -> list[tuple[Tensor, Tensor]]:
         """Count the step. What is not contiguous is copied; returns parameters with the copies that replace them."""
-        copies = []
+        copies, steps = [], self.pages.steps
         for number, (key, p, g) in jobs.items():
-            self._steps[number] += 1
-            if self._steps[number] == 1:
-                self._expose(p)
+            steps[number] += 1
             if not (p.is_contiguous() and g.is_contiguous()):
                 jobs[number] = (key, p.contiguous(), g.contiguous())
                 if not p.is_contiguous():
@@ -356,7 +458,7 @@ class PagedAdamW(torch.optim.Optimizer):
     def _collect(
         self, segments: Iterable[tuple[Segment, Views]], jobs: dict[int, Job], calls: dict[Any, Pieces]
     ) -> None:
-        steps, known, pieces = self._steps, None, Pieces.none()
+        steps, known, pieces = self.pages.steps, None, Pieces.none()
         for segment, views in segments:
             number = segment.parameter
             key, p, g = jobs[number]
@@ -372,16 +474,21 @@ class PagedAdamW(torch.optim.Optimizer):
             self._update(pieces, hyper)
         calls.clear()
 
-    def _lay_out(self, parameters: list[Tensor], frozen: bool = False) -> None:
-        """Give parameters their places in the pages. A frozen one gets its place with its first gradient."""
-        new = [p for p in parameters if self._places[p].number < 0 and (p.requires_grad or frozen)]
+    def _reserve(self, parameters: Iterable[Tensor]) -> None:
+        """Give parameters without state their places in the pages.
+
+        Raises:
+            ValueError: there is no room for them, or they are elsewhere.
+        """
+        wanted = list(parameters)
+        if self._reserved:
+            # Of parameters that were taken out of the groups: others can have their places.
+            kept = {id(p) for group in self.param_groups for p in group["params"]} | {id(p) for p in wanted}
+            self._reserved = {p: state for p, state in self._reserved.items() if id(p) in kept}
+        new = [p for p in wanted if p not in self._reserved or self._reserved[p].shape != p.shape]
         for p in new:
-            self._places[p].number = self.pages.add(p.numel())
-            self._steps.append(0)
+            self._reserved[p] = ParameterState(self.pages, p)
             if self._backward is not None and p.requires_grad:
                 self._backward.attach(p)
         if new:
             self.pages.prepare(common_device(new))
-
-    def _expose(self, p: Tensor) -> None:
-        self.state[p] = ParameterState(self.pages, self._places[p].number, p.shape, self._steps)

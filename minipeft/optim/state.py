@@ -74,6 +74,9 @@ class PagedState:
         memory: the budgets.
         elements: the numbers of elements of the parameters that are expected.
         simulate: makes the tier that stands for a device.
+
+    Attributes:
+        steps: for each number the steps taken.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class PagedState:
         expected = sum(LAYOUTS[bits].bytes(count) for count in elements)
         self.table = PageTable(LAYOUTS[bits], memory.page_bytes_for(expected))
         self.device: torch.device | None = None
+        self.steps: list[int] = []
+        self._returned: dict[int, list[int]] = {}
         self._simulate = simulate
         self._pager: Pager | None = None
         self._closed = False
@@ -137,9 +142,21 @@ class PagedState:
             self._broken = error
             raise
 
-    def add(self, elements: int) -> int:
-        """Give a parameter of so many elements its place; returns its number. `prepare` must follow."""
-        return self.table.add(elements)
+    def add(self, elements: int) -> tuple[int, bool]:
+        """Give a parameter of so many elements its place, one that was given back if there is one of its size.
+
+        `prepare` must follow. Returns its number, and whether its pages are blank.
+        """
+        returned = self._returned.get(elements)
+        if returned:
+            return returned.pop(), False
+        self.steps.append(0)
+        return self.table.add(elements), True
+
+    def release(self, number: int) -> None:
+        """Give a parameter's place back: its state is not needed any more."""
+        segments = self.table.of_parameter[number]
+        self._returned.setdefault(segments[-1].stop if segments else 0, []).append(number)
 
     def sweep(self, numbers: Iterable[int]) -> Iterator[list[tuple[Segment, Views]]]:
         """Bring the state of these parameters, page by page; each page stays while the loop is at it.

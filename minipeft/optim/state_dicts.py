@@ -19,7 +19,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from torch import Tensor
 
 from minipeft.files import atomic_path
 from minipeft.optim.checks import check_group, parameter_name
-from minipeft.optim.pages import LAYOUTS, Field, Segment
+from minipeft.optim.pages import LAYOUTS, Segment
+from minipeft.optim.parameter_state import ParameterState, field_shape, part
 from minipeft.optim.state import PagedState, Views
 from minipeft_kernels.adamw.eight_bit import dequantize_state, quantize_state
 
@@ -42,74 +43,13 @@ _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 Numbers = Mapping[int, tuple[int, torch.Size, int]]
 
 
-class ParameterState(Mapping[str, Tensor]):
-    """The value of `optimizer.state[p]`: each entry is copied out of the pages when it is asked for."""
-
-    def __init__(self, pages: PagedState, number: int, shape: torch.Size, steps: Sequence[int]) -> None:
-        self._pages, self.number, self.shape, self._steps = pages, number, shape, steps
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key == "step":
-            return self.step
-        for field in self._pages.table.layout.fields:
-            if field.name == key:
-                return read_field(self._pages, self.number, self.shape, field)
-        raise KeyError(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(["step", *(field.name for field in self._pages.table.layout.fields)])
-
-    def __len__(self) -> int:
-        return 1 + len(self._pages.table.layout.fields)
-
-    @property
-    def step(self) -> Tensor:
-        """The number of steps taken, float32 () on the CPU, as torch.optim.AdamW holds it."""
-        return torch.tensor(float(self._steps[self.number]), dtype=torch.float32, device="cpu")
-
-
-def field_shape(field: Field, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of a field of a parameter of `shape`."""
-    if field.per == 1:
-        return tuple(shape)
-    return (field.count(torch.Size(shape).numel()),)
-
-
-def read_states(pages: PagedState, states: Mapping[Tensor, ParameterState]) -> dict[Tensor, dict[str, Tensor]]:
-    """Copies of all entries, in host memory, in one sweep."""
-    fields = pages.table.layout.fields
-    copies: dict[Tensor, dict[str, Tensor]] = {}
-    for p, state in states.items():
-        shapes = {field: field_shape(field, state.shape) for field in fields}
-        empty = {f.name: torch.empty(shape, dtype=f.dtype, device="cpu") for f, shape in shapes.items()}
-        copies[p] = {"step": state.step, **empty}
-    numbers = {state.number: p for p, state in states.items()}
-    for segments in pages.sweep(numbers):
-        for segment, views in segments:
-            for field, view in zip(fields, views, strict=True):
-                part(field, copies[numbers[segment.parameter]][field.name], segment).copy_(view)
-    return copies
-
-
-def read_field(pages: PagedState, number: int, shape: torch.Size, field: Field) -> Tensor:
-    """A copy of one entry."""
-    result = torch.empty(field_shape(field, shape), dtype=field.dtype, device="cpu")
-    index = pages.table.layout.fields.index(field)
-    for segments in pages.sweep([number]):
-        for segment, views in segments:
-            part(field, result, segment).copy_(views[index])
-    return result
-
-
-def part(field: Field, whole: Tensor, segment: Segment) -> Tensor:
-    """The entries of a field that belong to a segment, of the field's entries for all of the parameter."""
-    return whole.reshape(-1)[segment.start // field.per : field.count(segment.stop)]
-
-
 def write_states(pages: PagedState, states: Mapping[int, Mapping[str, Any]], stale: set[int]) -> None:
-    """Give the numbered parameters these states, and take away that of those that had one, the `stale`."""
+    """Give the numbered parameters these states, whole or some of their fields, and the `stale` ones zeros."""
+    numbers = states.keys() | stale
+    if not numbers:
+        return
     with pages.all_or_nothing():
-        for segments in pages.sweep(states.keys() | stale):
+        for segments in pages.sweep(numbers):
             for segment, views in segments:
                 state = states.get(segment.parameter)
                 if state is None:
@@ -121,9 +61,10 @@ def write_states(pages: PagedState, states: Mapping[int, Mapping[str, Any]], sta
 
 def _write(pages: PagedState, segment: Segment, views: Views, state: Mapping[str, Tensor]) -> None:
     fields = pages.table.layout.fields
-    if fields[0].name in state:
+    if any(field.name in state for field in fields):
         for field, view in zip(fields, views, strict=True):
-            view.copy_(part(field, state[field.name], segment))
+            if field.name in state:
+                view.copy_(part(field, state[field.name], segment))
         return
     if fields == LAYOUTS[8].fields:
         wide = [part(field, state[field.name], segment).to(views[0].device).float() for field in LAYOUTS[32].fields]
@@ -174,14 +115,18 @@ def checked_states(groups: list[dict[str, Any]], state_dict: Mapping[str, Any]) 
         for index, (p, key) in enumerate(zip(group["params"], saved["params"], strict=True)):
             state = given.pop(key, None)
             if state:
-                _check_state(state, p, parameter_name(group, number, index))
+                check_state(state, p, parameter_name(group, number, index))
                 states[p] = state
     if given:
         raise ValueError(f"the state has entries for parameters that are in none of its groups: {sorted(given)}")
     return states
 
 
-def _check_state(state: Mapping[str, Any], p: Tensor, name: str) -> None:
+def check_state(state: Mapping[str, Any], p: Tensor, name: str) -> None:
+    """Raise ValueError, with the parameter's name, for entries that are missing, not known, or do not fit `p`.
+
+    What an optimizer's own state has in its pages is not looked at.
+    """
     bits = next((bits for bits, keys in KEYS.items() if set(state) == {"step", *keys}), None)
     if bits is None:
         found, expected = (
@@ -190,11 +135,15 @@ def _check_state(state: Mapping[str, Any], p: Tensor, name: str) -> None:
         )
         hint = " (amsgrad is not supported)" if "max_exp_avg_sq" in state else ""
         raise ValueError(f"the state of {name} must have the entries {expected}, and has {found}{hint}")
-    step = float(state["step"])
-    if step < 0 or step != int(step):
-        raise ValueError(f"the state of {name} has step {step}, which must be a whole number")
+    values = state.outside() if isinstance(state, ParameterState) else state
+    if "step" in values:
+        step = float(values["step"])
+        if step < 0 or step != int(step):
+            raise ValueError(f"the state of {name} has step {step}, which must be a whole number")
     for field in LAYOUTS[bits].fields:
-        value, shape = state[field.name], field_shape(field, p.shape)
+        if field.name not in values:
+            continue
+        value, shape = values[field.name], field_shape(field, p.shape)
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         fits = isinstance(value, Tensor) and value.is_floating_point() == field.dtype.is_floating_point
         if not fits or tuple(value.shape) != shape:

@@ -1,8 +1,6 @@
 """PagedAdamW computes what torch.optim.AdamW does, wherever its state lies, and behaves as torch's optimizers do."""
 
-import copy
 import gc
-import pickle
 import weakref
 
 import pytest
@@ -295,13 +293,6 @@ def test_an_optimizer_that_is_dropped_frees_its_state(tmp_path, fuse):
     del optimizer
     gc.collect()
     assert not any(thread.is_alive() for thread in threads)
-
-
-def test_copies_are_refused():
-    optimizer = PagedAdamW(parameters())
-    for copying in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="use state_dict or save_state"):
-            copying(optimizer)
 
 
 def test_a_step_that_fails_half_way_is_not_gone_on_from(monkeypatch):

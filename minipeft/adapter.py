@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from minipeft.layer_calls import LayerCalls
-from minipeft.mixins import Face, Mixin, mix_out, own_attributes
+from minipeft.mixins import Face, Mixin, mix_in, mix_out, own_attributes
 from minipeft.switch import Switch as Switch
 
 
@@ -217,6 +217,19 @@ class WrappedForward(AdapterModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the instance's own forward."""
         return self.wrapped_forward(*args, **kwargs)
+
+
+def become(module: Any, mixin: type[AdapterModule], switch: Switch) -> None:
+    """Make `module` an instance of `mixin`, in front of other adapters' mixins but for the `outermost` ones."""
+    if isinstance(module, mixin):
+        return
+    added = [mixin]
+    if "forward" in vars(module) and not isinstance(module, WrappedForward):
+        added.insert(0, WrappedForward)
+    in_front = sorted([*mix_out(module, Mixin), *((one, ()) for one in added)], key=lambda one: one[0].outermost)
+    for one, offered in in_front:
+        mix_in(module, one, offered)
+    module.attach(switch)
 
 
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -22,14 +22,15 @@ from minipeft.adapter import (
     PackedLayer,
     Part,
     Switch,
-    WrappedForward,
     base_modules,
+    become,
 )
+from minipeft.biases import TrainedBias
 from minipeft.config import PeftConfig
-from minipeft.copies import TrainedBias, TrainedModule
+from minipeft.copies import Replaced, TrainedModule
 from minipeft.fused import CallsItsParts, may_pass_by
 from minipeft.methods import method_of
-from minipeft.mixins import Mixin, behind_face, mix_in, mix_out
+from minipeft.mixins import behind_face
 from minipeft.targets import modules_to_save, plain_module_names
 from minipeft.unused_names import check_names, check_unused_names
 
@@ -227,19 +228,6 @@ def _undone_on_error(model: nn.Module, adapter: str) -> Iterator[None]:
         raise
 
 
-def become(module: Any, mixin: type[AdapterModule], switch: Switch) -> None:
-    """Make `module` an instance of `mixin`, in front of other adapters' mixins but for the `outermost` ones."""
-    if isinstance(module, mixin):
-        return
-    added = [mixin]
-    if "forward" in vars(module) and not isinstance(module, WrappedForward):
-        added.insert(0, WrappedForward)
-    in_front = sorted([*mix_out(module, Mixin), *((one, ()) for one in added)], key=lambda one: one[0].outermost)
-    for one, offered in in_front:
-        mix_in(module, one, offered)
-    module.attach(switch)
-
-
 def base_name(model: nn.Module) -> str | None:
     """The folder or hub name that the base model was loaded from, if any."""
     return getattr(model, "name_or_path", None) or None
@@ -256,7 +244,7 @@ def check_adapter_name(adapter: str) -> None:
 def _check_saved(model: nn.Module, saved: list[str]) -> None:
     for path in saved:
         module = model.get_submodule(path)
-        if isinstance(module, AdapterModule) and not isinstance(module, TrainedModule):
+        if isinstance(module, AdapterModule) and not isinstance(module, Replaced | CallsItsParts):
             raise ValueError(f"modules_to_save: {path!r} already carries another adapter's {type(module).__name__}")
         if isinstance(module, nn.ModuleDict | nn.ModuleList | nn.ParameterDict | nn.ParameterList):
             raise TypeError(

@@ -1,21 +1,27 @@
-"""Base tensors that an adapter trains whole: `modules_to_save` and biases.
+"""Modules that an adapter trains whole (`modules_to_save`), by copies of its own.
 
-PEFT trains a base bias in place, so its base model is changed for good and disabling the adapter cannot bring it
-back. Here an adapter owns a copy of the tensors that it trains, and the copy stands in for the base tensor while the
-adapter acts.
+A copy stands in for the base's module while its adapter acts: whoever calls the module, or reads a weight of it without
+calling (a fused loss that multiplies by `lm_head.weight`), meets the copy's. `named_parameters`, `state_dict` and
+`get_parameter` go by names, under which the base's tensors and the copies' lie side by side.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from minipeft.adapter import AdapterModule, WrappedForward
+from minipeft.adapter import AdapterModule, WrappedForward, base_modules, become
 from minipeft.mixins import own_attributes, plain_class
+from minipeft.switch import OwnSwitch
+
+# The modules that take each row of a batch through an adapter of its own, as in PEFT.
+_BY_ROW = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def without_mixins(module: nn.Module) -> Any:
@@ -32,79 +38,62 @@ def without_mixins(module: nn.Module) -> Any:
     return twin
 
 
-class TrainedBias(AdapterModule):
-    """A module whose `bias` an adapter may have replaced by one of its own.
+def parameter_called(model: nn.Module, target: str) -> nn.Parameter:
+    """`model.get_parameter(target)`: as in `named_parameters`, the base's where an adapter trains its module whole.
 
-    The class attribute `bias` stands before the registered parameter whenever somebody reads `module.bias`, so the
-    plain forward of any module (Linear, LayerNorm, Conv1D, ...) uses the adapter's copy without knowing. What is set or
-    deleted under this name is the base's, as in a plain module; FSDP does so past nn.Module, which lists parameters.
+    transformers ties weights by it. Raises AttributeError for a name that there is not.
     """
-
-    name_prefix: ClassVar[str] = "BiasTrained"
-    _own_attributes: ClassVar[tuple[str, ...]] = ("trained_bias",)
-
-    trained_bias: Any
-
-    def attach(self, switch: Any) -> None:
-        super().attach(switch)
-        if not hasattr(self, "trained_bias"):
-            self.trained_bias = {}
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """(out_features,), in the base bias's dtype: the bias that acts now, an adapter's or the base's."""
-        held: Any = vars(self) if "bias" in vars(self) else self._parameters
-        if "bias" not in held:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'bias'")
-        base: torch.Tensor | None = held["bias"]
-        if base is not None and not self.merged_adapters:
-            for adapter in self.switch.acting:
-                if adapter in self.trained_bias:
-                    own: torch.Tensor = self.trained_bias[adapter].to(base.dtype)
-                    return own
-        return base
-
-    @bias.setter
-    def bias(self, value: torch.Tensor | None) -> None:
-        vars(self)["bias"] = value
-
-    @bias.deleter
-    def bias(self) -> None:
-        if vars(self).pop("bias", self) is self:
-            raise AttributeError("bias")
-
-    def train_bias(self, adapter: str, dtype: torch.dtype | None = None) -> None:
-        """Give `adapter` a trainable copy of the base bias (in `dtype` if given)."""
-        base = self._parameters["bias"]
-        assert base is not None
-        own = nn.Parameter(base.detach().clone().to(dtype or base.dtype))
-        self._container("trained_bias", nn.ParameterDict)[adapter] = own
-
-    def adapter_names(self) -> set[str]:
-        return super().adapter_names() | set(self.trained_bias)
-
-    def adapter_state(self, adapter: str) -> dict[str, torch.Tensor]:
-        own = {"bias": self.trained_bias[adapter]} if adapter in self.trained_bias else {}
-        return {**super().adapter_state(adapter), **own}
-
-    def replaced_tensors(self, adapter: str) -> list[str]:
-        return [*super().replaced_tensors(adapter), *(["bias"] if adapter in self.trained_bias else [])]
-
-    def delete_adapter(self, adapter: str) -> None:
-        super().delete_adapter(adapter)
-        if adapter in self.trained_bias:
-            del self.trained_bias[adapter]
-
-    def fold(self, adapters: tuple[str, ...]) -> None:
-        super().fold(adapters)
-        for adapter in adapters:
-            if adapter in self.trained_bias:
-                base = self._parameters["bias"]
-                assert base is not None
-                self._install("bias", self.trained_bias[adapter].to(base.dtype).clone())
+    path, _, leaf = target.rpartition(".")
+    held = model.get_submodule(path)._parameters.get(leaf)
+    return held if held is not None else nn.Module.get_parameter(model, target)
 
 
-class TrainedModule(AdapterModule):
+def is_sharded(tensor: Any) -> bool:
+    """True for a parameter that FSDP's first version holds flat.
+
+    What it finds under a parameter's name it writes into that parameter, so it must find no other adapter's there.
+    """
+    return getattr(tensor, "_fsdp_flattened", False)
+
+
+class Replaced(AdapterModule):
+    """A module that a trained copy stands in for: called, and where a tensor of it is read as an attribute."""
+
+    def acting_copy(self) -> nn.Module | None:
+        """The copy that stands in for this module now; None if the module acts itself."""
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        held = vars(self)
+        if name not in held.get("_parameters", ()) and name not in held.get("_buffers", ()):
+            return super().__getattr__(name)
+        twin, base = self.acting_copy(), super().__getattr__(name)
+        if twin is None or is_sharded(base):
+            return base
+        own = getattr(twin, name)
+        # A float32 copy over a 16-bit model: who reads its weight multiplies by 16-bit activations.
+        return own.to(base.dtype) if torch.is_tensor(base) and base.is_floating_point() else own
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the copy that stands in for this module, if there is one; the module's own otherwise."""
+        twin = self.acting_copy()
+        return super().forward(*args, **kwargs) if twin is None else self._through(twin, *args, **kwargs)
+
+    def _through(self, twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The output of `twin`: one in float32 over a 16-bit model gets float32, and 16 bits come out again."""
+        wide = next(twin.parameters(), None)
+        base = next(self.parameters(), None)
+        if wide is None or base is None or wide.dtype == base.dtype or torch.is_autocast_enabled(wide.device.type):
+            return twin(*args, **kwargs)
+        args, kwargs = _cast((args, kwargs), base.dtype, wide.dtype)
+        return _cast(twin(*args, **kwargs), wide.dtype, base.dtype)
+
+
+def _cast(values: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    return pytree.tree_map(lambda one: one.to(new) if torch.is_tensor(one) and one.dtype == old else one, values)
+
+
+class TrainedModule(Replaced):
     """A module that adapters replace by a trained copy of their own (`modules_to_save`).
 
     In memory the copy is `modules_to_save.<adapter>`, on disk it has the module's own parameter names.
@@ -112,37 +101,85 @@ class TrainedModule(AdapterModule):
 
     name_prefix: ClassVar[str] = "Trained"
     peft_name: ClassVar[str] = "ModulesToSaveWrapper"
-    _own_attributes: ClassVar[tuple[str, ...]] = ("modules_to_save",)
+    _own_attributes: ClassVar[tuple[str, ...]] = ("modules_to_save", "_original_buffers")
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("modules_to_save",)
 
     modules_to_save: nn.ModuleDict
+    # The base's buffers by name, while merged ones stand in their places.
+    _original_buffers: dict[str, Tensor | None]
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
-        if not hasattr(self, "modules_to_save"):
+        if "modules_to_save" not in self._modules:
             self.modules_to_save = nn.ModuleDict()
+            self._original_buffers = {}
 
     def add_copy(self, adapter: str, dtype: torch.dtype | None = None) -> None:
         """Give `adapter` a trainable copy of this module (its parameters in `dtype` if given)."""
-        # A copy of the module must not hold the copies that other adapters have of it.
-        twin = copy.deepcopy(self, {id(self.modules_to_save): nn.ModuleDict()})
-        twin.detach()
+        inside = [(path, part) for path, part in base_modules(self) if path]
+        for path, part in inside:
+            if _has_tensors(part):
+                become(part, TrainedPart, self.switch.shared)
+                TrainedPart.follow_whole(part, self, path)  # type: ignore[arg-type]
+        if isinstance(self, nn.Sequential):
+            become(self, TrainedSequence, self.switch)
+        twin = self._plain_copy()
         for parameter in twin.parameters():
             parameter.requires_grad_(True)
         self.modules_to_save[adapter] = twin.to(dtype) if dtype is not None else twin
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the acting adapter's trained copy; without one, and while merged, the module's own."""
-        if not self.merged_adapters:
-            for adapter in self.switch.acting:
-                if adapter in self.modules_to_save:
-                    return self._through_copy(self.modules_to_save[adapter], *args, **kwargs)
-        return super().forward(*args, **kwargs)
+    def _plain_copy(self) -> Any:
+        """A copy of this module as it was before adapters, without the hooks that are called with this module."""
+        memo: dict[int, Any] = {}
+        for _, part in base_modules(self):
+            if isinstance(part, AdapterModule):
+                memo[id(part.switch)] = part.switch
+                memo |= {id(part.modules_to_save): nn.ModuleDict()} if isinstance(part, TrainedModule) else {}
+                memo |= {id(part.wholes): []} if isinstance(part, TrainedPart) else {}
+        twin = copy.deepcopy(self, memo)
+        for part in list(twin.modules()):
+            if isinstance(part, AdapterModule):
+                part.detach()
+        for name in _HOOKS:
+            hooks = vars(twin)[name]
+            for key in [key for key, hook in hooks.items() if not _computes_weight(hook)]:
+                del hooks[key]
+        return twin
 
-    @property
-    def original_module(self) -> Any:
-        """The module without its copies (PEFT's name): see `without_mixins`."""
-        return without_mixins(self)
+    def acting_copy(self) -> nn.Module | None:
+        """The copy of the adapter that acts; None without one, and while merged."""
+        if self.merged_adapters:
+            return None
+        for adapter in self.switch.acting:
+            if adapter in self.modules_to_save:
+                return self.modules_to_save[adapter]
+        return super().acting_copy()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the acting adapter's trained copy; without one, and while merged, the module's own.
+
+        Raises TypeError where rows go through adapters of their own and the class of the module keeps no rows apart.
+        """
+        rows = self.switch.rows
+        if rows is None or self.merged_adapters or self.modules_to_save.keys().isdisjoint(rows.names):
+            return super().forward(*args, **kwargs)
+        self.check_by_row()
+        base = super().forward(*args, **kwargs)
+        out = base.clone()
+        for adapter, index in rows.groups(len(args[0]), args[0].device):
+            if adapter in self.modules_to_save:
+                own = self._through(self.modules_to_save[adapter], args[0][index], *args[1:], **kwargs)
+                out.index_copy_(0, index, own.to(out.dtype))
+        return out
+
+    def check_by_row(self) -> None:
+        """Raise TypeError if rows of a batch cannot go through copies of this module apart."""
+        if not isinstance(self, _BY_ROW):
+            names = ", ".join(kind.__name__ for kind in _BY_ROW)
+            raise TypeError(
+                f"Mixed batching is only supported for the following modules: {names}. An adapter of a row trains a "
+                f"{plain_class(self).__name__} whole"
+            )
 
     @property
     def active_adapters(self) -> list[str]:
@@ -166,16 +203,6 @@ class TrainedModule(AdapterModule):
                 raise ValueError(f"Adapter {name} not found in {sorted(self.modules_to_save)}")
         super().set_adapter(names, inference_mode)
 
-    def _through_copy(self, twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # A float32 copy over a 16-bit model: its inputs are cast to float32, its output back to 16 bits.
-        wide = next((p.dtype for p in twin.parameters()), None)
-        base = next((p.dtype for p in self._parameters.values() if p is not None), wide)
-        if wide == base or wide is None or torch.is_autocast_enabled(_device_type(twin)):
-            return twin(*args, **kwargs)
-        args = tuple(a.to(wide) if torch.is_tensor(a) and a.is_floating_point() else a for a in args)
-        out = twin(*args, **kwargs)
-        return out.to(base) if torch.is_tensor(out) else out
-
     def adapter_names(self) -> set[str]:
         return super().adapter_names() | set(self.modules_to_save)
 
@@ -196,14 +223,114 @@ class TrainedModule(AdapterModule):
     def fold(self, adapters: tuple[str, ...]) -> None:
         super().fold(adapters)
         for adapter in adapters:
-            if adapter not in self.modules_to_save:
-                continue
-            for name, parameter in self.modules_to_save[adapter].named_parameters():
-                owner, leaf = self._owner_of(name)
-                base = owner._parameters[leaf]
-                assert base is not None
-                self._install(name, parameter.to(base.dtype).clone())
+            if adapter in self.modules_to_save:
+                self._fold_copy(self.modules_to_save[adapter])
+
+    def _fold_copy(self, twin: nn.Module) -> None:
+        made: dict[nn.Parameter, nn.Parameter | None] = {}
+        for name, parameter in twin.named_parameters(remove_duplicate=False):
+            owner, leaf = self._owner_of(name)
+            base = owner._parameters[leaf]
+            assert base is not None
+            self._install(name, parameter.to(base.dtype).clone())
+            # Parameters that are one in the copy are one in the base.
+            owner._parameters[leaf] = made.setdefault(parameter, owner._parameters[leaf])
+        for name, buffer in twin.named_buffers():
+            owner, leaf = self._owner_of(name)
+            original = owner._buffers[leaf]
+            self._original_buffers.setdefault(name, original)
+            owner._buffers[leaf] = buffer.to(buffer.dtype if original is None else original.dtype).clone()
+
+    def merged_finite(self, adapters: tuple[str, ...]) -> bool:
+        twins = [self.modules_to_save[adapter] for adapter in adapters if adapter in self.modules_to_save]
+        finite = all(bool(parameter.isfinite().all()) for twin in twins for parameter in twin.parameters())
+        return finite and super().merged_finite(adapters)
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        for name in list(self._original_buffers):
+            owner, leaf = self._owner_of(name)
+            owner._buffers[leaf] = self._original_buffers.pop(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        held = self._original_buffers
+        held.update({name: fn(buffer) for name, buffer in held.items() if buffer is not None})
+        return super()._apply(fn, recurse)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "original_module":  # PEFT's name of the module without its copies
+            return without_mixins(self)
+        own = vars(self).get("switch")
+        alone = isinstance(own, OwnSwitch) and own.own_active and name in vars(self)["_parameters"]
+        if alone and not self.active_adapters:
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r} of {[*self.switch.active]}: the adapters "
+                f"that train this module whole are {sorted(self.modules_to_save)}"
+            )
+        return super().__getattr__(name)
 
 
-def _device_type(module: nn.Module) -> str:
-    return next(module.parameters()).device.type
+def _has_tensors(module: nn.Module) -> bool:
+    return any(t is not None for held in (module._parameters, module._buffers) for t in held.values())
+
+
+def _computes_weight(hook: Any) -> bool:
+    """True for a hook of torch's (weight_norm, pruning), which computes the weight of the module it is called with."""
+    return type(hook).__module__.startswith("torch.nn.utils.")
+
+
+class TrainedPart(Replaced):
+    """A module with tensors inside of modules that adapters train whole.
+
+    Somebody may read or call it without calling the whole (`classifier.dense.weight`): then the same part of the acting
+    copy stands in for it.
+
+    Attributes:
+        wholes: The modules that are trained whole, each with the name of this one in it.
+    """
+
+    _own_attributes: ClassVar[tuple[str, ...]] = ("wholes",)
+
+    wholes: list[tuple[Any, str]]
+
+    def attach(self, switch: Any) -> None:
+        super().attach(switch)
+        if "wholes" not in vars(self):
+            self.wholes = []
+
+    def follow_whole(self, whole: TrainedModule, path: str) -> None:
+        """Be the part `path` of `whole`."""
+        if all(one is not whole for one, _ in self.wholes):
+            self.wholes.append((whole, path))
+
+    def acting_copy(self) -> nn.Module | None:
+        """The same part of the copy that stands in for a whole now; None without one."""
+        for whole, path in vars(self).get("wholes", ()):
+            twin = whole.acting_copy()
+            if twin is not None:
+                return twin.get_submodule(path)
+        return super().acting_copy()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Replaced.forward`. Raises TypeError where rows go through adapters that train the whole."""
+        rows = self.switch.rows
+        for whole, _ in self.wholes if rows is not None else ():
+            if not whole.modules_to_save.keys().isdisjoint(rows.names):
+                whole.check_by_row()
+        return super().forward(*args, **kwargs)
+
+    def fold(self, adapters: tuple[str, ...]) -> None:
+        """Nothing to do: the whole merges its parts."""
+
+
+class TrainedSequence(AdapterModule):
+    """An `nn.Sequential` that is trained whole: its own parts are counted and run, the copies of it are none."""
+
+    def __len__(self) -> int:
+        return len(without_mixins(self))
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(without_mixins(self))
+
+    def __getitem__(self, index: Any) -> Any:
+        return without_mixins(self)[index]

@@ -24,6 +24,7 @@ from minipeft.attach import (
     unmerge,
 )
 from minipeft.config import PeftConfig
+from minipeft.copies import parameter_called
 from minipeft.errors import PeftWarning
 from minipeft.meta import take_memory
 from minipeft.methods import optional_part
@@ -218,6 +219,8 @@ class PeftModel(CallsByRow):
         if args or kwargs:
             embeddings.check_resizable(self)
         return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+
+    get_parameter = parameter_called
 
     def get_base_model(self) -> Any:
         """The model itself: here the adapted model and the base model are one object."""

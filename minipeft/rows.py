@@ -112,7 +112,7 @@ class CallsByRow(AdaptedModel):
                 they stand in the place of the adapters that act. Inference only, as in PEFT.
 
         Raises ValueError for adapters that are unknown, of another method, merged, or that replace base tensors
-            (biases, modules_to_save); for another number of names than rows; and in training mode.
+            (biases); for another number of names than rows; and in training mode.
         """
         # Beside `forward`, which an accelerate hook hides.
         if adapter_names is None:

@@ -9,12 +9,15 @@ from torch import nn
 
 from minipeft.adapter import AdaptedModel, AdapterModule, PackedLayer, WrappedForward
 from minipeft.attach import adapter_modules
-from minipeft.copies import TrainedBias
+from minipeft.biases import TrainedBias
+from minipeft.copies import Replaced, TrainedPart, TrainedSequence
 from minipeft.fused import CallsItsParts
 from minipeft.methods import method_of
 from minipeft.mixins import plain_class
 
 IRREGULAR = "irregular"
+# The mixins that are no method's, and no module's that is trained whole.
+_BESIDE_METHODS = (TrainedBias, WrappedForward, CallsItsParts, TrainedPart, TrainedSequence, Replaced, AdapterModule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +156,7 @@ def _status_of(name: str, module: AdapterModule) -> LayerStatus:
 def _mixin_of(module: AdapterModule) -> Any:
     """The class that adapts the module, the front one of several; None if only its bias is trained."""
     mixins = [cls for cls in type(module).__mro__ if issubclass(cls, AdapterModule) and "_plain_class" not in vars(cls)]
-    return next((cls for cls in mixins if cls not in (TrainedBias, WrappedForward, CallsItsParts, AdapterModule)), None)
+    return next((cls for cls in mixins if cls not in _BESIDE_METHODS), None)
 
 
 def _merged(having: dict[str, list[LayerStatus]]) -> Any:

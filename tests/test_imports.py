@@ -23,6 +23,7 @@ CORE = {
         "targets",
         "unused_names",
         "attach",
+        "biases",
         "copies",
         "model",
         "merge",

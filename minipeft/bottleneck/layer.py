@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minipeft.adapter import AdapterModule, Method, PackedLayer, base_modules
-from minipeft.attach import become
+from minipeft.adapter import AdapterModule, Method, PackedLayer, base_modules, become
 from minipeft.bottleneck.config import BottleneckConfig
 from minipeft.bottleneck.invertible import ACTIVATIONS, Coupling, InverseAtHead, start_as
 from minipeft.bottleneck.places import usual_targets

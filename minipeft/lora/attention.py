@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.attach import become
+from minipeft.adapter import become
 from minipeft.errors import PeftWarning
 from minipeft.lora.calls import Sizes
 from minipeft.lora.config import LoraConfig

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.copies import TrainedBias, without_mixins
+from minipeft.biases import TrainedBias
+from minipeft.copies import without_mixins
 from minipeft.lora.variants import Plain
 
 

@@ -70,7 +70,7 @@ class LoraLayer(AdapterStore):
 
         Raises ValueError if the rows of a batch are to go through adapters of their own while others are merged.
         """
-        # `self.bias` is the acting adapter's bias if it trains one, else the layer's own (`copies.TrainedBias`).
+        # `self.bias` is the acting adapter's bias if it trains one, else the layer's own (`biases.TrainedBias`).
         weight = None if args or kwargs else self.frozen_weight(x)
         one = None if weight is None else self.one_plain_adapter()
         if one is not None:  # no dropout, no variant: base and update in one operation

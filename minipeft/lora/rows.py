@@ -29,7 +29,5 @@ def check_rows(name: str, config: LoraConfig) -> None:
             f"adapter_names: {name!r} has target_parameters, which act on the whole batch: lora.ParamWrapper does not "
             "support mixed adapter batches yet."
         )
-    neutral: tuple[Any, ...] = (None, [], "none")
-    whole = [f for f in ("bias", "modules_to_save") if getattr(config, f) not in neutral]
-    if whole:
-        raise ValueError(f"adapter_names: {name!r} has {whole[0]}: tensors of its own for the whole batch")
+    if config.bias != "none":
+        raise ValueError(f"adapter_names: {name!r} has bias={config.bias!r}: biases of its own for the whole batch")

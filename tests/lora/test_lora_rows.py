@@ -171,14 +171,12 @@ def test_what_others_read_of_the_model_stays_as_it_was() -> None:
             "'prefix' acts on the whole batch .PrefixTuningConfig.; adapters .* lora, .*bottleneck",
         ),
         (["biased"] * 4, "'biased' has bias"),
-        (["whole"] * 4, "'whole' has modules_to_save"),
     ],
 )
 def test_wrong_names_are_errors(names: Any, message: str) -> None:
     model = three(tiny_llama())
     model.add_adapter("prefix", minipeft.PrefixTuningConfig(num_virtual_tokens=2))
     model.add_adapter("biased", LoraConfig(target_modules=["q_proj"], bias="all"))
-    model.add_adapter("whole", LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     before = model(some_ids(4)).logits
     with pytest.raises(ValueError, match=message):
         model(some_ids(4), adapter_names=names)

@@ -9,6 +9,9 @@ updates s B A themselves, which a singular value decomposition then splits again
 - magnitude_prune: keep the largest values, then as linear.
 
 "cat" lays the factors one after the other, which is the sum of the updates exactly, at the sum of the ranks.
+
+Trained rows of embeddings are combined by their differences from the base's, in the way that the kind adds; a module
+that one of the adapters trains whole is taken as it is. (PEFT starts both anew from the base, in silence.)
 """
 
 from __future__ import annotations
@@ -23,9 +26,12 @@ from torch import Tensor
 
 from minipeft.adapter import AdaptedModel
 from minipeft.attach import adapter_modules, add_adapter, config_of, set_trainable
+from minipeft.biases import TrainedBias
+from minipeft.copies import TrainedModule
 from minipeft.lora.config import LoraConfig, is_pissa
 from minipeft.lora.layer import LoraLayer
 from minipeft.shorter import shortest_names
+from minipeft.tokens.layer import TrainedRows
 
 ELEMENTWISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 KINDS = ("cat", "svd", *ELEMENTWISE, "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
@@ -123,21 +129,31 @@ def add_weighted_adapter(
         generator: The random numbers of "dare" (not PEFT's).
         svd_rank, svd_clamp, svd_driver, density, majority_sign_method: See `Combination`.
 
-    Raises ValueError for unknown adapters, adapters of other methods or that also train tensors whole (biases,
-        modules_to_save) or lengths (DoRA), and for arguments that do not go together.
+    Raises ValueError for unknown adapters, adapters of other methods or that also train biases or lengths (DoRA), for
+        several that train one module whole (modules_to_save), and for arguments that do not go together.
     """
     if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
         raise ValueError(f"adapters must be different names with a weight each, got {adapters} and {weights}")
     kind = combination_type if len(adapters) > 1 else "linear"
     how = Combination(kind, svd_rank, svd_clamp, svd_driver, density, majority_sign_method, generator)
-    configs = {adapter: config_of(model, adapter) for adapter in adapters}
+    configs: dict[str, Any] = {adapter: config_of(model, adapter) for adapter in adapters}
     layers = _layers_to_combine(model, configs, how)
+    copies, rows = _owners_of_copies(model, configs), _modules_with_rows(model, configs)
     paths = shortest_names(model, [path for path, layer in layers.items() if not layer.is_part])
-    add_adapter(model, adapter_name, combined_config(layers, configs, how, paths), init=False)
+    config = combined_config(layers, configs, how, paths)
+    config.modules_to_save = list({name: None for c in configs.values() for name in c.modules_to_save or ()}) or None
+    config.ensure_weight_tying = any(c.ensure_weight_tying for c in configs.values())
+    config.trainable_token_indices = {path: _numbers(module, adapters) for path, module in rows.items()} or None
+    add_adapter(model, adapter_name, config, init=False)
+    weight_of = dict(zip(adapters, weights, strict=True))
     for layer in layers.values():
-        new = combine_layer(layer, dict(zip(adapters, weights, strict=True)), layer.r[adapter_name], how)
+        new = combine_layer(layer, weight_of, layer.r[adapter_name], how)
         for factor, value in zip(layer.factors(adapter_name), new, strict=True):
             factor.data.copy_(value.view_as(factor))
+    for whole, owner in copies:
+        whole.modules_to_save[adapter_name].load_state_dict(whole.modules_to_save[owner].state_dict())
+    for module in rows.values():
+        module.trainable_tokens_delta[adapter_name].data.copy_(_combined_rows(module, weight_of, adapter_name, how))
     set_trainable(model, adapter_name, False)
 
 
@@ -162,10 +178,9 @@ def _layers_to_combine(model: AdaptedModel, configs: Mapping[str, Any], how: Com
             raise ValueError(f"adapter {name!r} cannot be combined: DoRA's update is not linear in its tensors")
     layers = {}
     for path, module in adapter_modules(model):
-        for name in configs:
-            whole = module.replaced_tensors(name)
-            if whole:
-                raise ValueError(f"adapter {name!r} cannot be combined: it trains {path}.{whole[0]} whole")
+        for name in module.trained_bias if isinstance(module, TrainedBias) else ():
+            if name in configs:
+                raise ValueError(f"adapter {name!r} cannot be combined: it trains {path}.bias, which no update adds to")
         if isinstance(module, LoraLayer) and any(module.adapts(name) for name in configs):
             if getattr(module, "groups", 1) > 1 and how.kind not in ELEMENTWISE:
                 raise ValueError(
@@ -174,6 +189,51 @@ def _layers_to_combine(model: AdaptedModel, configs: Mapping[str, Any], how: Com
                 )
             layers[path] = module
     return layers
+
+
+def _owners_of_copies(model: AdaptedModel, configs: Mapping[str, Any]) -> list[tuple[TrainedModule, str]]:
+    """The modules that one of the adapters trains whole, with its name. Raises ValueError if several train one."""
+    found = []
+    for path, module in adapter_modules(model):
+        owners = [name for name in configs if isinstance(module, TrainedModule) and name in module.modules_to_save]
+        if len(owners) > 1:
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save: "
+                f"{', '.join(map(repr, owners))} train {path} whole"
+            )
+        found += [(module, owner) for owner in owners if isinstance(module, TrainedModule)]
+    return found
+
+
+def _modules_with_rows(model: AdaptedModel, configs: Mapping[str, Any]) -> dict[str, TrainedRows]:
+    """The modules, by dotted name, in which adapters have trained rows of their own: not those that follow others."""
+    return {
+        path: module
+        for path, module in adapter_modules(model)
+        if isinstance(module, TrainedRows) and _numbers(module, list(configs))
+    }
+
+
+def _numbers(module: TrainedRows, adapters: Sequence[str]) -> list[int]:
+    """The numbers of the rows that one of the adapters trains in `module`, sorted."""
+    own = [name for name in adapters if name in module.row_keys and name not in module.row_leaders]
+    return sorted({number for name in own for number in module.token_indices[name]})
+
+
+@torch.no_grad()
+def _combined_rows(module: TrainedRows, weights: Mapping[str, float], new: str, how: Combination) -> Tensor:
+    """(tokens, features): the base's rows and the combination of the differences of the adapters' from them."""
+    kind = dataclasses.replace(how, kind="linear") if how.kind == "cat" else how
+    base = module.trainable_tokens_original[new]
+    base = base.to(torch.promote_types(base.dtype, torch.float32))
+    here = [name for name in weights if name in module.row_keys and name not in module.row_leaders]
+    changes = []
+    for name in here:
+        place = [module.token_indices[new].index(number) for number in module.token_indices[name]]
+        change = torch.zeros_like(base)
+        change[place] = module.trainable_tokens_delta[name].to(base) - base[place]
+        changes.append(change)
+    return base + kind.sum(changes, [weights[name] for name in here])
 
 
 @torch.no_grad()

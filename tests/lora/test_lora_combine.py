@@ -180,21 +180,80 @@ def test_the_new_adapter_is_frozen_and_not_active() -> None:
         ({"svd_rank": -1}, "svd_rank must be positive"),
         ({"combination_type": "linear", "adapters": ["default", "small"]}, "must have the same r"),
         ({"adapters": ["default", "dora"]}, "'dora' cannot be combined: DoRA"),
-        ({"adapters": ["default", "head"]}, "'head' cannot be combined: it trains lm_head.weight whole"),
+        ({"adapters": ["head", "head2"]}, "same module with modules_to_save: 'head', 'head2' train lm_head whole"),
+        ({"adapters": ["default", "biases"]}, "'biases' cannot be combined: it trains .*bias"),
         ({"adapters": ["default", "prefix"]}, "'prefix' is no LoRA adapter"),
     ],
 )
 def test_what_cannot_be_combined_says_so(arguments: dict[str, Any], message: str) -> None:
-    model = two(minipeft)
+    model = two(minipeft, tiny_llama(attention_bias=True))
     model.add_adapter("small", minipeft.LoraConfig(**{**FIRST, "r": 2}))
     model.add_adapter("dora", minipeft.LoraConfig(**FIRST, use_dora=True))
-    model.add_adapter("head", minipeft.LoraConfig(**FIRST, modules_to_save=["lm_head"]))
+    model.add_adapter("biases", minipeft.LoraConfig(**FIRST, bias="lora_only"))
+    for name in ("head", "head2"):
+        model.add_adapter(name, minipeft.LoraConfig(**FIRST, modules_to_save=["lm_head"]))
     model.add_adapter("prefix", minipeft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     names = sorted(model.peft_config)
     given = {"adapters": ["default", "other"], "weights": WEIGHTS, "adapter_name": "both", **arguments}
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(**given)
     assert sorted(model.peft_config) == names
+
+
+@pytest.mark.parametrize("kind", ["cat", "linear", "svd", "ties"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_rows_are_the_base_s_and_the_combined_differences(kind: str, tied: bool, tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=tied)
+    base = model.model.embed_tokens.weight.detach().double()
+    model = minipeft.get_peft_model(model, minipeft.LoraConfig(**FIRST, trainable_token_indices=[5, 2]))
+    model.add_adapter("other", minipeft.LoraConfig(**SECOND, trainable_token_indices={"embed_tokens": [2, 7]}))
+    randomize(model)
+    rows = model.model.embed_tokens.trainable_tokens_delta
+    first, second = rows["default"].detach().double(), rows["other"].detach().double()
+    density = {"density": 1.0} if kind == "ties" else {}
+    model.add_weighted_adapter(["default", "other"], [0.5, -1.5], "new", combination_type=kind, **density)
+    assert model.peft_config["new"].trainable_token_indices == {"model.embed_tokens": [2, 5, 7]}
+    of_2 = torch.stack([first[1] - base[2], second[0] - base[2]])
+    weighted = torch.tensor([[0.5], [-1.5]], dtype=torch.float64) * of_2
+    if kind == "ties":
+        agrees = of_2.sign() == torch.where(of_2.sum(dim=0) >= 0, 1, -1)
+        shared = (weighted * agrees).sum(dim=0) / agrees.sum(dim=0).clamp(min=1)
+    else:
+        shared = weighted.sum(dim=0)
+    changes = [shared, 0.5 * (first[0] - base[5]), -1.5 * (second[1] - base[7])]
+    torch.testing.assert_close(rows["new"].double(), base[[2, 5, 7]] + torch.stack(changes), atol=1e-6, rtol=0)
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    model.set_adapter("new")
+    again = peft.PeftModel.from_pretrained(tiny_llama(tie_word_embeddings=tied), tmp_path / "new")
+    ids = torch.tensor([[2, 5, 7, 11]])
+    torch.testing.assert_close(model(ids).logits, again(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_a_module_that_one_adapter_trains_whole_is_the_new_one_s(tmp_path: Path) -> None:
+    model = two(minipeft, modules_to_save=["lm_head", "input_layernorm"])
+    randomize(model)
+    trained = model.lm_head.modules_to_save["other"].weight.detach().clone()
+    norm = model.model.layers[1].input_layernorm.modules_to_save["other"].weight.detach().clone()
+    model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "new")
+    assert torch.equal(model.lm_head.modules_to_save["new"].weight, trained)
+    assert model.lm_head.modules_to_save["new"].weight is not model.lm_head.modules_to_save["other"].weight
+    model.set_adapter("new")
+    assert torch.equal(model.model.layers[1].input_layernorm.weight, norm)
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "new")
+    torch.testing.assert_close(model(some_ids()).logits, again(some_ids()).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("whole", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["embed_tokens"]}])
+def test_what_is_tied_is_combined_once(whole: dict[str, Any]) -> None:
+    tied = {**SECOND, **whole, "ensure_weight_tying": True}
+    model = two(minipeft, tiny_llama(tie_word_embeddings=True), **tied)
+    randomize(model)
+    model.add_weighted_adapter(["other"], [1.0], "new", combination_type="svd")
+    model.set_adapter("other")
+    expected = model(some_ids()).logits
+    model.set_adapter("new")
+    torch.testing.assert_close(model(some_ids()).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_kinds_arguments_and_defaults_are_peft_s() -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import become
+from minipeft.copies import is_sharded
 from minipeft.errors import PeftWarning
 from minipeft.lora.calls import Sizes
 from minipeft.lora.config import LoraConfig
@@ -31,11 +32,11 @@ def _read_with_updates(name: str) -> Any:
     """The attribute `name` of a `ReadLayer`. What is set or deleted is the base weight, as in a plain module."""
 
     def read(layer: Any) -> Tensor | None:
-        """The weight that acts now: W, with the updates of the adapters that act."""
+        """The weight that acts now: W, with the updates of the adapters that act; W alone for FSDP's bookkeeping."""
         held = vars(layer) if name in vars(layer) else layer._parameters
         if name not in held:
             raise AttributeError(f"{type(layer).__name__!r} object has no attribute {name!r}")
-        return None if held[name] is None else layer.updated(held[name])
+        return held[name] if held[name] is None or is_sharded(held[name]) else layer.updated(held[name])
 
     def write(layer: Any, value: Tensor | None) -> None:
         vars(layer)[name] = value

@@ -129,8 +129,8 @@ def add_weighted_adapter(
         generator: The random numbers of "dare" (not PEFT's).
         svd_rank, svd_clamp, svd_driver, density, majority_sign_method: See `Combination`.
 
-    Raises ValueError for unknown adapters, adapters of other methods or that also train biases or lengths (DoRA), for
-        several that train one module whole (modules_to_save), and for arguments that do not go together.
+    Raises ValueError for unknown adapters, adapters of other methods, LoftQ's, those that also train biases or lengths
+        (DoRA), several that train one module whole (modules_to_save), and for arguments that do not go together.
     """
     if not adapters or len(set(adapters)) != len(adapters) or len(adapters) != len(weights):
         raise ValueError(f"adapters must be different names with a weight each, got {adapters} and {weights}")
@@ -178,9 +178,13 @@ def _layers_to_combine(model: AdaptedModel, configs: Mapping[str, Any], how: Com
             raise ValueError(f"adapter {name!r} cannot be combined: DoRA's update is not linear in its tensors")
     layers = {}
     for path, module in adapter_modules(model):
-        for name in module.trained_bias if isinstance(module, TrainedBias) else ():
-            if name in configs:
+        for name in configs:
+            if isinstance(module, TrainedBias) and name in module.trained_bias:
                 raise ValueError(f"adapter {name!r} cannot be combined: it trains {path}.bias, which no update adds to")
+            if isinstance(module, LoraLayer) and name in module.lora_base:
+                raise ValueError(
+                    f"adapter {name!r} cannot be combined: it is LoftQ, with a weight of its own in {path}"
+                )
         if isinstance(module, LoraLayer) and any(module.adapts(name) for name in configs):
             if getattr(module, "groups", 1) > 1 and how.kind not in ELEMENTWISE:
                 raise ValueError(

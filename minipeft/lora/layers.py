@@ -16,7 +16,6 @@ from minipeft.lora.variants import wide
 from minipeft.nf4 import NF4Linear, NF4Weight
 from minipeft.nf4.dense import DenseLinear
 from minipeft.targets import is_conv1d
-from minipeft_kernels.linear.op import linear
 from minipeft_kernels.packed import NF4
 
 
@@ -30,15 +29,6 @@ class LoraDenseLayer(LoraLayer):
         frozen = self._is_plain and type(weight) in (nn.Parameter, Tensor) and not weight.requires_grad
         fits = frozen and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         return self._matrix() if fits else None
-
-    def base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As `LoraLayer.base_output`; under an update, the plain forward with a frozen weight is one operation too.
-
-        Without, it is the layer's own, so that it has the same bits.
-        """
-        plain = self.lora_base or args or kwargs or not (self.acting() or self.switch.rows)
-        weight = None if plain else self.frozen_weight(x)
-        return super().base_output(x, *args, **kwargs) if weight is None else linear(x, weight, self.bias)
 
     def dense_weight(self) -> Tensor:
         return wide(self._matrix().detach())

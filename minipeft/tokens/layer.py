@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule
-from minipeft.copies import without_mixins
+from minipeft.copies import is_sharded, without_mixins
 
 DELTA = "trainable_tokens_delta"
 
@@ -163,7 +163,7 @@ class TrainedRows(AdapterModule):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
         base: Tensor = held["weight"]
         # While merged, and while `fold` puts them in, the rows are in the base weight.
-        if base is None or "weight" in self._originals or self.merged_adapters:
+        if base is None or "weight" in self._originals or self.merged_adapters or is_sharded(base):
             return base
         return self._with_rows(base, self._with_rows_here(self.switch.acting))
 

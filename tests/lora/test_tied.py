@@ -79,7 +79,8 @@ def test_the_gradient_is_the_sum_of_both_uses(way: dict[str, Any], tmp_path: Pat
     # PEFT has two parameters over one memory, each with a part of the gradient.
     for name, other in (("lora_embedding_A", head.lora_B), ("lora_embedding_B", head.lora_A)):
         grad = getattr(ours.model.embed_tokens, name)["default"].grad
-        torch.testing.assert_close(grad, getattr(embedding, name)["default"].grad + other["default"].weight.grad.T)
+        wanted = getattr(embedding, name)["default"].grad + other["default"].weight.grad.T
+        torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("way", WAYS)

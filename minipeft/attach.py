@@ -138,27 +138,29 @@ def add_adapter(
         model._switch.active = (adapter,)
 
 
-def delete_adapter(model: AdaptedModel, adapter_name: str) -> None:
-    """Remove an adapter and its tensors; if it was the only one to act, the first of the others acts, with a warning.
+def delete_adapter(model: AdaptedModel, adapter_name: str | Sequence[str]) -> None:
+    """Remove an adapter, or several, and its tensors; if none is left to act, the first of the others acts, and warns.
 
-    Raises ValueError for an unknown adapter, and for one that is merged.
+    Raises ValueError for an unknown adapter, and for one that is merged; nothing is removed then.
     """
-    config_of(model, adapter_name)
+    names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
     modules = adapter_modules(model)
-    if any(adapter_name in module.merged_adapters for _, module in modules):
-        raise ValueError(
-            f"Cannot delete adapter(s) [{adapter_name!r}] while they are merged. Please unmerge them first."
-        )
-    for _, module in modules:
-        behind_face(module).delete_adapter(adapter_name)
-        module.follow(active=adapter_name in module.switch.active)
-    del model.peft_config[adapter_name], model._targets[adapter_name]
-    model._row_checks.pop(adapter_name, None)
-    left = tuple(name for name in model._switch.active if name != adapter_name)
+    for name in names:
+        config_of(model, name)
+        if any(name in module.merged_adapters for _, module in modules):
+            raise ValueError(f"Cannot delete adapter(s) [{name!r}] while they are merged. Please unmerge them first.")
+    for name in names:
+        for _, module in modules:
+            behind_face(module).delete_adapter(name)
+            module.follow(active=name in module.switch.active)
+        del model.peft_config[name], model._targets[name]
+        model._row_checks.pop(name, None)
+    left = tuple(name for name in model._switch.active if name not in names)
     model._switch.active = left or tuple(model.peft_config)[:1]
     for name in model._switch.active if not left else ():
         warnings.warn(
-            f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {name}.", stacklevel=2
+            f"Adapter {', '.join(names)} was active which is now deleted. Setting active adapter to {name}.",
+            stacklevel=2,
         )
         set_trainable(model, name, not model.peft_config[name].inference_mode)
 

@@ -57,7 +57,13 @@ def is_sharded(tensor: Any) -> bool:
 
 
 class Replaced(AdapterModule):
-    """A module that a trained copy stands in for: called, and where a tensor of it is read as an attribute."""
+    """A module that a trained copy stands in for: called, and where a tensor of it is read as an attribute.
+
+    Attributes:
+        casts: False where whoever calls sees to the copy's dtype (`lora/contexts.py`).
+    """
+
+    casts: ClassVar[bool] = True
 
     def acting_copy(self) -> nn.Module | None:
         """The copy that stands in for this module now; None if the module acts itself."""
@@ -81,7 +87,7 @@ class Replaced(AdapterModule):
 
     def _through(self, twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The output of `twin`: one in float32 over a 16-bit model gets float32, and 16 bits come out again."""
-        wide = next(twin.parameters(), None)
+        wide = next(twin.parameters(), None) if self.casts else None
         base = next(self.parameters(), None)
         if wide is None or base is None or wide.dtype == base.dtype or torch.is_autocast_enabled(wide.device.type):
             return twin(*args, **kwargs)

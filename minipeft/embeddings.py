@@ -69,6 +69,12 @@ def embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, prefi
     if wanted not in ("auto", True, False):
         raise ValueError(f"save_embedding_layers must be 'auto', True or False, got {wanted!r}")
     embeddings = embedding_keys(model, adapter, prefix)
+    if wanted is True and not embeddings:
+        warnings.warn(
+            "Could not identify embedding layer(s) because the model is not a 🤗 transformers model. By "
+            f"save_embedding_layers=True none is saved: {type(model).__name__} has no get_input_embeddings()",
+            stacklevel=2,
+        )
     # A model without embeddings may have no vocabulary either.
     changed = bool(embeddings) and wanted == "auto" and _vocabulary_changed(model)
     kept = {}
@@ -150,6 +156,11 @@ def untie_different_embeddings(model: Any) -> None:
     if first is None or second is None:
         return
     if first.weight is not second.weight:
+        warnings.warn(
+            "Input and output embeddings are no longer tied after merging: each has a weight of its own now. Setting "
+            "`tie_word_embeddings=False` in the model's config, so that both are saved and loaded",
+            stacklevel=2,
+        )
         config.tie_word_embeddings = False
         config.get_text_config().tie_word_embeddings = False
         model.all_tied_weights_keys = {}

@@ -123,8 +123,9 @@ _FURTHER: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "utils.loftq_utils": {},
     "utils.other": {
-        "minipeft.copies": ("AuxiliaryTrainingWrapper=TrainedModule", "ModulesToSaveWrapper=TrainedModule"),
+        "minipeft.copies": ("ModulesToSaveWrapper=TrainedModule",),
         "minipeft.tokens.layer": ("TrainableTokensWrapper=TrainedRows",),
+        "minipeft.tokens.wrapper": ("AuxiliaryTrainingWrapper",),
         "minipeft.utilities": (
             *("_freeze_adapter", "_get_batch_size", "_get_no_split_modules", "_get_submodules", "_set_adapter"),
             *("fsdp_auto_wrap_policy", "get_pattern_key", "id_tensor_storage", "infer_device", "str_to_bool"),

@@ -133,7 +133,8 @@ def get_model_status(model: Any) -> ModelStatus:
 
 def _status_of(name: str, module: AdapterModule) -> LayerStatus:
     adapters = sorted(module.adapter_names())
-    tensors = {adapter: list(module.adapter_state(adapter).values()) for adapter in adapters}
+    # And what somebody put into a holder by hand, as PEFT counts it.
+    tensors = {a: [*module.adapter_state(a).values(), *_held(module, a)] for a in adapters}
     trained = {
         adapter: [t.requires_grad for t in own if isinstance(t, nn.Parameter) and t.is_floating_point()]
         for adapter, own in tensors.items()
@@ -151,6 +152,17 @@ def _status_of(name: str, module: AdapterModule) -> LayerStatus:
         devices={adapter: sorted({str(t.device) for t in own}) for adapter, own in tensors.items()},
         quantization_backend="nf4" if isinstance(module, PackedLayer) else None,
     )
+
+
+def _held(module: AdapterModule, adapter: str) -> list[nn.Parameter]:
+    """The parameters in the holders of the module (`lora_A` and its like) that are keyed by `adapter`."""
+    found = []
+    for name in module.adapter_layer_names:
+        holder: Any = getattr(module, name, {})
+        if adapter in holder:
+            held = holder[adapter]
+            found += list(held.parameters()) if isinstance(held, nn.Module) else [held]
+    return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]
 
 
 def _mixin_of(module: AdapterModule) -> Any:

@@ -79,9 +79,9 @@ def check_unused_names(model: nn.Module, config: Any, targets: list[str]) -> Non
         pattern = getattr(config, field, None) or ()
         unused = [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", target) for target in adapted)]
         if unused:
-            example = f"; the targets are such as {adapted[0]!r}" if adapted else ""
+            example = f" (they are such as {adapted[0]!r})" if adapted else ""
             warnings.warn(
-                f"The following {field} keys did not match any targeted module and were ignored: {unused}{example}.",
+                f"The following {field} keys did not match any targeted module{example} and were ignored: {unused}.",
                 RuntimeWarning,
                 stacklevel=2,
             )

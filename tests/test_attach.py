@@ -1,5 +1,6 @@
 """Which modules an adapter goes to."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 import minipeft
 from minipeft import LoraConfig, NF4Config, get_peft_model, inject_adapter_in_model, quantize_model
 from minipeft.lora.find import LORA
+from minipeft.utils import AuxiliaryTrainingWrapper
 
 
 def targets(model: nn.Module, **config: Any) -> list[str]:
@@ -210,3 +212,37 @@ def test_lists_of_modules_are_not_trained_whole(kind: Any) -> None:
     with pytest.raises(TypeError, match=r"modules_to_save cannot be applied to modules of type Module(List|Dict)"):
         get_peft_model(model, LoraConfig(target_modules=["body"], modules_to_save=["heads"]))
     assert type(model) is Model and type(model.body) is nn.Linear
+
+
+class Untied(nn.Module):
+    """A model that is none of transformers'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.body, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.body(self.emb(ids)))
+        return out
+
+
+def test_several_adapters_are_deleted_at_once() -> None:
+    config = {"target_modules": ["body"], "modules_to_save": ["head"], "trainable_token_indices": {"emb": [1]}}
+    model = get_peft_model(Untied(), LoraConfig(**config), "a")
+    for name in ("b", "c"):
+        model.add_adapter(name, LoraConfig(**config))
+    with pytest.raises(ValueError, match="Adapter nope does not exist"):
+        model.delete_adapter(["a", "nope"])
+    beside = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    assert beside == [model.emb, model.head] and sorted(model.peft_config) == ["a", "b", "c"]
+    with pytest.warns(UserWarning, match="Setting active adapter to b"):
+        model.delete_adapter(["c", "a"])
+    assert model.active_adapters == ["b"] and all(module._get_available_adapters() == {"b"} for module in beside)
+    model.delete_adapter(["b"])
+    assert not model.peft_config and not any("lora" in name for name in model.state_dict())
+
+
+def test_embeddings_that_nobody_names_are_told(tmp_path: Path) -> None:
+    model = get_peft_model(Untied(), LoraConfig(target_modules=["emb", "body"]))
+    with pytest.warns(UserWarning, match="Could not identify embedding layer.*Untied has no get_input_embeddings"):
+        model.save_pretrained(tmp_path, save_embedding_layers=True)

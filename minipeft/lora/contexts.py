@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from minipeft.copies import Replaced
 from minipeft.lora.experts import ExpertFactors
 from minipeft.lora.layer import LoraLayer
 from minipeft.lora.variants import Dora
@@ -45,11 +46,23 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 @contextlib.contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Inside the block the inputs of LoRA's updates keep their dtype, as they do outside of it.
+    """Inside the block the inputs of adapted layers keep their dtype (PEFT's context, for hooks that cast weights).
 
-    PEFT casts inputs to the factors' dtype unless told not to; here the product is in the wider of the two dtypes.
+    Of LoRA's updates they do so outside of it, too, where PEFT casts them to the factors' dtype: the product is in the
+    wider of the two. Inputs of a module that is trained whole are cast to its copy's dtype, but inside the block.
+
+    Args:
+        active: False for a block without effect.
     """
-    yield
+    whole = [module for module in model.modules() if isinstance(module, Replaced)] if active else []
+    before = [module.casts for module in whole]
+    try:
+        for module in whole:
+            vars(module)["casts"] = False
+        yield
+    finally:
+        for module, casts in zip(whole, before, strict=True):
+            vars(module)["casts"] = casts
 
 
 class DoraCaching:

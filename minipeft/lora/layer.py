@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.lora.config import LoraConfig
-from minipeft.lora.rows import add_row_updates
+from minipeft.lora.rows import add_row_updates, rows_through
 from minipeft.lora.store import AdapterStore
 from minipeft.lora.variants import init_factors, variant_for, wide
 from minipeft_kernels.linear.low_rank import Lora
@@ -70,6 +70,8 @@ class LoraLayer(AdapterStore):
 
         Raises ValueError if the rows of a batch are to go through adapters of their own while others are merged.
         """
+        if "adapter_names" in kwargs:
+            return rows_through(self, kwargs.pop("adapter_names"), x, *args, **kwargs)
         # `self.bias` is the acting adapter's bias if it trains one, else the layer's own (`biases.TrainedBias`).
         weight = None if args or kwargs else self.frozen_weight(x)
         one = None if weight is None else self.one_plain_adapter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,19 @@ def add_row_updates(layer: Any, rows: RowAdapters, x: Tensor, base: Tensor) -> T
             own = base[index]
             out.index_copy_(0, index, layer.variants[adapter].apply(layer, adapter, x[index], own, own))
     return out
+
+
+def rows_through(layer: Any, names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
+    """`layer(*args, **kwargs)` alone, each row through the adapter that `names` has for it; None for those that act.
+
+    Raises ValueError for another number of names than rows.
+    """
+    shared = layer.switch.shared
+    before, shared.by_row = shared.by_row, shared.by_row if names is None else RowAdapters(names)
+    try:
+        return layer(*args, **kwargs)
+    finally:
+        shared.by_row = before
 
 
 def check_rows(name: str, config: LoraConfig) -> None:

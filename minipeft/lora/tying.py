@@ -105,6 +105,12 @@ def tied_parts(model: nn.Module, config: LoraConfig, saved: list[str], targets: 
         warnings.warn(
             "You have requested `ensure_weight_tying`, but no tied modules were found in the model", stacklevel=2
         )
+        if config.trainable_token_indices is not None:
+            warnings.warn(
+                "ensure_weight_tying=True but the model does not have tied weights: rows of embeddings and heads are "
+                "trained each for itself",
+                stacklevel=2,
+            )
     elif not adapted and config.trainable_token_indices is None:
         warnings.warn(
             "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "

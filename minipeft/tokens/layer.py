@@ -153,6 +153,11 @@ class TrainedRows(AdapterModule):
         """The module without adapters (PEFT's name): see `copies.without_mixins`."""
         return without_mixins(self)
 
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that are set to act and have something in this module."""
+        return [adapter for adapter in self.switch.active if adapter in self.adapter_names()]
+
     # The weight
 
     @property

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from minipeft.copies import TrainedModule
 from minipeft.model import get_peft_model
 from minipeft.tokens.config import TrainableTokensConfig
+from minipeft.tokens.layer import TrainedRows
 
 
 class _OfRows(type):
@@ -14,6 +16,15 @@ class _OfRows(type):
         configs = getattr(model, "peft_config", None)
         own = TrainableTokensConfig
         return isinstance(configs, Mapping) and any(isinstance(config, own) for config in configs.values())
+
+
+class _Beside(type):
+    def __instancecheck__(cls, module: Any) -> bool:
+        return isinstance(module, TrainedModule | TrainedRows)
+
+
+class AuxiliaryTrainingWrapper(metaclass=_Beside):
+    """PEFT's class of what is trained beside the method: modules trained whole, or rows of them, are instances."""
 
 
 class TrainableTokensModel(metaclass=_OfRows):

@@ -1,13 +1,16 @@
 """Blocks in which LoRA acts otherwise."""
 
+import copy
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
 from tiny import randomize, some_ids, tiny_gpt2, tiny_llama
+from torch import nn
 
 from minipeft import LoraConfig, get_peft_model
-from minipeft.helpers import DoraCaching, rescale_adapter_scale
+from minipeft.helpers import DoraCaching, disable_input_dtype_casting, rescale_adapter_scale
 from minipeft.lora.variants import Dora
 
 
@@ -88,3 +91,26 @@ def test_caching_is_turned_on_for_good_and_off_again(lengths: list[Any]) -> None
     finally:
         DoraCaching()(enabled=False)
     assert not Dora.caching
+
+
+def test_hooks_that_cast_weights_meet_uncast_inputs_inside_the_block() -> None:
+    def widen(module: Any, inputs: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+
+    config = LoraConfig(target_modules=["first"], modules_to_save=["last"], init_lora_weights=False)
+    parts: Any = nn.Sequential(OrderedDict(first=nn.Linear(4, 4), last=nn.Linear(4, 4)))
+    model = get_peft_model(parts, config).half()
+    plain = copy.deepcopy(model).float()
+    # A hook for each module with parameters, as diffusers' layerwise casting has: the copies' too.
+    for module in [*model.modules()]:
+        module.register_forward_pre_hook(widen)
+    x = torch.randn(3, 4)
+    with disable_input_dtype_casting(model, active=False), pytest.raises(RuntimeError, match="same dtype"):
+        model(x)
+    model.half()
+    with disable_input_dtype_casting(model):
+        torch.testing.assert_close(model(x), plain(x))
+    model.half()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model(x)

@@ -192,3 +192,17 @@ def test_merged_weights_and_training_are_errors(four_bit: bool) -> None:
     model.unmerge_adapter()
     with pytest.raises(ValueError, match="when the model is in training mode"):
         model.train()(some_ids(4), adapter_names=ROWS)
+
+
+@pytest.mark.parametrize("target", ["q_proj", "embed_tokens"])
+def test_one_layer_takes_rows_too(target: str) -> None:
+    model = three(tiny_llama(), target_modules=[target])
+    layer = next(module for name, module in model.named_modules() if name.endswith(target))
+    x = some_ids(4) if target == "embed_tokens" else torch.randn(4, 3, 64)
+    rows = layer(x, adapter_names=ROWS)
+    for index, name in enumerate(ROWS):
+        torch.testing.assert_close(rows[index], alone(model, name, lambda: layer(x))[index])
+    assert torch.equal(layer(x, adapter_names=None), layer(x))
+    with pytest.raises(ValueError, match="should be the same as the number of inputs"):
+        layer(x, adapter_names=["other"])
+    assert model._switch.by_row is None

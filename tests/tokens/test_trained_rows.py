@@ -262,3 +262,19 @@ def test_one_module_is_not_trained_whole_and_by_rows_in_either_order() -> None:
         with pytest.raises(ValueError, match="embed_tokens"):
             model.add_adapter("second", copy.deepcopy(second))
         assert torch.equal(model(some_ids()).logits, before)
+
+
+def test_adapters_without_rows_do_not_act_in_the_embedding() -> None:
+    model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    model.add_adapter("other", with_lora(minipeft, [1, 2]))
+    assert model.model.embed_tokens.active_adapters == []
+    model.set_adapter("other")
+    assert model.model.embed_tokens.active_adapters == ["other"]
+
+
+def test_ties_that_are_asked_for_and_not_there_are_told() -> None:
+    with (
+        pytest.warns(UserWarning, match="no tied modules were found in the model"),
+        pytest.warns(UserWarning, match="ensure_weight_tying=True but the model does not have tied weights"),
+    ):
+        get_peft_model(tiny_llama(), with_lora(minipeft, [1, 2], ensure_weight_tying=True))

@@ -281,7 +281,8 @@ class BottleneckLayer(AdapterModule):
             return (hidden + network(hidden)).to(hidden.dtype)
         assert read is not None
         if place.kind == "parallel":
-            return (hidden + network(read)).to(hidden.dtype)
+            # A mixture of experts may give its tokens in one row (Llama 4).
+            return (hidden + network(read).reshape(hidden.shape)).to(hidden.dtype)
         out = (read + network(hidden)).to(read.dtype)
         if place.kind == "post_add":
             return out

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from minipeft.adapter import base_modules
 from minipeft.bottleneck.config import BottleneckConfig
 from minipeft.targets import plain_module_names
 
@@ -74,7 +76,9 @@ _GPT = _llama("attn", "mlp", r"h\.\d+")
 # By transformers' `config.model_type`.
 PLACES = {
     **dict.fromkeys(("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), _llama()),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "phi", "phi3", "smollm3", "granite"), _llama()),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "gemma4_text", "phi", "phi3", "smollm3", "granite"), _llama()),
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), _llama()),
+    "llama4_text": _llama(mlp="feed_forward"),
     **dict.fromkeys(("olmo", "olmo2", "olmo3", "olmoe", "stablelm", "starcoder2", "cohere", "cohere2"), _llama()),
     **dict.fromkeys(("gpt2", "gptj", "gpt_bigcode", "gpt_neo"), _GPT),
     "gpt_neox": _llama("attention", "mlp"),
@@ -94,18 +98,13 @@ PLACES = {
     "deberta": dataclasses.replace(_BERT, reads=_bert_reads("in_proj")),
     "deberta-v2": dataclasses.replace(_BERT, reads=_bert_reads("query_proj")),
     "distilbert": _Parts("attention", "ffn", sums=(None, r"layer\.\d+", None), norm="output_layer_norm"),
-    # With images; its vision tower, of another width, has modules of the same names.
-    "gemma3": _llama(
-        r"language_model\.layers\.\d+\.self_attn",
-        r"language_model\.layers\.\d+\.mlp",
-        r"language_model\.layers\.\d+",
-    ),
     **dict.fromkeys(("t5", "mt5"), _T5),
     "bart": _BART,
     **dict.fromkeys(("mbart", "pegasus", "whisper"), _MBART),
     **dict.fromkeys(("vit", "deit"), _llama("attention", "mlp")),
-    **dict.fromkeys(("clip_text_model", "clip_vision_model", "siglip_text_model", "siglip_vision_model"), _llama()),
-    "clip": _llama(),
+    **dict.fromkeys(("clip", "clip_text_model", "clip_vision_model", "siglip_text_model"), _llama()),
+    # What gathers an image's tokens behind the layers has an `mlp`, too.
+    **dict.fromkeys(("siglip", "siglip_vision_model"), _llama(r"layers\.\d+\.self_attn", r"layers\.\d+\.mlp")),
 }
 
 
@@ -116,14 +115,17 @@ def usual_targets(model: nn.Module, config: BottleneckConfig) -> list[str] | str
 
     Raises ValueError for a family that is not known, or has no such place.
     """
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    places = PLACES.get(family or "")
+    known: Any = getattr(model, "config", None)
+    family, inside = getattr(known, "model_type", None), ""
+    if family not in PLACES:
+        known, inside = _language_model(model)
+    places = PLACES.get(getattr(known, "model_type", ""))
     if places is None:
         raise ValueError(
             f"there are no usual places for adapters in a model of type {family!r}: name the modules to put them "
             f"after in target_modules; the parts of its layers are {_parts_of_layers(model)}"
         )
-    if family == "opt" and not model.config.do_layer_norm_before:  # type: ignore[union-attr]
+    if known.model_type == "opt" and not known.do_layer_norm_before:
         places = dataclasses.replace(places, norm="final_layer_norm")
     if config.cross_adapter and places.cross is None:
         raise ValueError(f"cross_adapter=True: no cross-attention is known in a model of type {family!r}")
@@ -147,7 +149,21 @@ def usual_targets(model: nn.Module, config: BottleneckConfig) -> list[str] | str
                 "this part and its input; leave original_ln_before at False, as houlsby() does"
             )
         chosen.append(place)
-    return chosen if not any("\\" in place for place in chosen) else rf"(?:.*\.)?(?:{'|'.join(chosen)})"
+    if not inside and not any("\\" in place for place in chosen):
+        return chosen
+    return rf"{inside}(?:.*\.)?(?:{'|'.join(chosen)})"
+
+
+def _language_model(model: Any) -> tuple[Any, str]:
+    """The config of the language model inside `model`, if any, and an expression for the start of its modules' names.
+
+    The towers for images have modules of the same names and other widths.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    decoder = model.get_decoder() if text is not config and hasattr(model, "get_decoder") else None
+    path = next((path for path, module in base_modules(model) if module is decoder), "")
+    return (text, rf"{re.escape(path)}\.") if path else (None, "")
 
 
 def _parts_of_layers(model: nn.Module) -> list[str]:

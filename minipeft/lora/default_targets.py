@@ -9,14 +9,14 @@ from torch import nn
 # parameters (Hu et al. 2021, table 5), or the fused layer that they are part of.
 _SEPARATE = (
     *("llama", "mistral", "mixtral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
-    *("gemma", "gemma2", "gemma3", "gemma3_text", "gemma4_text", "llama4_text", "smollm3"),
+    *("gemma", "gemma2", "gemma3", "gemma3_text", "gemma4_text", "llama4", "llama4_text", "smollm3"),
     *("olmo", "olmo2", "olmo3", "granite", "cohere", "cohere2", "glm", "glm4", "stablelm", "starcoder2"),
     *("gpt_oss", "phimoe", "helium", "exaone4", "ernie4_5", "seed_oss", "hunyuan_v1_dense"),
     *("opt", "gptj", "gpt_neo", "bart", "mbart"),
 )
 _BERTS = ("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "albert", "layoutlm")
 
-DEFAULT_TARGETS: dict[str, list[str]] = {
+DEFAULT_TARGETS: dict[str, list[str] | str] = {
     **{family: ["q_proj", "v_proj"] for family in _SEPARATE},
     **{family: ["query", "value"] for family in _BERTS},
     **{family: ["q", "v"] for family in ("t5", "mt5", "mpnet")},
@@ -34,17 +34,26 @@ DEFAULT_TARGETS: dict[str, list[str]] = {
     "codegen": ["qkv_proj"],
     "mpt": ["Wqkv"],
     "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    # An expression: the vision tower's linear layers, of the same names, are wrapped in modules that are no layers.
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    # T5's names and OPT's: either is its language model.
+    "blip-2": ["q", "v", "q_proj", "v_proj"],
+    # Models whose code comes with their weights.
+    **{family: ["query_key_value"] for family in ("chatglm", "RefinedWeb", "RefinedWebModel")},
+    "btlm": ["c_proj", "c_attn"],
+    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
     # Its name for the receptance's projection is misspelt in transformers, too.
     "rwkv": ["key", "value", "receptance", "output"],
 }
 
 
-def usual_targets(model: nn.Module) -> list[str]:
-    """The names of the layers that LoRA adapts in `model` unless told otherwise.
+def usual_targets(model: nn.Module) -> set[str] | str:
+    """The names of the layers that LoRA adapts in `model` unless told otherwise, or an expression for them.
 
     Raises ValueError for a family without usual targets.
     """
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family not in DEFAULT_TARGETS:
         raise ValueError(f"target_modules must be given: there is no usual choice for model type {family!r}")
-    return list(DEFAULT_TARGETS[family])
+    targets = DEFAULT_TARGETS[family]
+    return targets if isinstance(targets, str) else set(targets)

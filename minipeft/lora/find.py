@@ -73,7 +73,7 @@ def _passed_by(model: nn.Module) -> list[nn.Module]:
 
 def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
     if config.target_modules is None:
-        config.target_modules = set(usual_targets(model))
+        config.target_modules = usual_targets(model)
     passed_by = _passed_by(model)
     if config.target_modules == "all-linear":
         # They would be left out in silence, since they cannot be adapted.

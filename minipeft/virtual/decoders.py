@@ -219,8 +219,18 @@ def _decoder(model: Any, config: VirtualTokensConfig) -> Any:
             f"{', '.join(sorted(DECODERS + ENCODERS + ENCODER_DECODERS))}"
         )
     decoder = model.get_decoder()
-    # Llama 4's language model gives itself, head and all.
-    return decoder.model if decoder is model and model.get_output_embeddings() is not None else decoder
+    while decoder.get_output_embeddings() is not None:
+        # A language model, head and all, inside one that sees images; Llama 4's gives itself.
+        inner = decoder.get_decoder()
+        decoder = decoder.model if inner is decoder else inner
+    if text.model_type in ROTARY and not any("rotary" in name or "embed_positions" in name for name in _parts(decoder)):
+        raise ValueError(f"{kind} finds no rotary embedding in the decoder of {type(model).__name__}")
+    return decoder
+
+
+def _parts(module: nn.Module) -> list[str]:
+    """The names of what `module` holds, parts and tensors."""
+    return [name for name, _ in (*module.named_modules(), *module.named_buffers())]
 
 
 def is_self_attention(module: Any) -> bool:

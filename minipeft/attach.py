@@ -88,7 +88,7 @@ def attach_adapter(
         if method.connect is not None:
             method.connect(model, adapter, targets)
         if getattr(config, "bias", "none") == "all":
-            _train_all_biases(model, adapter, switch, autocast_adapter_dtype)
+            train_biases(model, adapter, switch, autocast_adapter_dtype)
         for module in filter(may_pass_by, modules.values()):
             become(module, CallsItsParts, switch)
     return targets
@@ -265,7 +265,8 @@ def _copies(module: AdapterModule) -> Any:
     return module.modules_to_save if isinstance(module, TrainedModule) else ()
 
 
-def _train_all_biases(model: nn.Module, adapter: str, switch: Switch, autocast: bool) -> None:
+def train_biases(model: nn.Module, adapter: str, switch: Switch, autocast: bool = True) -> None:
+    """Let `adapter` train the biases of all modules, by copies of its own, but of those that are trained whole."""
     whole = tuple(f"{path}." for path, module in adapter_modules(model) if adapter in _copies(module))
     for name in plain_module_names(model):
         module = model.get_submodule(name)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from minipeft.attach import adapter_modules
 from minipeft.config import PeftConfig
 from minipeft.embeddings import embedding_keys, embeddings_to_save, on_disk
+from minipeft.later_biases import room_for_biases
 from minipeft.meta import give_memory
 
 KEY_PREFIX = PeftConfig.key_prefix
@@ -110,6 +111,18 @@ def fill_adapter(
     Raises ValueError as `load_tensors`; and when `stored` does not follow from `training`.
     """
     prefix = key_prefix(model, adapter)
+    with room_for_biases(model, adapter, stored, lambda: adapter_state(model, adapter, prefix)):
+        _fill(model, adapter, prefix, stored, source, training)
+
+
+def _fill(
+    model: nn.Module,
+    adapter: str,
+    prefix: str,
+    stored: Mapping[str, Tensor],
+    source: str,
+    training: Mapping[str, Tensor],
+) -> None:
     live = adapter_state(model, adapter, prefix)
     # A prefix with a projection trains other tensors than its file holds: `made` are the file's tensors that are
     # computed from trained ones. A file whose keys are those of the live tensors has none.

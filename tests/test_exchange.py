@@ -13,6 +13,7 @@ from tiny import randomize, some_ids, tiny_gpt2, tiny_llama
 from transformers import BertConfig, BertForSequenceClassification
 
 import minipeft
+from minipeft.attach import adapter_parameters
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -176,6 +177,37 @@ def test_two_values_for_a_classifiers_bias_are_an_error() -> None:
     minipeft.set_peft_model_state_dict(ours, {**state, again: state["base_model.model.classifier.bias"].clone()})
     with pytest.raises(ValueError, match=f"unknown tensors {again}"):
         minipeft.set_peft_model_state_dict(ours, {**state, again: torch.ones(3)})
+
+
+@pytest.mark.parametrize("kind", ["lora_only", "all"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_biases_act_though_the_config_trains_none(kind: str, dora: bool, tmp_path: Path) -> None:
+    """A state with biases, over an adapter that has none: PEFT writes them into the base."""
+    config = {**arguments("plain"), "use_dora": dora}
+    source = minipeft.get_peft_model(base(), minipeft.LoraConfig(**config, bias=kind))
+    randomize(source)
+    state = minipeft.get_peft_model_state_dict(source)
+    assert any(name.endswith("bias") for name in state)
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(**config))
+    peft.set_peft_model_state_dict(theirs, state)
+    ours = minipeft.get_peft_model(base(), minipeft.LoraConfig(**config))
+    plain = logits(base())
+    with pytest.raises(ValueError, match=r"unknown tensors \S*nope\.bias \("):
+        minipeft.set_peft_model_state_dict(ours, {**state, "base_model.model.nope.bias": torch.zeros(3)})
+    first = next(name for name in state if name.endswith("bias"))
+    with pytest.raises(ValueError, match=r"unknown tensors .*bias"):
+        minipeft.set_peft_model_state_dict(ours, {name: tensor for name, tensor in state.items() if name != first})
+    assert not any("trained_bias" in name for name in ours.state_dict()) and ours.peft_config["default"].bias == "none"
+    minipeft.set_peft_model_state_dict(ours, state)
+    torch.testing.assert_close(logits(ours), logits(theirs), **TOLERANCE)
+    torch.testing.assert_close(logits(ours), logits(source), **TOLERANCE)
+    assert all(parameter.requires_grad for _, parameter in adapter_parameters(ours))
+    with ours.disable_adapter():
+        assert torch.equal(logits(ours), plain)
+    assert ours.peft_config["default"].bias == kind
+    ours.save_pretrained(tmp_path)
+    again = minipeft.PeftModel.from_pretrained(base(), tmp_path)
+    assert torch.equal(logits(again), logits(ours))
 
 
 def test_resized_vocabulary_travels_with_the_adapter(tmp_path: Path) -> None:

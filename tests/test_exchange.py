@@ -192,7 +192,7 @@ def test_biases_act_though_the_config_trains_none(kind: str, dora: bool, tmp_pat
     peft.set_peft_model_state_dict(theirs, state)
     ours = minipeft.get_peft_model(base(), minipeft.LoraConfig(**config))
     plain = logits(base())
-    with pytest.raises(ValueError, match=r"unknown tensors \S*nope\.bias \("):
+    with pytest.raises(ValueError, match=r"unknown tensors base_model\.model\.nope\.bias( \(|$)"):
         minipeft.set_peft_model_state_dict(ours, {**state, "base_model.model.nope.bias": torch.zeros(3)})
     first = next(name for name in state if name.endswith("bias"))
     with pytest.raises(ValueError, match=r"unknown tensors .*bias"):

@@ -24,6 +24,7 @@ CORE = {
         "unused_names",
         "attach",
         "biases",
+        "later_biases",
         "copies",
         "model",
         "merge",

@@ -104,12 +104,15 @@ def check_adapter(
     Raises as `attach_adapter`.
     """
     check_adapter_name(adapter)
+    registration = method_of(str(config.type_name))
     if init:
         config.check_start()
+        if registration.names is not None:
+            registration.load("names")(model, config)
         check_names(model, config)
     saved = modules_to_save(model, config)
     _check_saved(model, saved)
-    method: Method = method_of(str(config.type_name)).load("attach")
+    method: Method = registration.load("attach")
     targets = method.find(model, config, saved)
     parts = method.parts(model, config, saved, targets) if method.parts is not None else []
     if init:

@@ -36,6 +36,7 @@ class Registration:
         start: (model, token ids) -> a notice for the user or None: gives a new adapter a start from the training data.
         rows: (adapter, config) -> None: raises ValueError for an adapter that cannot act on some rows of a batch alone.
             Without it none can (`minipeft/rows.py`).
+        names: (model, config) -> None: puts what a new adapter's config calls by a name of former times under today's.
         combine: (model, adapters, weights, name, ...): adds an adapter made of others.
         prefix: The start of the names of its tensors (PEFT's `model.prefix`), if they have one in common.
         tuner: PEFT's class of what holds its tensors: a wrapper of the model, or a prompt's encoder.
@@ -52,6 +53,7 @@ class Registration:
     compare_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     start: Any = None
     rows: Any = None
+    names: Any = None
     combine: Any = None
     rates: Any = None
     prefix: str | None = None

@@ -6,6 +6,7 @@ was trained under the old names follows in the same way.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -51,11 +52,49 @@ def _rewritten(name: str, key_mapping: Mapping[str, str], prefix: str) -> str:
     return name
 
 
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """A parameter of all experts of a mixture, and the layers that each expert had in its place, in order."""
+
+    name: str
+    layers: tuple[str, ...]
+
+
+def fused_parameters(model: Any) -> list[Fused]:
+    """The parameters of all experts that transformers makes of layers of single experts in checkpoints of `model`."""
+    if not _is_transformers(model):
+        return []
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    made = {}
+    for one in get_model_conversion_mapping(model):
+        if not isinstance(one, WeightConverter) or len(one.target_patterns) != 1:
+            continue
+        sources = [re.search(r"experts\.\*\.(\w+)\.weight$", source) for source in one.source_patterns]
+        steps = [type(step).__name__ for step in one.operations]
+        if all(sources) and steps == ["MergeModulelist", "Concatenate"][: len(sources)]:
+            name = one.target_patterns[0].rpartition(".")[2]
+            made[name] = Fused(name, tuple(source[1] for source in sources if source))
+    return list(made.values())
+
+
+def converted_like(model_type: str | None) -> str | None:
+    """The type of model whose conversion of checkpoints transformers takes for `model_type`, if that is another."""
+    from transformers import conversion_mapping
+
+    return conversion_mapping._MODEL_TO_CONVERSION_PATTERN.get(model_type)
+
+
+def _is_transformers(model: Any) -> bool:
+    return any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__)
+
+
 def _renamings(model: Any) -> list[Callable[[str], str]]:
     """Functions from an old name to a new one: the model's own table, and those of transformers' for its classes."""
     own = getattr(model, "_checkpoint_conversion_mapping", None) or {}
     found: list[Callable[[str], str]] = [lambda name: _rewritten(name, own, "")] if own else []
-    if not any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__):
+    if not _is_transformers(model):
         return found
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key

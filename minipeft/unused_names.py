@@ -9,11 +9,8 @@ from typing import Any
 from torch import nn
 
 from minipeft.adapter import PackedLayer, base_modules
+from minipeft.errors import PeftWarning
 from minipeft.targets import TASK_HEADS, ends_with, is_conv1d, matches, no_match, plain_module_names
-
-# The names that experts' layers have where each is a module, and those of the parameters that hold all experts.
-_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
-_FUSED = ("gate_up_proj", "down_proj")
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -23,8 +20,7 @@ def _is_layer(module: nn.Module) -> bool:
 def check_names(model: nn.Module, config: Any) -> None:
     """Raise ValueError for a name in target_modules, modules_to_save or target_parameters that matches nothing.
 
-    And for names of a mixture's experts that take other layers alone, where the experts are parameters. For new
-    adapters alone: a stored one is checked by its tensors.
+    For new adapters alone: a stored one is checked by its tensors.
     """
     names = plain_module_names(model)
     parameters = {
@@ -37,12 +33,6 @@ def check_names(model: nn.Module, config: Any) -> None:
     targets: Any = getattr(config, "target_modules", None) or ()
     own_parameters = getattr(config, "target_parameters", None) or ()
     for target in () if isinstance(targets, str) else sorted(targets):
-        if target in _OF_EXPERTS and not own_parameters and (experts := [n for n in _FUSED if n in fused]):
-            raise ValueError(
-                f"target_modules: {target!r} would leave out the experts of {type(model).__name__}, which are "
-                f"parameters of all the experts and no modules; name them by target_parameters={experts}, "
-                f"and other layers by a longer name"
-            )
         if not any(ends_with(name, target) for name in names):
             raise ValueError(no_match("target_modules", target, names, model, _is_layer))
     # PEFT's files list every name that a task's head has in some family.
@@ -85,3 +75,25 @@ def check_unused_names(model: nn.Module, config: Any, targets: list[str]) -> Non
                 RuntimeWarning,
                 stacklevel=2,
             )
+    _warn_of_experts(model, config, adapted)
+
+
+def _warn_of_experts(model: nn.Module, config: Any, adapted: list[str]) -> None:
+    """Warn of names that take layers beside a mixture's routed experts, and not these, which are parameters."""
+    targets = getattr(config, "target_modules", None) or ()
+    for path, module in base_modules(model):
+        beside = path.rpartition(".")[0] + "."
+        fused = [name for name, p in module._parameters.items() if p is not None and p.dim() == 3]
+        if not path or not fused or any(f"{path}.{name}" in adapted for name in fused):
+            continue
+        for name in adapted:
+            old = f"{path}.{name.rpartition('.')[2]}"  # what an expert's layer of this name would be called
+            one = [targets] if isinstance(targets, str) else targets
+            if name.startswith(beside) and "expert" in name and any(matches(old, t, targets) for t in one):
+                warnings.warn(
+                    f"target_modules takes {name!r}, but not the routed experts beside it, which are parameters of "
+                    f"{path!r} and no layers: name them by target_parameters={fused}",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+                return

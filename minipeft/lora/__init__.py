@@ -13,6 +13,7 @@ _LORA = Registration(
     # The learning rate is the best of those tried on the demo's task, see docs/comparison.md.
     compare_defaults={"lr": 1e-3, "method_args": {"r": 16, "lora_alpha": 32}},
     rows="minipeft.lora.rows:check_rows",
+    names="minipeft.lora.old_experts:name_experts",
     combine="minipeft.lora.combine:add_weighted_adapter",
     rates="minipeft.lora.rates:lora_plus_groups",
     prefix="lora_",

@@ -9,7 +9,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from tiny import tiny_llama
 from torch import nn
 
@@ -47,18 +46,6 @@ def test_a_place_without_a_tensor_is_an_error(tmp_path: Path) -> None:
 def test_a_new_adapters_names_all_match(names: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="'wte' matches no module"):
         get_peft_model(tiny_llama(), LoraConfig(**{"target_modules": ["q_proj"], **names}))
-
-
-@pytest.mark.parametrize("target", ["gate_proj", "up_proj", "down_proj"])
-def test_a_shared_expert_is_not_adapted_alone_in_silence(target: str) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_experts": 4}
-    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32}
-    sizes |= {"num_experts_per_tok": 2, "shared_expert_intermediate_size": 8}
-    model = transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**sizes))
-    with pytest.raises(ValueError, match=r"target_parameters=\['gate_up_proj', 'down_proj'\]"):
-        get_peft_model(model, LoraConfig(target_modules=["q_proj", target]))
-    adapted = get_peft_model(model, LoraConfig(target_modules=[f"shared_expert.{target}"]))
-    assert any("shared_expert" in name for name, p in adapted.named_parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])

@@ -1,0 +1,171 @@
+"""The experts of a mixture by the names that they had as modules of their own: `gate_proj`, or `w1`.
+
+Where transformers 4 had a linear layer for every expert, transformers 5 has `gate_up_proj` and `down_proj`, a parameter
+each for all the experts of a layer, and tells which layers it made them of. PEFT takes the old names for the new
+parameters in many families. Here they mean the experts in every family that had such layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from typing import Any
+
+from torch import nn
+
+from minipeft.adapter import base_modules
+from minipeft.errors import PeftWarning
+from minipeft.lora.config import LoraConfig
+from minipeft.lora.experts import check_target_parameters
+from minipeft.lora.find import lora_mixin_for
+from minipeft.renaming import Fused, converted_like, fused_parameters
+from minipeft.shorter import shortest_names
+from minipeft.targets import check_target_module_exists, ends_with, match_targets, matches, plain_module_names
+
+# PEFT converts the configs of families whose checkpoints transformers converts as it does for these.
+_CONVERTED_BY_PEFT = ("mixtral", "qwen2_moe")
+
+
+def converted_by_peft(model: Any) -> bool:
+    """True if PEFT converts what a config calls the experts of `model`."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return kind == "mixtral" or converted_like(kind) in _CONVERTED_BY_PEFT
+
+
+def name_experts(model: Any, config: LoraConfig) -> None:
+    """Move the experts that `target_modules` of a new adapter names as layers to its `target_parameters`, in place.
+
+    In a family that PEFT converts, this is what PEFT does: the names mean the routed experts alone (a warning says
+    which layers of these names are left out), `gate` means the routers, "all-linear" means both, too. In others the
+    names mean the layers that have them, too. Unlike in PEFT, a longer name that is that of layers means those, and an
+    expression, `exclude_modules` and `layers_to_transform` choose among the experts by their old names.
+
+    A parameter made of n layers gets n times the rank and n times `lora_alpha`, as n adapters side by side have.
+
+    Raises ValueError for a part of the layers that a parameter is made of, and as `check_target_parameters`.
+    """
+    given, modules = config.target_modules, base_modules(model)
+    if not given or not any(_dims(module, name) == 3 for _, module in modules for name in module._parameters):
+        return
+    like_peft = converted_by_peft(model)
+    if not like_peft and (config.target_parameters or given == "all-linear"):
+        return
+    made = fused_parameters(model)
+    everywhere = [(path, fused) for path, module in modules for fused in made if _dims(module, fused.name) == 3]
+    experts = [(path, fused) for path, fused in everywhere if _takes(model, config, path, fused)]
+    routers = _routers(model) if like_peft else []
+    asked = [path for path in routers if _named(given, path)]
+    if not experts and not asked:
+        return
+    layers = {layer for _, fused in experts for layer in fused.layers}
+    left_out = _keep_others(model, config, layers, asked, like_peft)
+    for fused in dict.fromkeys(fused for _, fused in experts if len(fused.layers) > 1):
+        times, key = len(fused.layers), rf".*\.{re.escape(fused.name)}"
+        config.rank_pattern = {**config.rank_pattern, key: times * config.r}
+        config.alpha_pattern = {**config.alpha_pattern, key: times * config.lora_alpha}
+    new = _short([(path, fused.name) for path, fused in experts], [(path, fused.name) for path, fused in everywhere])
+    new += _short([(path, "gate.weight") for path in asked], [(path, "gate.weight") for path in routers])
+    config.target_parameters = [*dict.fromkeys([*(config.target_parameters or ()), *new])]
+    try:
+        check_target_parameters(config)
+    except ValueError as error:
+        raise ValueError(
+            f"target_modules: {', '.join(sorted(layers)) or 'gate'} of the experts of {type(model).__name__} are no "
+            f"layers, but lie in parameters: {error}"
+        ) from error
+    if left_out:
+        warnings.warn(
+            f"target_modules: {', '.join(sorted(layers))} mean the routed experts of {type(model).__name__} alone, as "
+            f"in PEFT. {len(left_out)} layers of these names are left out, such as {left_out[-1]!r}: give a longer "
+            f"name ({'.'.join(left_out[-1].split('.')[-2:])!r}) for those, too.",
+            PeftWarning,
+            stacklevel=2,
+        )
+
+
+def _takes(model: Any, config: LoraConfig, path: str, fused: Fused) -> bool:
+    """True if `config` names all the layers that `fused`, a parameter of the module at `path`, is made of.
+
+    Raises ValueError if it names a part of them.
+    """
+    given, scope = config.target_modules, copy.copy(config)
+    longer = [] if isinstance(given, str) else [target for target in given or () if "." in target]
+    # Longer names that no layer has now, such as "experts.0.down_proj".
+    old = [target for target in longer if not any(ends_with(name, target) for name in plain_module_names(model))]
+    named = []
+    for layer in fused.layers:
+        scope.target_modules = [layer]
+        here = any(_named(given, f"{path}.{name}") for name in (layer, f"0.{layer}"))
+        if (here or any(ends_with(target, layer) for target in old)) and check_target_module_exists(
+            scope, f"{path}.{layer}"
+        ):
+            named.append(layer)
+    if 0 < len(named) < len(fused.layers):
+        missing = ", ".join(layer for layer in fused.layers if layer not in named)
+        raise ValueError(
+            f"Cannot convert PEFT target(s) {', '.join(named)} without also targeting {missing} because they are fused "
+            f"into {fused.name}: {path}.{fused.name} holds both of all experts. Name all, or longer names of layers "
+            "that are no experts"
+        )
+    return bool(named)
+
+
+def _keep_others(model: Any, config: LoraConfig, layers: set[str], routers: list[str], like_peft: bool) -> list[str]:
+    """Take the old names of experts, `layers`, and of `routers` out of `config.target_modules`.
+
+    Returns: the modules that it took and takes no more.
+    """
+    given, names = config.target_modules, plain_module_names(model)
+    left_out: list[str] = []
+    if isinstance(given, str):
+        if given == "all-linear":
+            taken = match_targets(model, config, lambda module: lora_mixin_for(module) is not None)
+        else:
+            taken = [name for name in names if re.fullmatch(given, name)]
+        if like_peft:
+            left_out = [name for name in taken if _leaf(name) in layers]
+            config.target_modules = set(shortest_names(model, [n for n in taken if n not in {*left_out, *routers}]))
+        elif not taken:
+            config.target_modules = set()
+    else:
+        kept = set()
+        for target in given or ():
+            taken = [name for name in names if ends_with(name, target) and name not in routers]
+            if like_peft and target in layers:
+                left_out += taken
+            elif taken or not (_leaf(target) in layers or any(ends_with(path, target) for path in routers)):
+                kept.add(target)
+        config.target_modules = kept
+    if not config.target_modules:
+        # They have chosen among the experts, and no layer is left to choose among.
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    return left_out
+
+
+def _short(chosen: list[tuple[str, str]], everywhere: list[tuple[str, str]]) -> list[str]:
+    """Names of `chosen` parameters, (module, parameter) each: the parameter's alone if it is chosen everywhere."""
+    partly = {name for path, name in everywhere if (path, name) not in chosen}
+    return list(dict.fromkeys(f"{path}.{name}" if name in partly else name for path, name in chosen))
+
+
+def _named(given: Any, path: str) -> bool:
+    """True if `given`, as target_modules, takes a layer of an expert or a router at `path`."""
+    return given == "all-linear" or any(
+        matches(path, target, given) for target in ([given] if isinstance(given, str) else given)
+    )
+
+
+def _routers(model: nn.Module) -> list[str]:
+    """The modules called `gate` that choose experts by a weight of their own and are no linear layers."""
+    gates = [(path, module) for path, module in base_modules(model) if _leaf(path) == "gate"]
+    return [path for path, gate in gates if not isinstance(gate, nn.Linear) and _dims(gate, "weight") == 2]
+
+
+def _dims(module: nn.Module, name: str) -> int:
+    parameter = module._parameters.get(name)
+    return 0 if parameter is None else parameter.dim()
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -44,7 +44,7 @@ class PackedLayer(nn.Module):
 
     Attributes:
         weight: The packed codes, of any shape.
-        weight_dtype: The dtype that the weight had before it was packed.
+        weight_dtype: The dtype that the weight had before it was packed, or that the layer was cast to since.
     """
 
     in_features: int

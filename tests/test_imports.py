@@ -62,7 +62,14 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # The modules that import transformers, all but the first line's for one task of theirs.
 IMPORT_TRANSFORMERS = {
-    *("nf4.hf", "nf4.hf.config", "nf4.hf.load", "nf4.hf.modules", "nf4.hf.quantizer"),  # a quantizer of transformers'
+    *(
+        "nf4.hf",
+        "nf4.hf.config",
+        "nf4.hf.load",
+        "nf4.hf.model",
+        "nf4.hf.modules",
+        "nf4.hf.quantizer",
+    ),  # a quantizer of transformers'
     "auto",  # loads base models
     "renaming",  # asks for the names that modules of old had
     "embeddings",  # reads the vocabulary's size from a base model's folder

@@ -30,7 +30,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_DTYPES = {dtype_name(dtype): dtype for dtype in WEIGHT_DTYPES}
+STORED_DTYPES = (*WEIGHT_DTYPES, torch.float64)
+"""The dtypes that a packed weight may stand for: those it is made of, and that of a model cast to float64."""
+
+_DTYPES = {dtype_name(dtype): dtype for dtype in STORED_DTYPES}
 
 
 def write_entries(entries: dict[str, Any], device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.nf4.dense import make_plain
+from minipeft.nf4.format import STORED_DTYPES
 from minipeft.nf4.stored import StoredNF4, zeros
 from minipeft.nf4.weight import NF4Weight
 from minipeft_kernels.linear.op import linear
@@ -132,7 +133,7 @@ class NF4Linear(StoredNF4):
         self.weight_dtype = w.dtype
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W as (out_features, in_features), by default in the dtype it was quantized from."""
+        """W as (out_features, in_features), by default in the dtype that the layer was made, or cast to, last."""
         return self.nf4_weight().dequantize(dtype)
 
     def to_dense(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Module:
@@ -196,9 +197,11 @@ class NF4Linear(StoredNF4):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
-        # `.half()` and `.to(dtype)` mean the numbers a layer computes with, not the code of its weight: codes and
-        # scales follow to a device, never to a dtype.
-        fixed = {id(t): t for t in (self.weight, *self._buffers.values())}
+        # `.half()` and `.to(dtype)` mean the numbers a layer computes with, and comes back in, not the code of its
+        # weight: codes and scales follow to a device, never to a dtype.
+        fixed = {id(t) for t in (self.weight, *(self._buffers[name] for name in SCALES))}
+        cast = fn(torch.empty(0, dtype=self.weight_dtype, device=self.weight.device)).dtype
+        self.weight_dtype = cast if cast in STORED_DTYPES else self.weight_dtype
 
         def keep_dtype(t: Tensor) -> Tensor:
             new = fn(t)

@@ -1,5 +1,6 @@
 """An NF4 layer's tensors in state dictionaries, under bitsandbytes' names: written, read and checked."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ class StoredNF4(PackedLayer):
         if assign:
             return self.set_weight(w)
         _needs_data(key, self.weight)
-        w = w.to(self.weight.device)
+        # As in torch, what is copied takes the dtype that the module has: `weight_dtype` is the bias's, too.
+        w = replace(w.to(self.weight.device), dtype=self.weight_dtype)
         old, new = self.nf4_weight().tensors(), w.tensors()
         same = old.keys() == new.keys() and all(
             old[name].shape == new[name].shape and old[name].dtype == new[name].dtype for name in old

@@ -300,7 +300,7 @@ JSON = "weight.quant_state.bitsandbytes__nf4"
         (JSON, packed_json(shape=...), "lacks shape"),
         (JSON, packed_json(nested_offset=...), "lacks nested_offset"),
         (JSON, packed_json(quant_type="fp4"), "quant_type = 'fp4'"),
-        (JSON, packed_json(dtype="float64"), "dtype = 'float64'"),
+        (JSON, packed_json(dtype="int64"), "dtype = 'int64'"),
         (JSON, packed_json(dtype=["float32"]), "dtype = "),
         (JSON, packed_json(shape=[64, -64]), r"shape = \[64, -64\]"),
         (JSON, packed_json(shape=[64, 64, 2]), "should be uint8"),

@@ -11,7 +11,8 @@ A GGUF file is read by transformers, dequantized, and then goes through `quantiz
 Importing this module registers the quantizer, and makes transformers read 4-bit bitsandbytes checkpoints with
 it, so that no bitsandbytes is needed; `read_bitsandbytes_with("transformers")` hands them back. (A
 `transformers.BitsAndBytesConfig` that quantizes a dense checkpoint still goes to bitsandbytes.) The files:
-`hf_config.py` configuration, `hf_modules.py` which modules, `hf_load.py` one weight, `hf_quantizer.py` the rest.
+`config.py` configuration, `modules.py` which modules, `load.py` one weight, `model.py` what the model answers,
+`quantizer.py` the rest.
 """
 
 from __future__ import annotations
@@ -140,7 +141,6 @@ def _mark_as_loaded(model: PreTrainedModel, config: NF4Config) -> None:
     quantizer = NF4HfQuantizer(config, pre_quantized=False)
     quantizer.record.filled.update(f"{name}.weight" for name, _ in nf4_linears(model))
     model.is_quantized = True
-    model.quantization_method = quantizer.quantization_config.quant_method
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)
 

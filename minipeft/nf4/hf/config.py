@@ -10,6 +10,7 @@ Source of the names and defaults: `transformers.utils.quantization_config.BitsAn
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,33 @@ _INT8_DEFAULTS: dict[str, Any] = {
 }
 
 
+def _other_name(field: str, check: Callable[[Any], Any]) -> Any:
+    """A property: bitsandbytes' name for a field of ours."""
+
+    def get(config: Any) -> Any:
+        """The field of ours."""
+        return getattr(config, field)
+
+    def put(config: Any, value: Any) -> None:
+        setattr(config, field, check(value))
+
+    return property(get, put)
+
+
+def _always(name: str, value: Any) -> Any:
+    """A property: an option of bitsandbytes' that has one value here."""
+
+    def get(config: Any) -> Any:
+        """The one value."""
+        return value
+
+    def refuse_others(config: Any, new: Any) -> None:
+        if new != value:
+            raise ValueError(f"{name}={new!r}: it is always {value!r} here, minipeft has 4-bit NF4 kept as uint8 only")
+
+    return property(get, refuse_others)
+
+
 class NF4Config(QuantizationConfigMixin):
     """Settings for `from_pretrained` and `quantize_model`, which put a model's linear layers into NF4.
 
@@ -42,6 +70,9 @@ class NF4Config(QuantizationConfigMixin):
             dense; a list takes the place of that default, as in bitsandbytes, save that tied weights and the
             modules the model itself keeps in float32 stay dense in any case.
 
+    The fields and methods of transformers' `BitsAndBytesConfig` are here, too, for code that reads them
+    (`load_in_4bit`, `bnb_4bit_compute_dtype`, `quantization_method()`, ...).
+
     Raises:
         ValueError: a blocksize or dtype that does not exist.
         TypeError: an argument of another type.
@@ -51,6 +82,17 @@ class NF4Config(QuantizationConfigMixin):
 
     quant_method = METHOD
 
+    load_in_4bit = _always("load_in_4bit", True)
+    load_in_8bit = _always("load_in_8bit", False)
+    bnb_4bit_quant_type = _always("bnb_4bit_quant_type", "nf4")
+    bnb_4bit_quant_storage = _always("bnb_4bit_quant_storage", torch.uint8)
+    bnb_4bit_use_double_quant = _other_name("double_quant", lambda value: _flag("bnb_4bit_use_double_quant", value))
+    bnb_4bit_compute_dtype = _other_name("compute_dtype", lambda value: _compute_dtype(value))
+    llm_int8_skip_modules = _other_name("skip_modules", lambda value: _names(value))
+    llm_int8_threshold = _always("llm_int8_threshold", _INT8_DEFAULTS["llm_int8_threshold"])
+    llm_int8_enable_fp32_cpu_offload = _always("llm_int8_enable_fp32_cpu_offload", False)
+    llm_int8_has_fp16_weight = _always("llm_int8_has_fp16_weight", False)
+
     def __init__(
         self,
         blocksize: int = 64,
@@ -59,12 +101,18 @@ class NF4Config(QuantizationConfigMixin):
         skip_modules: list[str] | None = None,
     ) -> None:
         check_blocksize(blocksize)
-        if not isinstance(double_quant, bool):
-            raise TypeError(f"double_quant must be True or False, not {double_quant!r}")
         self.blocksize = blocksize
-        self.double_quant = double_quant
+        self.double_quant = _flag("double_quant", double_quant)
         self.compute_dtype = _compute_dtype(compute_dtype)
         self.skip_modules = _names(skip_modules)
+
+    def is_quantizable(self) -> bool:
+        """True, as for every configuration of bitsandbytes' that quantizes."""
+        return True
+
+    def quantization_method(self) -> str:
+        """bitsandbytes' word for the format."""
+        return "nf4"
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of `config.json`: bitsandbytes' form, and `blocksize`, which that reads from the tensors."""
@@ -176,6 +224,12 @@ def _refuse_other_formats(load_in_4bit: bool, load_in_8bit: bool, quant_type: st
 def _check_storage(storage: torch.dtype | str | None) -> None:
     if storage is not None and _dtype_name(storage) not in STORAGE_DTYPES:
         raise ValueError(f"bnb_4bit_quant_storage is {storage!r}; expected one of {', '.join(STORAGE_DTYPES)}")
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return value
 
 
 def _compute_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -72,8 +72,11 @@ class LoadRecord:
 
 
 def fill(linear: NF4Linear, weight: NF4Weight) -> None:
-    """Give a meta-device `NF4Linear` its weight; transformers must not initialize it again."""
-    linear.set_weight(weight)
+    """Give a meta-device `NF4Linear` its weight, in the dtype that the model is loaded in.
+
+    transformers must not initialize it again.
+    """
+    linear.set_weight(replace(weight, dtype=linear.weight_dtype))
     linear._is_hf_initialized = True  # type: ignore[assignment]
 
 

@@ -2,13 +2,12 @@
 
 Order of calls (transformers 5.23, modeling_utils.from_pretrained): the model is built on the meta device;
 `_process_model_before_weight_loading` swaps linear layers for empty `NF4Linear`s; each weight goes through an
-operation of `hf_load.py`; `_process_model_after_weight_loading` checks that nothing is missing.
+operation of `load.py`; `_process_model_after_weight_loading` checks that nothing is missing.
 """
 
 from __future__ import annotations
 
 import copy
-from types import MethodType
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from minipeft.nf4.dense import keep_dense, make_plain
 from minipeft.nf4.hf.config import NF4Config
 from minipeft.nf4.hf.load import PACKED_NAMES, LoadRecord, NF4Deserialize, NF4Quantize
+from minipeft.nf4.hf.model import mark, unmark
 from minipeft.nf4.hf.modules import (
     modules_to_skip,
     names_by_module,
@@ -117,7 +117,23 @@ class NF4HfQuantizer(HfQuantizer):
         while self.hooks:
             self.hooks.pop().remove()
         _drop_conversions_of_packed_weights(model)
-        _allow_casts(model)
+        mark(model)
+        return model
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Take from `model` what says that it is quantized."""
+        unmark(model)
+        super().remove_quantization_config(model)
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        """Put dense layers in the places of the packed ones.
+
+        Args:
+            dtype: Of the whole model. None leaves each layer in its own, which follows casts, so that it fits the rest
+                of the model; transformers would take that of the config, which does not.
+        """
+        model = self._dequantize(model, dtype)
+        self.remove_quantization_config(model)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -128,9 +144,7 @@ class NF4HfQuantizer(HfQuantizer):
             for name in group:
                 model.set_submodule(name, dense)
         make_plain(model)
-        for cast in ("half", "float"):
-            model.__dict__.pop(cast, None)
-        return model
+        return model if target is None else nn.Module.to(model, target)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """True: `save_pretrained` writes the packed weights."""
@@ -188,12 +202,3 @@ def _drop_conversions_of_packed_weights(model: PreTrainedModel) -> None:
     kept = [conversion for conversion in conversions if not touches_packed(conversion)]
     if len(kept) < len(conversions):
         model._weight_conversions = kept
-
-
-def _allow_casts(model: PreTrainedModel) -> None:
-    """Make `model.half()` and `model.float()` work: transformers refuses them on every quantized model.
-
-    It does so because elsewhere they would cast the scales; `NF4Linear` keeps its own. `to(dtype)` is not refused.
-    """
-    for cast in (nn.Module.half, nn.Module.float):
-        setattr(model, cast.__name__, MethodType(cast, model))

@@ -28,7 +28,7 @@ from minipeft.lora.layers import LoraLinear
 from minipeft.lora.variants import wide
 
 
-def _read_with_updates(name: str) -> Any:
+def read_with_updates(name: str) -> Any:
     """The attribute `name` of a `ReadLayer`. What is set or deleted is the base weight, as in a plain module."""
 
     def read(layer: Any) -> Tensor | None:
@@ -89,7 +89,7 @@ class LoraOutProjection(ReadLayer, LoraLinear):
     is_part: ClassVar[bool] = True
     times: ClassVar[int] = 2
 
-    weight = _read_with_updates("weight")
+    weight = read_with_updates("weight")
 
     def adapter_state(self, adapter: str) -> dict[str, Tensor]:
         return {}
@@ -102,7 +102,7 @@ class LoraMultiheadAttention(Sizes, ReadLayer):
 
     embed_dim: int
     out_proj: Any
-    in_proj_weight = _read_with_updates("in_proj_weight")
+    in_proj_weight = read_with_updates("in_proj_weight")
 
     @classmethod
     def check(cls, module: Any, path: str, config: LoraConfig) -> None:

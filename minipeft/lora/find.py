@@ -15,6 +15,7 @@ from minipeft.lora.config import LoraConfig
 from minipeft.lora.conv import conv_mixin_for
 from minipeft.lora.default_targets import usual_targets
 from minipeft.lora.experts import LoraParameters, check_target_parameters, find_target_parameters
+from minipeft.lora.head import head_parts
 from minipeft.lora.layer import LoraLayer
 from minipeft.lora.layers import LoraConv1D, LoraEmbedding, LoraLinear, LoraNF4Linear
 from minipeft.lora.tying import tied_parts, tied_with
@@ -128,7 +129,7 @@ def _refuse(path: str, module: nn.Module) -> NoReturn:
 
 
 def _parts(model: nn.Module, config: LoraConfig, saved: list[str], targets: list[str]) -> list[Part]:
-    parts = tied_parts(model, config, saved, targets)
+    parts = [*head_parts(model, targets), *tied_parts(model, config, saved, targets)]
     saved = list(dict.fromkeys([*saved, *tied_with(model, config, saved)]))
     if config.target_parameters:
         modules = dict(base_modules(model))

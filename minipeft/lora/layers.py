@@ -25,10 +25,9 @@ class LoraDenseLayer(LoraLayer):
     weight: nn.Parameter
 
     def frozen_weight(self, x: Tensor) -> Tensor | None:
-        weight = self.weight
+        weight = self._matrix()
         frozen = self._is_plain and type(weight) in (nn.Parameter, Tensor) and not weight.requires_grad
-        fits = frozen and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
-        return self._matrix() if fits else None
+        return weight if frozen and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)) else None
 
     def dense_weight(self) -> Tensor:
         return wide(self._matrix().detach())

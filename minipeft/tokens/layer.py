@@ -162,15 +162,12 @@ class TrainedRows(AdapterModule):
 
     @property
     def weight(self) -> Tensor:
-        """The base weight with the rows of the adapters that act now, in the base weight's dtype."""
-        held: Any = vars(self) if "weight" in vars(self) else self._parameters
-        if "weight" not in held:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
-        base: Tensor = held["weight"]
-        # While merged, and while `fold` puts them in, the rows are in the base weight.
-        if base is None or "weight" in self._originals or self.merged_adapters or is_sharded(base):
-            return base
-        return self._with_rows(base, self._with_rows_here(self.switch.acting))
+        """The base weight with the rows of the adapters that act now, in the base weight's dtype.
+
+        With LoRA's update, where the module behind this mixin gives it to who reads its weight (`lora/head.py`).
+        """
+        own, updated = self.weight_with_rows(), getattr(self, "updated", None)
+        return own if updated is None or own is None or is_sharded(own) else updated(own)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -180,6 +177,17 @@ class TrainedRows(AdapterModule):
     def weight(self) -> None:
         if vars(self).pop("weight", self) is self:
             raise AttributeError("weight")
+
+    def weight_with_rows(self) -> Tensor:
+        """(rows, features): the base weight with the rows of the adapters that act now."""
+        held: Any = vars(self) if "weight" in vars(self) else self._parameters
+        if "weight" not in held:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
+        base: Tensor = held["weight"]
+        # While merged, and while `fold` puts them in, the rows are in the base weight.
+        if base is None or "weight" in self._originals or self.merged_adapters or is_sharded(base):
+            return base
+        return self._with_rows(base, self._with_rows_here(self.switch.acting))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own forward, which reads `weight`; each row of a batch with its adapter's rows if asked for."""

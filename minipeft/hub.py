@@ -1,4 +1,4 @@
-"""Adapters by name on Hugging Face's hub: a name stands for a folder, in the cache that transformers uses too."""
+"""Names on Hugging Face's hub: an adapter's stands for a folder, in the cache that transformers uses, too."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ _ABOUT_PICKLES = (
     ". If there is a pickle (adapter_model.bin), which minipeft does not open: "
     "https://huggingface.co/spaces/safetensors/convert makes safetensors of it"
 )
+
+
+def base_names(model: str | Path) -> set[str]:
+    """The names that a base model may go by: its folder's, that of the folder a link leads to, a hub's in its cache."""
+    given, real = Path(model), Path(model).resolve()
+    names = {given.name, real.name} - {"", ".."}
+    # .../models--org--name/snapshots/<commit>
+    names |= {part.rpartition("--")[2] for part in real.parts if part.startswith("models--")}
+    return names
 
 
 def hub_arguments(given: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from minipeft.config import PeftConfig
 from minipeft.directory import find_adapter, read_marks, read_tensors, read_training_tensors, save_adapter
 from minipeft.embeddings import embedding_keys
 from minipeft.files import atomic_path
-from minipeft.hub import hub_arguments
+from minipeft.hub import base_names, hub_arguments
 from minipeft.mixins import plain_class
 from minipeft.renaming import following, mapped
 from minipeft.state import (
@@ -249,7 +249,7 @@ def _check_same_settings(here: PeftConfig, stored: PeftConfig, adapter: str, dir
 
 def _warn_other_base(model: nn.Module, config: PeftConfig, directory: Path) -> None:
     trained_on, here = config.base_model_name_or_path, base_name(model)
-    if trained_on and here and Path(trained_on).name != Path(here).name:
+    if trained_on and here and base_names(trained_on).isdisjoint(base_names(here)):
         logger.warning("the adapter at %s was trained on %r, this model is %r", directory, trained_on, here)
 
 

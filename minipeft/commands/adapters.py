@@ -135,27 +135,19 @@ def read_adapter(args: argparse.Namespace) -> Any:
     if args.adapter is None:
         return None
     from minipeft import PeftConfig
+    from minipeft.hub import base_names
 
     adapter = Path(args.adapter)
     check_adapter_path(adapter)
     with as_user_error(AdapterError, str(adapter)):
         config = PeftConfig.from_pretrained(adapter)
     trained_on = config.base_model_name_or_path
-    if trained_on and not args.any_base and _names_of(trained_on).isdisjoint(_names_of(args.model)):
+    if trained_on and not args.any_base and base_names(trained_on).isdisjoint(base_names(args.model)):
         raise AdapterError(
             f"{adapter} was trained on {trained_on!r}, and --model is {args.model!r}; if that is the same model under "
             "another name, add --any-base"
         )
     return config
-
-
-def _names_of(model: str) -> set[str]:
-    """The names that a model may go by: its folder's, that of the folder a link leads to, a hub's in its cache."""
-    given, real = Path(model), Path(model).resolve()
-    names = {given.name, real.name} - {""}
-    # .../models--org--name/snapshots/<commit>
-    names |= {part.rpartition("--")[2] for part in real.parts if part.startswith("models--")}
-    return names
 
 
 def read_prompt(prompt: str) -> str:

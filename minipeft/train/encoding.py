@@ -89,7 +89,7 @@ class EncodedDataset:
     def content_hash(self) -> str:
         """sha256 over ids and labels in order: equal exactly when training sees the same data.
 
-        Of data in a template that prints the date, over the records and the template.
+        Of data in a template that prints the date, over the records, the template and the tokenizer's vocabulary.
         """
         if self.dated is not None:
             return self.dated
@@ -119,10 +119,11 @@ def encode_records(
             nothing left.
     """
     data = EncodedDataset([], max_length, len(records), chat=any(r.messages is not None for r in records))
-    template = getattr(tokenizer, "chat_template", None)
-    if data.chat and isinstance(template, str) and "strftime_now" in template:
-        whole = json.dumps([template, max_length, too_long, [as_object(record) for record in records]])
-        data.dated = hashlib.sha256(whole.encode()).hexdigest()
+    template = json.dumps(getattr(tokenizer, "chat_template", None))  # a text, or several by name
+    if data.chat and "strftime_now" in template:
+        whole = [template, max_length, too_long, [as_object(record) for record in records]]
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        data.dated = hashlib.sha256(json.dumps([*whole, vocabulary]).encode()).hexdigest()
     hopeless = 0
     for record in records:
         example = encode_record(record, tokenizer)

@@ -107,7 +107,9 @@ class Trainer:
 
         Args:
             resume: False starts a run; True goes on from the newest checkpoint in output_dir, or from the
-                start if the run has none yet; a path goes on from that checkpoint.
+                start if the run has none yet; a path goes on from that checkpoint. With more epochs or steps than the
+                run had, it is prolonged: the steps to come take the learning rates that a run of the new length has at
+                them; the steps that were taken keep theirs.
 
         Raises:
             OutputDirError, CheckpointError: see `run.check_output_dir`; a resumed run that is a different
@@ -123,17 +125,38 @@ class Trainer:
 
     def _train(self, resume: bool | str | Path) -> TrainResult:
         identity = run_identity(self.model, self.data, self.config)
-        checkpoint = open_run(self.output_dir, resume, self.config, identity)
+        checkpoint, shorter = open_run(
+            self.output_dir, resume, self.config, identity, lambda config: total_steps(len(self.batches), config)
+        )
         torch.manual_seed(self.config.seed)
         if checkpoint is not None:
             self.progress, random_state = load_checkpoint(checkpoint, self.model, self.optimizer, self.schedule)
             restore_random(random_state)
+        if shorter is not None:
+            self._prolong(shorter)
         self._random = capture_random()
         self._identity = identity
         self._report = self._reporter()
         mode = training_mode(self.model, self.config.gradient_checkpointing)
         with contextlib.closing(self._report), StopSignal() as self._stop, mode:
             return self._run()
+
+    def _prolong(self, shorter: int) -> None:
+        """Go over from the learning rates of a run of `shorter` steps, in which the checkpoint was made, to this one's.
+
+        The schedule has this run's length already; the optimizer has the rate that the shorter run would take next.
+        """
+        groups, taken = self.optimizer.param_groups, self.progress.step
+        before = groups[0]["lr"]
+        schedule: Any = self.schedule
+        for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * factor(taken)
+        schedule._last_lr = [group["lr"] for group in groups]
+        logger.warning(
+            "prolonged: the run of %d steps goes on to %d; from step %d the learning rate is that of the %s schedule "
+            "over %d steps, %.3g now where the shorter one had come to %.3g",
+            *(shorter, self.total_steps, taken + 1, self.config.scheduler, self.total_steps, groups[0]["lr"], before),
+        )
 
     def evaluate(self) -> EvalResult | None:
         """Loss on the evaluation data as the model is now; None without evaluation data."""

@@ -135,7 +135,8 @@ def locate_model(path: str | Path) -> str | Path:
     if local.is_dir():
         if not (local / "config.json").is_file():
             raise ModelLoadError(f"no model in directory {text}: expected a config.json there")
-        return local
+        # "." would be written into an adapter as the name of its base, and be another folder the next day.
+        return local if local.name not in ("", "..") else local.resolve()
     if local.is_file():
         if local.suffix != ".gguf":
             raise ModelLoadError(f"no model at {text}: expected a model directory or a .gguf file")

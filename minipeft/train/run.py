@@ -9,19 +9,20 @@
 
 The rules here keep one run from overwriting another. A resumed run must continue the very run that was interrupted: its
 identity is everything that decides its numbers, that is data, base model, adapter and settings. Paths are not part of
-it: data and model are known by content, so a directory may be moved.
+it: data and model are known by content, so a directory may be moved. Its length may grow: such a run is prolonged.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -45,6 +46,7 @@ _SETTINGS = (
     "max_steps",
     "optimizer",
     "lr",
+    "loraplus_lr_ratio",
     "scheduler",
     "scheduler_args",
     "warmup_steps",
@@ -57,8 +59,11 @@ _SETTINGS = (
     "precision",
     "seed",
 )
-# Adapter settings that do not decide the numbers: places of files, versions, the way of the last use.
-_INCIDENTAL = ("base_model_name_or_path", "inference_mode", "peft_version", "revision")
+# Of these, those that say how long a run is.
+_LENGTH = ("setting 'epochs'", "setting 'max_steps'")
+# Adapter settings that do not decide the numbers: places of files, versions, the way of the last use. The tokenizer is
+# known by the data.
+_INCIDENTAL = ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "tokenizer_name_or_path")
 
 
 def check_output_dir(output_dir: str | Path, resume: bool | str | Path = False) -> None:
@@ -142,29 +147,60 @@ def _named_checkpoint(directory: Path, checkpoint: Path) -> Path:
 
 
 def open_run(
-    directory: Path, resume: bool | str | Path, config: TrainConfig, identity: Mapping[str, Any]
-) -> Path | None:
+    directory: Path,
+    resume: bool | str | Path,
+    config: TrainConfig,
+    identity: Mapping[str, Any],
+    steps_of: Callable[[TrainConfig], int],
+) -> tuple[Path | None, int | None]:
     """Start a run in `directory` or reopen the one there.
 
+    Args:
+        steps_of: gives the optimizer steps of a run over this data with such settings.
+
     Returns:
-        The checkpoint to load, or None to start from the beginning.
+        The checkpoint to load, or None to start from the beginning; and the steps that the run had when the checkpoint
+        was written, if it is now to have more, else None.
 
     Raises:
-        OutputDirError, CheckpointError: see `check_output_dir`; also when the run there is a different one.
+        OutputDirError, CheckpointError: see `check_output_dir`; also when the run there is a different one, or longer.
     """
     check_output_dir(directory, resume)
     checkpoint = find_resume(directory, resume) if resume else None
+    shorter = None
     if checkpoint is not None:
-        check_identity(read_checkpoint(checkpoint)["identity"], identity, str(checkpoint))
+        shorter = _length_before(read_checkpoint(checkpoint)["identity"], identity, str(checkpoint), config, steps_of)
     elif resume:
-        check_identity(_read_run(directory)["identity"], identity, str(directory))
+        _length_before(_read_run(directory)["identity"], identity, str(directory), config, steps_of)
     directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory)
     if checkpoint is not None:
         _remove_later(directory, checkpoint)
     run = {"config": config.to_dict(), "identity": dict(identity)}
     write_text(directory / "run.json", json.dumps(run, indent=2, sort_keys=True) + "\n")
-    return checkpoint
+    return checkpoint, shorter
+
+
+def _length_before(
+    saved: Mapping[str, Any],
+    now: Mapping[str, Any],
+    source: str,
+    config: TrainConfig,
+    steps_of: Callable[[TrainConfig], int],
+) -> int | None:
+    """The steps of the run `saved` if it differs from that of `now` in being shorter; None if it has as many steps.
+
+    Raises CheckpointError where it is longer, or differs in something else.
+    """
+    check_identity({**saved, **{name: now[name] for name in _LENGTH}}, now, source)
+    length: dict[str, Any] = {name.split("'")[1]: saved.get(name) for name in _LENGTH}
+    before, after = steps_of(dataclasses.replace(config, **length)), steps_of(config)
+    if after < before:
+        message = f"cannot resume from {source}: the run had {before} steps and would now have {after}"
+        raise CheckpointError(
+            f"{message}; --resume with more epochs or max_steps prolongs a run, none makes it shorter"
+        )
+    return before if after > before else None
 
 
 def _remove_later(directory: Path, checkpoint: Path) -> None:
@@ -201,13 +237,11 @@ def run_identity(model: Any, data: EncodedDataset, config: TrainConfig) -> dict[
 
 def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], source: str) -> None:
     """Raise CheckpointError that names every field in which two identities differ."""
-    missing = "absent"
-    different = [key for key in {**saved, **now} if saved.get(key, missing) != now.get(key, missing)]
+    # What one of them does not have is a setting of another version, which is null where it asks for nothing.
+    different = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
     if not different:
         return
-    details = "; ".join(
-        f"{key} was {_short(saved.get(key, missing))}, is now {_short(now.get(key, missing))}" for key in different
-    )
+    details = "; ".join(f"{key} was {_short(saved.get(key))}, is now {_short(now.get(key))}" for key in different)
     raise CheckpointError(f"cannot resume from {source}, it belongs to a different run: {details}")
 
 

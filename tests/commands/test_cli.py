@@ -804,3 +804,38 @@ def test_a_model_by_another_path_is_the_same_model(base, data, lora_run, adapter
     ok("generate", "--model", link, "--adapter", adapter, "--raw", "--prompt", "a", "--max-new-tokens", "1")
     monkeypatch.chdir(base)
     ok("generate", "--model", ".", "--adapter", adapter, "--raw", "--prompt", "a", "--max-new-tokens", "1")
+
+
+def test_a_model_that_is_named_by_a_dot_is_found_from_elsewhere(base, data, tmp_path, monkeypatch):
+    for where, output in ((".", tmp_path / "dot"), ("./", tmp_path / "slash"), ("x/..", tmp_path / "up")):
+        (base / "x").mkdir(exist_ok=True)
+        monkeypatch.chdir(base)
+        ok("train", "--model", where, "--data", data, "--output", output, *QUICK)
+        monkeypatch.chdir(tmp_path)
+        ok("generate", "--model", base, "--adapter", output / "adapter", "--raw", "--prompt", "a")
+        ok("train", "--model", output / "adapter", "--data", data, "--output", tmp_path / f"{output.name}2", *QUICK[:2])
+
+
+def test_a_run_goes_on_whatever_its_model_is_called(data, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    home = tmp_path / "hub" / "models--org--tiny"
+    folder = save_model(home / "snapshots" / "0123456789abcdef0123456789abcdef01234567")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(folder.name)
+    (tmp_path / "link").symlink_to(folder)
+    arguments = ["--data", data, "--output", tmp_path / "run", "--lr", "0.02", "--batch-size", "4"]
+    arguments += ["--method", "prompt", "--method-args", "{prompt_tuning_init_text: abc}"]
+    ok("train", "--model", "org/tiny", *arguments, "--max-steps", "2")
+    for steps, model in enumerate((folder, tmp_path / "link", f"{folder}/", "org/tiny"), 3):
+        ok("train", "--model", model, *arguments, "--max-steps", str(steps), "--resume")
+        ok("generate", "--model", model, "--adapter", tmp_path / "run" / "adapter", "--raw", "--prompt", "a")
+    assert "was trained on" not in caplog.text
+
+
+def test_a_finished_run_is_prolonged_and_says_so(base, data, tmp_path, caplog):
+    arguments = ["--model", base, "--data", data, "--output", tmp_path / "run", "--batch-size", "4"]
+    ok("train", *arguments, "--epochs", "1")
+    said = ok("train", *arguments, "--epochs", "2", "--resume")
+    assert "trained 8 steps" in said
+    assert "the run of 4 steps goes on to 8; from step 5 the learning rate is that of the linear" in caplog.text
+    assert "had 8 steps and would now have 4" in refused("train", *arguments, "--epochs", "1", "--resume")

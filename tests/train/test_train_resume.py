@@ -216,7 +216,7 @@ def test_killed_process_leaves_a_run_that_resumes(tmp_path):
         ({"batch_size": 3}, "setting 'batch_size' was 2, is now 3"),
         ({"seed": 5}, "setting 'seed' was 0, is now 5"),
         ({"scheduler": "linear"}, 'setting \'scheduler\' was "cosine", is now "linear"'),
-        ({"max_steps": 9}, "setting 'max_steps' was 7, is now 9"),
+        ({"loraplus_lr_ratio": 4.0}, "setting 'loraplus_lr_ratio' was null, is now 4.0"),
         ({"packing": True}, "setting 'packing' was false, is now true"),
         ({"data": make_data(COUNT, seed=1)}, r"training data \(sha256\) was"),
         ({"model": make_model(dropout=0.3, seed=2)}, r"base model \(fingerprint\) was"),

@@ -37,6 +37,7 @@ class Registration:
         rows: (adapter, config) -> None: raises ValueError for an adapter that cannot act on some rows of a batch alone.
             Without it none can (`minipeft/rows.py`).
         names: (model, config) -> None: puts what a new adapter's config calls by a name of former times under today's.
+        files: (model, config, tensors by name) -> the tensors that a file of former times stands for; fits the config.
         combine: (model, adapters, weights, name, ...): adds an adapter made of others.
         prefix: The start of the names of its tensors (PEFT's `model.prefix`), if they have one in common.
         tuner: PEFT's class of what holds its tensors: a wrapper of the model, or a prompt's encoder.
@@ -54,6 +55,7 @@ class Registration:
     start: Any = None
     rows: Any = None
     names: Any = None
+    files: Any = None
     combine: Any = None
     rates: Any = None
     prefix: str | None = None

@@ -1,7 +1,8 @@
 """Names of an adapter's tensors that mean modules by other names: a caller's mapping, and transformers' own renamings.
 
 transformers renames the modules of a model from release to release and tells how checkpoints follow; an adapter that
-was trained under the old names follows in the same way.
+was trained under the old names follows in the same way. It also puts the layers of a mixture's experts together, into
+one parameter, and tells of which.
 """
 
 from __future__ import annotations
@@ -12,6 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Fused:
+    """A parameter of all experts of a mixture, and the layers that each expert had in its place, in order."""
+
+    name: str
+    layers: tuple[str, ...]
 
 
 def mapped(stored: Mapping[str, Tensor], key_mapping: Mapping[str, str], prefix: str) -> dict[str, Tensor]:
@@ -34,30 +43,13 @@ def following(stored: Mapping[str, Tensor], expected: Iterable[str], model: Any,
     if have.issuperset(stored):
         return dict(stored)
     named = {name: name for name in stored}
-    for rename in _renamings(model):
+    for rename in renamings(model):
         for name in stored:
             if named[name] not in have and (new := prefix + rename(name.removeprefix(prefix))) in have:
                 named[name] = new
     # Two names must not become one.
     taken = [*named.values()]
     return {named[name] if taken.count(named[name]) == 1 else name: tensor for name, tensor in stored.items()}
-
-
-def _rewritten(name: str, key_mapping: Mapping[str, str], prefix: str) -> str:
-    start = prefix if name.startswith(prefix) else ""
-    for pattern, replacement in key_mapping.items():
-        new, times = re.subn(pattern, replacement, name.removeprefix(start))
-        if times:
-            return start + new
-    return name
-
-
-@dataclasses.dataclass(frozen=True)
-class Fused:
-    """A parameter of all experts of a mixture, and the layers that each expert had in its place, in order."""
-
-    name: str
-    layers: tuple[str, ...]
 
 
 def fused_parameters(model: Any) -> list[Fused]:
@@ -86,11 +78,7 @@ def converted_like(model_type: str | None) -> str | None:
     return conversion_mapping._MODEL_TO_CONVERSION_PATTERN.get(model_type)
 
 
-def _is_transformers(model: Any) -> bool:
-    return any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__)
-
-
-def _renamings(model: Any) -> list[Callable[[str], str]]:
+def renamings(model: Any) -> list[Callable[[str], str]]:
     """Functions from an old name to a new one: the model's own table, and those of transformers' for its classes."""
     own = getattr(model, "_checkpoint_conversion_mapping", None) or {}
     found: list[Callable[[str], str]] = [lambda name: _rewritten(name, own, "")] if own else []
@@ -99,5 +87,18 @@ def _renamings(model: Any) -> list[Callable[[str], str]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    renamings = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
-    return [*found, lambda name: rename_source_key(name, renamings, [])[0]] if renamings else found
+    renaming = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    return [*found, lambda name: rename_source_key(name, renaming, [])[0]] if renaming else found
+
+
+def _rewritten(name: str, key_mapping: Mapping[str, str], prefix: str) -> str:
+    start = prefix if name.startswith(prefix) else ""
+    for pattern, replacement in key_mapping.items():
+        new, times = re.subn(pattern, replacement, name.removeprefix(start))
+        if times:
+            return start + new
+    return name
+
+
+def _is_transformers(model: Any) -> bool:
+    return any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__)

@@ -22,17 +22,16 @@ from minipeft.attach import adapter_modules, add_adapter, base_name, config_of, 
 from minipeft.card import write_card
 from minipeft.config import PeftConfig
 from minipeft.directory import find_adapter, read_marks, read_tensors, read_training_tensors, save_adapter
-from minipeft.embeddings import embedding_keys
 from minipeft.files import atomic_path
 from minipeft.hub import base_names, hub_arguments
 from minipeft.mixins import plain_class
-from minipeft.renaming import following, mapped
+from minipeft.renaming import mapped
 from minipeft.state import (
     LoadResult,
-    adapter_state,
     fill_adapter,
     get_peft_model_state_dict,
     load_tensors,
+    of_today,
     training_state_dict,
 )
 
@@ -91,7 +90,7 @@ def load_adapter(
     _refuse("load_adapter", others, _IGNORED_AT_LOADING)
     directory = find_adapter(model_id, subfolder, **hub)
     config = config if config is not None else PeftConfig.from_pretrained(directory)
-    stored = mapped(read_tensors(directory), key_mapping or {}, config.key_prefix)
+    stored = of_today(model, config, mapped(read_tensors(directory), key_mapping or {}, config.key_prefix))
     config.check_marks(read_marks(directory), str(directory))
     _warn_other_base(model, config, directory)
     exists = adapter_name in model.peft_config
@@ -102,9 +101,6 @@ def load_adapter(
         config.for_loading(is_trainable, bool(training))
         add_adapter(model, adapter_name, config, autocast_adapter_dtype, init=False)
     try:
-        prefix = config.key_prefix
-        expected = [*adapter_state(model, adapter_name, prefix), *embedding_keys(model, adapter_name, prefix)]
-        stored = following(stored, expected, model, prefix)
         fill_adapter(model, adapter_name, stored, str(directory), training)
     except BaseException:
         if not exists:

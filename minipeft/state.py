@@ -8,6 +8,7 @@ where PEFT loads those that fit and is silent about the rest.
 from __future__ import annotations
 
 import collections
+import copy
 import difflib
 import re
 import types
@@ -22,6 +23,8 @@ from minipeft.config import PeftConfig
 from minipeft.embeddings import embedding_keys, embeddings_to_save, on_disk
 from minipeft.later_biases import room_for_biases
 from minipeft.meta import give_memory
+from minipeft.methods import method_of
+from minipeft.renaming import following
 
 KEY_PREFIX = PeftConfig.key_prefix
 
@@ -83,14 +86,21 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
-    """Copy values (as from `get_peft_model_state_dict`) into an adapter that exists.
+    """Copy values (as from `get_peft_model_state_dict`) into an adapter that exists, those of former times, too.
 
     Raises ValueError naming tensors that are missing, unknown or of a wrong shape; nothing is changed then.
     """
     if ignore_mismatched_sizes:
         raise ValueError("ignore_mismatched_sizes=True is not supported: an adapter that does not fit is an error")
-    fill_adapter(model, adapter_name, peft_model_state_dict, "the given state dict")
+    config = copy.deepcopy(getattr(model, "peft_config", {}).get(adapter_name))
+    fill_adapter(model, adapter_name, of_today(model, config, peft_model_state_dict), "the given state dict")
     return LoadResult([], [])
+
+
+def of_today(model: nn.Module, config: PeftConfig | None, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What tensors of former times are in `model`, by their method's word; `config` is changed to say the same."""
+    renew = method_of(str(config.type_name)).load("files") if config is not None else None
+    return stored if renew is None else renew(model, config, stored)
 
 
 def fill_adapter(
@@ -123,14 +133,15 @@ def _fill(
     source: str,
     training: Mapping[str, Tensor],
 ) -> None:
-    live = adapter_state(model, adapter, prefix)
+    live, embeddings = adapter_state(model, adapter, prefix), embedding_keys(model, adapter, prefix)
+    stored = following(stored, [*live, *embeddings], model, prefix)
     # A prefix with a projection trains other tensors than its file holds: `made` are the file's tensors that are
     # computed from trained ones. A file whose keys are those of the live tensors has none.
     products = stored_state(model, adapter, prefix) if training or stored.keys() != live.keys() else live
     made = [name for name in products if name not in live]
     read = {**stored, **training} if made else stored
     given = {name: tensor for name, tensor in read.items() if name not in made}
-    load_tensors(live, given, source, embedding_keys(model, adapter, prefix))
+    load_tensors(live, given, source, embeddings)
     again = stored_state(model, adapter, prefix) if made else {}
     for name in made:
         if name in stored and not torch.allclose(again[name], stored[name].to(again[name]), rtol=1e-3, atol=1e-3):

@@ -77,6 +77,9 @@ class LoraParameters(AdapterModule):
             own[name] = factors = ExpertFactors((experts, out_features, in_features), r, scaling, **like)
             if init:
                 init_factors(factors.lora_A, factors.lora_B, config.init_lora_weights)
+                if config.init_lora_weights == "gaussian":  # its spread is 1 / r
+                    with torch.no_grad():
+                        factors.lora_A.mul_(experts)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with W + s B A in the place of each adapted parameter W while it runs."""
@@ -162,7 +165,9 @@ def target_parameters_of(module: nn.Module, path: str, config: LoraConfig) -> li
 
 def check_target_parameters(config: LoraConfig) -> None:
     """Raise ValueError for settings that an update of a parameter cannot have."""
-    refused: dict[str, Any] = {"use_dora": False, "lora_bias": False, "lora_dropout": 0.0}
+    refused: dict[str, Any] = {"use_dora": False, "lora_bias": False}
+    if not config.inference_mode:
+        refused["lora_dropout"] = 0.0
     if not config.target_modules:
         # They choose among modules; PEFT leaves the parameters as they are named, too.
         refused |= {"layers_to_transform": None, "exclude_modules": None}
@@ -172,7 +177,7 @@ def check_target_parameters(config: LoraConfig) -> None:
                 f"{field}={getattr(config, field)!r} does not go with target_parameters (lora.ParamWrapper does not "
                 f"work with {field} != {neutral!r})"
             )
-    if config.init_lora_weights not in (True, False):
+    if config.init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(f"init_lora_weights={config.init_lora_weights!r} does not go with target_parameters")
 
 

@@ -33,6 +33,13 @@ def converted_by_peft(model: Any) -> bool:
     return kind == "mixtral" or converted_like(kind) in _CONVERTED_BY_PEFT
 
 
+def parameters_of_experts(model: Any) -> list[tuple[str, Fused]]:
+    """The parameters that hold layers of all experts, each with the dotted name of its module."""
+    held = [(path, name) for path, m in base_modules(model) for name in m._parameters if _dims(m, name) == 3]
+    made = {fused.name: fused for fused in fused_parameters(model)} if held else {}
+    return [(path, made[name]) for path, name in held if name in made]
+
+
 def name_experts(model: Any, config: LoraConfig) -> None:
     """Move the experts that `target_modules` of a new adapter names as layers to its `target_parameters`, in place.
 
@@ -45,16 +52,12 @@ def name_experts(model: Any, config: LoraConfig) -> None:
 
     Raises ValueError for a part of the layers that a parameter is made of, and as `check_target_parameters`.
     """
-    given, modules = config.target_modules, base_modules(model)
-    if not given or not any(_dims(module, name) == 3 for _, module in modules for name in module._parameters):
+    given, everywhere = config.target_modules, parameters_of_experts(model)
+    like_peft = bool(everywhere) and converted_by_peft(model)
+    if not given or not everywhere or (not like_peft and (config.target_parameters or given == "all-linear")):
         return
-    like_peft = converted_by_peft(model)
-    if not like_peft and (config.target_parameters or given == "all-linear"):
-        return
-    made = fused_parameters(model)
-    everywhere = [(path, fused) for path, module in modules for fused in made if _dims(module, fused.name) == 3]
     experts = [(path, fused) for path, fused in everywhere if _takes(model, config, path, fused)]
-    routers = _routers(model) if like_peft else []
+    routers = routers_of(model) if like_peft else []
     asked = [path for path in routers if _named(given, path)]
     if not experts and not asked:
         return
@@ -64,8 +67,10 @@ def name_experts(model: Any, config: LoraConfig) -> None:
         times, key = len(fused.layers), rf".*\.{re.escape(fused.name)}"
         config.rank_pattern = {**config.rank_pattern, key: times * config.r}
         config.alpha_pattern = {**config.alpha_pattern, key: times * config.lora_alpha}
-    new = _short([(path, fused.name) for path, fused in experts], [(path, fused.name) for path, fused in everywhere])
-    new += _short([(path, "gate.weight") for path in asked], [(path, "gate.weight") for path in routers])
+    new = short_names(
+        [(path, fused.name) for path, fused in experts], [(path, fused.name) for path, fused in everywhere]
+    )
+    new += short_names([(path, "gate.weight") for path in asked], [(path, "gate.weight") for path in routers])
     config.target_parameters = [*dict.fromkeys([*(config.target_parameters or ()), *new])]
     try:
         check_target_parameters(config)
@@ -143,7 +148,7 @@ def _keep_others(model: Any, config: LoraConfig, layers: set[str], routers: list
     return left_out
 
 
-def _short(chosen: list[tuple[str, str]], everywhere: list[tuple[str, str]]) -> list[str]:
+def short_names(chosen: list[tuple[str, str]], everywhere: list[tuple[str, str]]) -> list[str]:
     """Names of `chosen` parameters, (module, parameter) each: the parameter's alone if it is chosen everywhere."""
     partly = {name for path, name in everywhere if (path, name) not in chosen}
     return list(dict.fromkeys(f"{path}.{name}" if name in partly else name for path, name in chosen))
@@ -156,7 +161,7 @@ def _named(given: Any, path: str) -> bool:
     )
 
 
-def _routers(model: nn.Module) -> list[str]:
+def routers_of(model: nn.Module) -> list[str]:
     """The modules called `gate` that choose experts by a weight of their own and are no linear layers."""
     gates = [(path, module) for path, module in base_modules(model) if _leaf(path) == "gate"]
     return [path for path, gate in gates if not isinstance(gate, nn.Linear) and _dims(gate, "weight") == 2]

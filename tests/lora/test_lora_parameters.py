@@ -95,6 +95,20 @@ def test_contract_of_every_method(plain: Any, targets: list[str]) -> None:
     assert all(torch.equal(plain_again.state_dict()[n], t) for n, t in untouched.state_dict().items())
 
 
+@pytest.mark.parametrize("start", [True, False, "gaussian"])
+def test_starts_are_pefts_from_the_same_seed(start: Any) -> None:
+    drawn = []
+    for library in (peft, minipeft):
+        base = mixtral()
+        torch.manual_seed(3)
+        config = library.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=ROUTERS, init_lora_weights=start)
+        drawn.append(library.get_peft_model_state_dict(library.get_peft_model(base, config)))
+    theirs, ours = drawn
+    assert theirs.keys() == ours.keys() and any(name.endswith("experts.lora_A.weight") for name in ours)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_the_updated_weight(checkpointing: bool) -> None:
     model = adapted(minipeft, targets=["down_proj"])

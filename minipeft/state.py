@@ -98,7 +98,7 @@ def set_peft_model_state_dict(
 
 
 def of_today(model: nn.Module, config: PeftConfig | None, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """What tensors of former times are in `model`, by their method's word; `config` is changed to say the same."""
+    """The tensors of `model` that those of a file of former times stand for; `config` is made to say the same."""
     renew = method_of(str(config.type_name)).load("files") if config is not None else None
     return stored if renew is None else renew(model, config, stored)
 

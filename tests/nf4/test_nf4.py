@@ -1,4 +1,7 @@
-"""NF4Weight is bitsandbytes 0.50.2's, bit by bit: its golden file, the installed library, and its checkpoints."""
+"""NF4Weight is bitsandbytes 0.50.2's: its golden file, the installed library, and its checkpoints.
+
+Bit by bit, but for the codes of nested scales, of which ours are the nearer.
+"""
 
 import json
 from typing import Any
@@ -168,6 +171,27 @@ def test_the_last_bit_of_a_short_block_is_that_of_a_quotient() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_matrix_of_many_blocks_is_bitsandbytes(dtype: torch.dtype, blocksize: int) -> None:
     assert_is_bitsandbytes((torch.randn(512, 1024) * 0.02).to(dtype), blocksize, double_quant=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nested_scale_that_is_another_is_the_nearer_one(dtype: torch.dtype) -> None:
+    differing = scales = 0
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        w = (torch.randn(1024, 1024, generator=generator) * 0.02).to(dtype)
+        ours = NF4Weight.quantize(w, 64, double_quant=True)
+        _, theirs = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)
+        plain = NF4Weight.quantize(w, 64, double_quant=False).absmax
+        assert torch.equal(ours.offset, theirs.offset) and torch.equal(ours.nested_absmax, theirs.state2.absmax)
+        exact = (plain - ours.offset).double() / ours.nested_absmax.double().repeat_interleave(256)
+        entries = dynamic_map().double()
+        # (scales, 256): the nearest of all entries, but for the last bit of the quotient in float32
+        error = (entries[ours.absmax.long()] - exact).abs()
+        assert (error <= (entries - exact[:, None]).abs().amin(1) + 2**-23).all()
+        other = ours.absmax != theirs.absmax
+        assert (error[other] < (entries[theirs.absmax.long()] - exact).abs()[other] + 2**-23).all()
+        differing, scales = differing + int(other.sum()), scales + other.numel()
+    assert scales == 8 * 16384 and scales / 800 < differing < scales / 400  # docs/checks.md: one of 600
 
 
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)

@@ -1,6 +1,8 @@
 """Quantization to NF4: blocks of weights become 4-bit codes and one scale each (Dettmers et al. 2023, section 3).
 
-The arithmetic is bitsandbytes 0.50.2's on CPU, bit by bit, so that either library's files are the other's.
+The arithmetic is bitsandbytes 0.50.2's on CPU, bit by bit, so that either library's files are the other's. One thing
+differs: a doubly quantized scale takes the nearest entry of its map, where bitsandbytes looks it up by the nearest of
+65,536 bins, and so takes the neighbour for one scale of 600.
 """
 
 import functools

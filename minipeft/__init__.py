@@ -3,7 +3,9 @@
 The names below are Hugging Face PEFT's, with its arguments; each is imported when it is first used.
 """
 
-from minipeft import public
+from minipeft import compat, public
+
+compat.check_versions()
 
 # The release of PEFT whose names, arguments and files these are, and which scripts compare with what they need.
 __version__ = public.PEFT_VERSION

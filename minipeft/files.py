@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -109,6 +110,15 @@ def sync_tree(directory: Path) -> None:
     for path in directory.rglob("*"):
         sync(path)
     sync(directory)
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read piece by piece. (`hashlib.file_digest` came with Python 3.11.)"""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def size(nbytes: float) -> str:

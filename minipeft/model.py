@@ -317,7 +317,8 @@ def get_peft_model(
     with _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext():
         if adapter_name in model.peft_config:
             attach.check_adapter(model, peft_config, adapter_name)
-            with warnings.catch_warnings(action="ignore"):  # the other adapter acts for a moment
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the other adapter acts for a moment
                 model.unmerge_adapter()
                 model.delete_adapter(adapter_name)
         model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)

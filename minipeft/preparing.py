@@ -19,6 +19,7 @@ from minipeft.attach import (
     set_trainable,
     switch_of,
 )
+from minipeft.compat import checkpoint_activations
 from minipeft.meta import take_memory
 from minipeft.methods import method_of
 from minipeft.targets import plain_module_names
@@ -118,10 +119,10 @@ def prepare_model_for_kbit_training(
     """
     freeze(model)
     if use_gradient_checkpointing:
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if kwargs["use_reentrant"]:
+        options = gradient_checkpointing_kwargs or {}
+        if options.get("use_reentrant"):
             model.enable_input_require_grads()
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+        checkpoint_activations(model, **options)
     if auto_clear_cache and torch.cuda.is_available():
         torch.cuda.empty_cache()
     return model

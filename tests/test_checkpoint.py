@@ -226,7 +226,8 @@ def test_a_model_card_says_what_a_hub_wants(tmp_path: Path) -> None:
         model = tiny_llama()
         model.name_or_path = model.config._name_or_path = str(tmp_path)
         model = lib.get_peft_model(model, lib.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             model.save_pretrained(tmp_path / lib.__name__)
         card = (tmp_path / lib.__name__ / "README.md").read_text()
         found[lib] = yaml.safe_load(card.split("---\n")[1])

@@ -81,7 +81,8 @@ def run(lib: Any, first: int, verbs: list[Any]) -> list[Any]:
 def test_the_same_parameters_are_trained_as_in_peft(first: int, verbs: list[Any]) -> None:
     # After the block of disable_adapter(), PEFT gives the active adapter gradients although it had none before.
     verbs = [verb for verb in verbs if verb[0] != "disable" or not any(v[0] in ("requires_grad", "set") for v in verbs)]
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         assert run(minipeft, first, verbs) == run(peft, first, verbs)
 
 

@@ -38,6 +38,7 @@ CORE = {
     # PEFT's names and small functions, for the scripts that import them.
     *("public", "errors", "mappings", "wrappers", "utilities", "signatures", "names", "shorter", "meta"),
     "tying",
+    *("compat", "machine"),
 }
 
 # Room -> the other rooms that its modules import. "core" is CORE, "kernels" the package minipeft_kernels without its
@@ -53,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"core", "nf4", "optim", "kernels"},
     "demo": {"core", "lora", "nf4", "train", "kernels"},
     "compare": {"core", "train", "demo", "kernels"},
-    "commands": {"core", "train", "demo", "compare", "lab", "emulator"},
+    "commands": {"core", "train", "demo", "compare", "kernels", "lab", "emulator"},
     "__main__": {"commands"},
     "kernels": set(),
     "lab": {"kernels", "emulator"},

@@ -71,7 +71,8 @@ def test_modules_that_only_one_of_state_and_config_names_are_told_as_by_peft(tar
 def test_settings_of_the_config_hold_for_the_modules_of_the_state() -> None:
     model = tiny_llama()
     config = LoraConfig(target_modules=SOME, r=4, rank_pattern={"up_proj": 2}, exclude_modules=["lm_head"])
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         inject_adapter_in_model(config, model, state_dict=state_of(model, target_modules=SOME, r=4))
     assert model.model.layers[1].mlp.up_proj.r == {"default": 2}
     assert config.target_modules == SOME  # the caller's config is left alone

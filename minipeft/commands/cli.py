@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import io
 import os
 import sys
@@ -18,6 +17,7 @@ from typing import NoReturn
 
 from minipeft.commands.arguments import positive, seed
 from minipeft.commands.bench import add_bench_arguments
+from minipeft.commands.environment import version
 from minipeft.methods import METHODS
 from minipeft.train.config import DTYPE_CHOICES, QUANTIZE_CHOICES, TOO_LONG_CHOICES, add_config_arguments
 from minipeft.train.errors import TrainingError, TrainingInterrupted
@@ -125,24 +125,17 @@ def build_parser(arguments: Sequence[str] = ()) -> Parser:
         description="Fine-tune language models by training small adapters, on 16-bit or 4-bit base models.",
         epilog="`minipeft COMMAND --help` lists a command's options. Start with: minipeft demo",
     )
-    parser.add_argument("--version", action="version", version=f"minipeft {_version()}")
+    parser.add_argument("--version", action="version", version=f"minipeft {version('minipeft')}")
     parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND", required=True)
     for add in (
         *(_add_demo, _add_train, _add_eval, _add_generate, _add_merge, _add_inspect),
-        *(_add_compare, _add_bench, _add_kernels),
+        *(_add_compare, _add_bench, _add_kernels, _add_env),
     ):
         add(commands)
     if next((word for word in arguments if not word.startswith("-")), "") == "bench":
         add_bench_arguments(commands.choices["bench"])
     return parser
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("minipeft")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 def _add(commands: argparse._SubParsersAction, name: str, command: str, summary: str, detail: str = "") -> Parser:
@@ -236,6 +229,10 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
         commands, "inspect", "commands.others:inspect", "say what an adapter, checkpoint, run or model directory holds"
     )
     parser.add_argument("path", help="the directory")
+
+
+def _add_env(commands: argparse._SubParsersAction) -> None:
+    _add(commands, "env", "commands.environment:environment", "print versions and what runs here, for reports of bugs")
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:

@@ -11,8 +11,6 @@ import dataclasses
 import io
 import json
 import math
-import os
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from minipeft.compare.plan import Run, Shared
 from minipeft.compare.run import Losses, change
 from minipeft.compare.task import Task
 from minipeft.files import size, write_text
+from minipeft.machine import processor
 from minipeft.train.evaluation import perplexity
 from minipeft.train.models import resolve_device
 
@@ -215,7 +214,7 @@ def _notes(
     length = f"; {steps} steps of {shared.batch_size} {unit}, the same for all" if steps else ""
     threads = next((row.threads for row in rows if row.threads is not None), None)
     cores = f"{threads} thread" + ("s" if threads != 1 else "")
-    device = torch.cuda.get_device_name() if resolve_device(shared.device).type == "cuda" else _processor()
+    device = torch.cuda.get_device_name() if resolve_device(shared.device).type == "cuda" else processor()
     measured = f"Accuracy (always the same answer: {100 * majority:.1f} %) and p" if majority is not None else "P"
     notes = [
         *task.about.split("\n"),
@@ -238,17 +237,6 @@ def _settings(row: Row) -> str:
     first = {key: settings.pop(key) for key in ("method", "lr") if key in settings}
     shown = {**first, **settings.pop("method_args", {}), **settings}
     return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
-
-
-def _processor() -> str:
-    """The processor's name, as far as the system tells it, and its cores."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{os.cpu_count()} cores of {name}"
 
 
 def header(table: Table) -> list[str]:

@@ -10,7 +10,6 @@ were rounded to 4 bits (Q4_1), so the folder, though bfloat16, holds rounded wei
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from minipeft.files import atomic_directory
+from minipeft.files import atomic_directory, file_sha256
 from minipeft.train.errors import MissingExtraError, TrainingError
 from minipeft.train.models import without_bars
 
@@ -173,12 +172,6 @@ def find_damage(folder: Path, expected: Mapping[str, str]) -> str | None:
         if file_sha256(path) != sha256:
             return f"{name} does not have its sha256"
     return None
-
-
-def file_sha256(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pip_download(asset: Asset, target: Path) -> Path:

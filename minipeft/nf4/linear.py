@@ -30,6 +30,7 @@ class NF4Linear(StoredNF4):
         absmax, quant_map, nested_absmax, nested_quant_map, offset: buffers, as in `NF4Weight`.
     """
 
+    bias: nn.Parameter | None
     absmax: Tensor
     quant_map: Tensor
     nested_absmax: Tensor | None
@@ -67,7 +68,9 @@ class NF4Linear(StoredNF4):
         self.out_features = out_features
         self.compute_dtype = compute_dtype
         dtype = dtype or torch.get_default_dtype()
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        # Registered where there is none, too, as nn.Linear does: `TrainedBias` reads what is registered.
+        start = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", start)
         self.set_weight(zeros(torch.Size((out_features, in_features)), dtype, blocksize, double_quant, device))
 
     @classmethod

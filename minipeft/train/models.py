@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from minipeft.compat import checkpoint_activations, keep_activations
 from minipeft.train.errors import ConfigError, MissingExtraError, ModelLoadError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -317,17 +318,17 @@ def training_mode(model: Any, gradient_checkpointing: bool = False) -> Iterator[
 
     Args:
         gradient_checkpointing: recompute activations in backward, the non-reentrant way: the other one would need
-            inputs that require gradients. transformers calls it activation checkpointing since 5.23.
+            inputs that require gradients.
     """
     was_training = model.training
     model.train()
     if gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     try:
         yield
     finally:
         if gradient_checkpointing:
-            model.activation_checkpointing_disable()
+            keep_activations(model)
         model.train(was_training)
 
 

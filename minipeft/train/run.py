@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from minipeft.files import remove_directory, remove_leftovers, write_text
+from minipeft.files import file_sha256, remove_directory, remove_leftovers, write_text
 from minipeft.train.checkpoint import checkpoint_step, list_checkpoints, read_checkpoint, tensor_bytes
 from minipeft.train.config import TrainConfig
 from minipeft.train.encoding import EncodedDataset
@@ -225,8 +225,7 @@ def run_identity(model: Any, data: EncodedDataset, config: TrainConfig) -> dict[
     identity["training data (sha256)"] = data.content_hash()
     identity["base model (fingerprint)"] = model_fingerprint(model)
     if config.adapter is not None:
-        with (Path(config.adapter) / "adapter_model.safetensors").open("rb") as file:
-            identity["adapter to go on with (sha256)"] = hashlib.file_digest(file, "sha256").hexdigest()
+        identity["adapter to go on with (sha256)"] = file_sha256(Path(config.adapter) / "adapter_model.safetensors")
     for name, peft_config in getattr(model, "peft_config", {}).items():
         settings = peft_config.to_dict()
         for key in sorted(settings.keys() - set(_INCIDENTAL)):

@@ -25,11 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule
+from minipeft.compat import CACHE_NAMES
 from minipeft.mixins import plain_class
 from minipeft.virtual.masks import columns_of, widened_mask
-
-# Names of the cache argument of attention modules.
-CACHE_NAMES = ("past_key_values", "layer_past")
 
 
 class PrefixedCache:

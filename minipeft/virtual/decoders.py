@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule, base_modules
+from minipeft.compat import cache_of, causality
 from minipeft.virtual.attention import (
     PrefixedAttention,
     PrefixedRotary,
@@ -82,7 +83,7 @@ class VirtualTokensDecoder(VirtualTokensHolder):
         for prompt in prompts:
             prompt.forget()
         dtype = self.get_input_embeddings().weight.dtype  # type: ignore[operator]
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         rotary = getattr(self, "rotary_emb", None)
         if isinstance(rotary, PrefixedRotary):
             # The whole text's length chooses the frequencies, for the prompt as well.
@@ -151,7 +152,7 @@ def _about_the_text(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for a 2-D mask that is not for the text alone.
     """
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
     ids = args[0] if args else kwargs.get("input_ids")
     text = ids if ids is not None else kwargs.get("inputs_embeds")
     if not torch.is_tensor(mask) or mask.dim() != 2 or text is None:
@@ -238,7 +239,7 @@ def is_self_attention(module: Any) -> bool:
     if layer_number(module) is None or cache_argument(module) is None:
         return False
     # Bloom's does not say that it is causal.
-    says_so = hasattr(module, "is_causal") or "alibi" in argument_names(module)
+    says_so = causality(module) is not None or "alibi" in argument_names(module)
     return says_so and not getattr(module, "is_cross_attention", False)
 
 

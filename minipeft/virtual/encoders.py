@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule, base_modules
+from minipeft.compat import cache_of, causality
 from minipeft.virtual.attention import argument_names
 from minipeft.virtual.decoders import attention_mixin, connect_replica, is_self_attention
 from minipeft.virtual.masks import check_implementation
@@ -61,7 +62,7 @@ class PrefixHolder(VirtualTokensHolder):
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         text = ids if ids is not None else kwargs.get("inputs_embeds")
         if mask is not None and mask.dim() == 2 and text is not None:
-            check_mask(mask, text, kwargs.get("past_key_values"))
+            check_mask(mask, text, cache_of(kwargs))
         return super().forward(**kwargs)
 
 
@@ -203,7 +204,11 @@ def prefix_targets(model: Any, config: VirtualTokensConfig) -> list[str] | None:
     root = next(path for path, module in base_modules(model) if module is holder)
     inside = [(f"{root}.{name}".lstrip("."), module) for name, module in base_modules(holder) if name]
     # Of an encoder-decoder's attention modules those that read its own text are the causal ones.
-    attentions = [name for name, module in inside if is_self_attention(module) and module.is_causal == causal]
+    attentions = [
+        name
+        for name, module in inside
+        if is_self_attention(module) and causality(module) == causal and not name.endswith(".EncDecAttention")
+    ]
     assert len(attentions) == sizes.layers, (attentions, sizes)
     return [root, *attentions, *(name for name, module in inside if _is_position_table(module, name))]
 

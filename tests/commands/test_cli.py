@@ -839,3 +839,18 @@ def test_a_finished_run_is_prolonged_and_says_so(base, data, tmp_path, caplog):
     assert "trained 8 steps" in said
     assert "the run of 4 steps goes on to 8; from step 5 the learning rate is that of the linear" in caplog.text
     assert "had 8 steps and would now have 4" in refused("train", *arguments, "--epochs", "1", "--resume")
+
+
+def test_env_says_what_a_report_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIPEFT_BACKEND", "reference")
+    told = dict(line.split(maxsplit=1) for line in ok("env").splitlines() if not line.startswith("NF4"))
+    assert {"minipeft", "python", "torch", "transformers", "triton", "processor", "compiler", "GPU"} <= told.keys()
+    assert told["torch"] == torch.__version__ and told["MINIPEFT_BACKEND"] == "reference"
+
+
+def test_env_without_torch_or_a_compiler_tells_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setenv("CC", "no-such-compiler --flag")
+    said = ok("env")
+    assert "problem       torch cannot be imported: " in said
+    assert "compiler      no no-such-compiler: " in said

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from pathlib import Path
@@ -12,8 +11,6 @@ from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule, base_modules
 from minipeft.attach import adapter_modules, base_name
-
-logger = logging.getLogger("minipeft")
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
@@ -101,24 +98,24 @@ def embeddings_to_save(model: nn.Module, adapter: str, wanted: str | bool, prefi
 def _vocabulary_changed(model: nn.Module) -> bool:
     """True if the base model's folder or the hub's cache says another vocabulary size than the model has now.
 
-    If a model of the hub is not in the cache, a warning says that its size is not known.
+    If a model of the hub is not in the cache, or its folder is gone, a warning says that its size is not known.
     """
     name = base_name(model)
     config: Any = getattr(model, "config", None)
-    on_hub = name is not None and not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-    if config is None or name is None or not (on_hub or (Path(name) / "config.json").is_file()):
+    # "org/name", or "gpt2" and its like.
+    on_hub = name is not None and not Path(name).exists() and re.fullmatch(r"([\w.-]+/)?[\w.-]+", name) is not None
+    if name is None or not hasattr(type(config), "from_pretrained"):
         return False
-    from transformers import AutoConfig
-
     # Of the commit that was loaded: the vocabulary may be another in a later one.
     where = {"local_files_only": True, "revision": getattr(config, "_commit_hash", None) or "main"} if on_hub else {}
     try:
-        original: Any = AutoConfig.from_pretrained(name, **where)
+        original: Any = type(config).from_pretrained(name, **where)
     except (OSError, ValueError):
-        logger.warning(
-            "the config.json of %s is not in the hub's cache, so it is not known if the vocabulary was resized since: "
-            "if it was, save with save_embedding_layers=True",
-            name,
+        place = "the hub's cache" if on_hub else "a folder of that name"
+        warnings.warn(
+            f"Could not find a config file in {name} - will assume that the vocabulary was not modified. There is none "
+            f"in {place}; if it was resized since, save with save_embedding_layers=True",
+            stacklevel=2,
         )
         return False
     sizes = [getattr(one.get_text_config(), "vocab_size", None) for one in (original, config)]

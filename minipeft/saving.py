@@ -161,7 +161,8 @@ def save_adapters(
         write_card(model, config, folder)
     if _TRAINER_FOLDER.fullmatch(directory.name):
         with atomic_path(directory / _TRAINER_WEIGHTS) as temporary:
-            save_file(_adapter_state_in_memory(model), temporary, metadata={"format": "pt"})
+            tensors = {name: tensor.detach() for name, tensor in _adapter_state_in_memory(model).items()}
+            save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def push_to_hub(
@@ -200,6 +201,8 @@ def push_to_hub(
 def check_adapters_alone(model: AdaptedModel, state_dict: Mapping[str, Any]) -> bool:
     """True if `state_dict`, by names of `model.state_dict()`, holds adapters and nothing of the base model.
 
+    Tensors that are frozen now may be left out: a checkpoint of what is trained lacks them.
+
     Raises ValueError when such a state is not of the adapters that are attached: Trainer, which resumes from it,
     would go on with an optimizer that belongs to other parameters.
     """
@@ -207,7 +210,8 @@ def check_adapters_alone(model: AdaptedModel, state_dict: Mapping[str, Any]) -> 
     base = model.state_dict().keys() - own.keys()
     if not state_dict or state_dict.keys() & base:
         return False
-    load_tensors(own, state_dict, "the state of adapters", {})
+    needed = {name: tensor.detach() for name, tensor in own.items() if tensor.requires_grad or name in state_dict}
+    load_tensors(needed, state_dict, "the state of adapters", {})
     return True
 
 
@@ -228,7 +232,7 @@ def _adapter_state_in_memory(model: nn.Module) -> dict[str, Tensor]:
         for adapter in module.adapter_names()
         for tensor in module.adapter_state(adapter).values()
     }
-    return {n: t.detach() for n, t in model.state_dict(keep_vars=True).items() if id(t) in own}
+    return {n: t for n, t in model.state_dict(keep_vars=True).items() if id(t) in own}
 
 
 def _check_same_settings(here: PeftConfig, stored: PeftConfig, adapter: str, directory: Path) -> None:

@@ -1,11 +1,13 @@
 """Adapters by name on the hub, out of its cache: without a network, as on a cluster's nodes."""
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import some_ids, tiny_llama
 from tiny_folder import byte_tokenizer, save_model
 from transformers import AutoModelForCausalLM
@@ -106,6 +108,40 @@ def test_adapter_and_base_model_are_found_by_their_names(cache: Path) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "org/base"}))
     found = minipeft.AutoPeftModelForCausalLM.from_pretrained("org/adapter", revision="v2", cache_dir=str(cache))
     assert torch.equal(found(some_ids()).logits, made(1)(some_ids()).logits)
+
+
+@pytest.mark.parametrize("name", ["org/base", "base"])
+def test_a_resized_vocabulary_is_known_by_the_name_of_the_base(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(SHA)
+    tiny_llama().save_pretrained(folder / "snapshots" / SHA)
+    stored = []
+    for size in (128, 140):
+        base = AutoModelForCausalLM.from_pretrained(name)
+        base.resize_token_embeddings(size)
+        model = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+        model.save_pretrained(tmp_path / str(size))
+        stored.append(
+            {key for key in load_file(tmp_path / str(size) / "adapter_model.safetensors") if "lora" not in key}
+        )
+    assert stored == [set(), {f"base_model.model.{end}.weight" for end in ("model.embed_tokens", "lm_head")}]
+    shutil.rmtree(folder)
+    with pytest.warns(UserWarning, match=f"Could not find a config file in {name} .*save_embedding_layers=True"):
+        model.save_pretrained(tmp_path / "unknown")
+
+
+def test_a_base_whose_folder_is_gone_is_told(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["q_proj"])
+    )
+    shutil.rmtree(tmp_path / "base")
+    with pytest.warns(UserWarning, match="Could not find a config file in .*base - will assume"):
+        model.save_pretrained(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("rows", [512, 64])

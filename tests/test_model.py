@@ -457,6 +457,21 @@ def test_a_state_of_other_adapters_is_refused() -> None:
             model.load_state_dict(adapters_alone, strict=False)
 
 
+def test_a_checkpoint_of_what_is_trained_is_loaded() -> None:
+    source, model = two_adapters(tiny_llama()), two_adapters(tiny_llama())
+    randomize(source)
+    state = {name: p.detach().clone() for name, p in source.named_parameters() if p.requires_grad}
+    assert state and all(".default." in name for name in state)
+    result = model.load_state_dict(state, strict=False)
+    assert not result.missing_keys and not result.unexpected_keys
+    assert all(torch.equal(p, state[name]) for name, p in model.named_parameters() if name in state)
+    frozen = {name: p for name, p in model.named_parameters() if name not in state}
+    assert all(torch.equal(p, dict(two_adapters(tiny_llama()).named_parameters())[name]) for name, p in frozen.items())
+    del state[next(iter(state))]
+    with pytest.raises(ValueError, match="missing tensors"):
+        model.load_state_dict(state, strict=False)
+
+
 def test_status_tells_what_is_attached() -> None:
     model = two_adapters(tiny_llama())
     model.merge_adapter(["other"])

@@ -73,7 +73,6 @@ IMPORT_TRANSFORMERS = {
     ),  # a quantizer of transformers'
     "auto",  # loads base models
     "renaming",  # asks for the names that modules of old had
-    "embeddings",  # reads the vocabulary's size from a base model's folder
     "nf4.linear",  # gives back the Conv1D that a layer was made of
     "virtual.prompt",  # reads the text that a prompt starts from
     "demo.assets",  # makes a small model

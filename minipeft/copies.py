@@ -325,9 +325,6 @@ class TrainedPart(Replaced):
                 whole.check_by_row()
         return super().forward(*args, **kwargs)
 
-    def fold(self, adapters: tuple[str, ...]) -> None:
-        """Nothing to do: the whole merges its parts."""
-
 
 class TrainedSequence(AdapterModule):
     """An `nn.Sequential` that is trained whole: its own parts are counted and run, the copies of it are none."""

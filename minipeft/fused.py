@@ -27,9 +27,6 @@ class CallsItsParts(AdapterModule):
         """Set the number."""
         vars(self)["activation_relu_or_gelu"] = value
 
-    def fold(self, adapters: tuple[str, ...]) -> None:
-        """Nothing to do: the parts merge their own."""
-
 
 def _acts(part: Any) -> bool:
     if not isinstance(part, AdapterModule) or isinstance(part, CallsItsParts):

@@ -339,3 +339,46 @@ def test_rows_go_through_copies_of_their_own() -> None:
         with pytest.raises(TypeError, match=r"only supported for the following modules: Linear, .*trains a Head whole"):
             model(some_rows(), adapter_names=["default"] * 5)
         assert model(some_rows(), adapter_names=["__base__"] * 5).shape == (5, 3)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+        self.layers, self.head = nn.Sequential(layer, copy.deepcopy(layer)), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layers(x))
+
+
+@pytest.mark.parametrize("whole", [["layers.1"], ["layers.1", "head"], ["layers.0.self_attn"], ["norm1", "norm2"]])
+def test_a_whole_layer_of_an_encoder_is_merged(whole: list[str]) -> None:
+    x = torch.randn(2, 5, 8)
+    model = get_peft_model(Encoder(), LoraConfig(target_modules=["linear1"], modules_to_save=whole)).eval()
+    randomize(model, scale=0.3)
+    expected = model(x).detach()
+    plain = Encoder().eval()
+    assert not torch.allclose(plain(x), expected, atol=1e-3)
+    for call in (model.merge_adapter, model.unmerge_adapter, model.merge_and_unload):
+        call()
+        for recorded in (True, False):  # torch's fused operation is for inference
+            with torch.set_grad_enabled(recorded):
+                torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert not any(type(module).__name__.startswith(("Trained", "Lora")) for module in model.modules())
+
+
+def test_lora_inside_of_what_another_adapter_trains_whole_is_merged() -> None:
+    x = torch.randn(2, 5, 8)
+    model = get_peft_model(Encoder(), LoraConfig(target_modules=["1.linear1"]), "inside").eval()
+    model.add_adapter("whole", LoraConfig(target_modules=["0.linear2"], modules_to_save=["layers.1"]))
+    randomize(model, scale=0.3)
+    for name in ("inside", "whole"):
+        model.set_adapter(name)
+        expected = model(x).detach()
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        assert torch.equal(model(x), expected)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x), Encoder().eval()(x))

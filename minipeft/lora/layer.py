@@ -165,6 +165,9 @@ class LoraLayer(AdapterStore):
         return all(tensor is None or bool(torch.isfinite(tensor).all()) for tensor in merged)
 
     def fold(self, adapters: tuple[str, ...]) -> None:
+        if not any(self.adapts(adapter) for adapter in adapters):
+            super().fold(adapters)
+            return
         merged = self.merged_weight(adapters)
         super().fold(adapters)
         self._install_weight(merged)

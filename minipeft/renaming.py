@@ -79,7 +79,10 @@ def converted_like(model_type: str | None) -> str | None:
 
 
 def renamings(model: Any) -> list[Callable[[str], str]]:
-    """Functions from an old name to a new one: the model's own table, and those of transformers' for its classes."""
+    """Functions from an old name to a new one: the model's own table, those of transformers' for its classes, the head.
+
+    The last is for an adapter that was trained on the model without its head, or with one where `model` has none.
+    """
     own = getattr(model, "_checkpoint_conversion_mapping", None) or {}
     found: list[Callable[[str], str]] = [lambda name: _rewritten(name, own, "")] if own else []
     if not _is_transformers(model):
@@ -88,7 +91,13 @@ def renamings(model: Any) -> list[Callable[[str], str]]:
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     renaming = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
-    return [*found, lambda name: rename_source_key(name, renaming, [])[0]] if renaming else found
+    inner = f"{model.base_model_prefix}."
+    return [
+        *found,
+        lambda name: rename_source_key(name, renaming, [])[0],
+        lambda name: inner + name,
+        lambda name: name.removeprefix(inner),
+    ]
 
 
 def _rewritten(name: str, key_mapping: Mapping[str, str], prefix: str) -> str:

@@ -18,9 +18,10 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def check_names(model: nn.Module, config: Any) -> None:
-    """Raise ValueError for a name in target_modules, modules_to_save or target_parameters that matches nothing.
+    """Raise ValueError for a name that matches nothing.
 
-    For new adapters alone: a stored one is checked by its tensors.
+    In target_modules, modules_to_save, target_parameters and trainable_token_indices. For new adapters alone: a stored
+    one is checked by its tensors.
     """
     names = plain_module_names(model)
     parameters = {
@@ -41,6 +42,13 @@ def check_names(model: nn.Module, config: Any) -> None:
     for wanted in getattr(config, "modules_to_save", None) or ():
         if not (has_head and wanted in heads) and not any(name.endswith(wanted) for name in names):
             raise ValueError(no_match("modules_to_save", wanted, names, model, lambda module: True))
+    rows = getattr(config, "trainable_token_indices", None)
+    for wanted in rows if isinstance(rows, dict) else ():
+        if not any(ends_with(name, wanted) for name in names):
+            raise ValueError(
+                f"Target modules {{{wanted!r}}} not found in the base model. Please check the target modules and try "
+                f"again. {no_match('trainable_token_indices', wanted, names, model, _is_layer)}"
+            )
     missing = [target for target in own_parameters if not any(ends_with(name, target) for name in parameters)]
     if missing and len(missing) < len(own_parameters):
         raise ValueError(f"target_parameters: {missing[0]!r} matches no parameter; 3-D ones here: {fused}")

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,14 +14,22 @@ from minipeft.config import PeftConfig
 from minipeft.tokens.find import check_indices
 
 _UNSUPPORTED = (
-    *("megatron_config", "eva_config", "corda_config", "lora_ga_config"),
-    *("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication"),
+    *(
+        "megatron_config",
+        "velora_config",
+        "alora_invocation_tokens",
+        "use_qalora",
+        "monteclora_config",
+        "layer_replication",
+    ),
     *("use_bdlora", "arrow_config", "kasa_config"),
 )
 
 # Values of init_lora_weights that minipeft does not make: PEFT changes the base weight by them, from data, and a reader
 # of the file would have to change it in the same way.
 _CHANGE_THE_BASE = ("corda", "lora_ga")
+# Each has a field of its own, which has no meaning beside another start.
+_STARTS_WITH_A_CONFIG = ("loftq", "eva", *_CHANGE_THE_BASE)
 # A mark in the files of adapters with "pissa_niter_N": the random numbers were drawn as in `variants.py`, from seed 0.
 _OWN_DRAW = {"pissa_draw": "minipeft"}
 
@@ -85,7 +94,8 @@ class LoraConfig(PeftConfig):
         modules_to_save: Modules that the adapter trains whole.
         init_lora_weights: True (B = 0), "gaussian" (the same with normal A), "pissa" or "pissa_niter_N" (the weight's
             principal components), "olora" (its QR factors), "loftq" (the error of quantization; for these see
-            `variants.py`), "orthogonal" (both random, with B A = 0), or False (both random: no identity, for tests).
+            `variants.py`), "orthogonal" (both random, with B A = 0), or False or None (both random: no identity, for
+            tests). "eva" is for stored adapters alone.
         target_parameters: Names or name endings of 3-D parameters of a mixture's experts, and of its routers' weights
             (see `experts.py`).
         loftq_config: A `LoftQConfig` or its fields, for init_lora_weights="loftq".
@@ -148,6 +158,7 @@ class LoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._say_nothing_by_nothing()
         for field in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, field)
             if isinstance(value, set | tuple):
@@ -222,9 +233,25 @@ class LoraConfig(PeftConfig):
 
         return custom_mixin(module, getattr(self, "_custom_modules", {}))
 
+    def _say_nothing_by_nothing(self) -> None:
+        """Read null, empty lists and the settings of another start as what they ask for: nothing."""
+        for field in ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "init_lora_weights"):
+            setattr(self, field, getattr(self, field) if getattr(self, field) is not None else False)
+        for field in ("rank_pattern", "alpha_pattern", "loftq_config"):
+            setattr(self, field, getattr(self, field) if getattr(self, field) is not None else {})
+        if self.trainable_token_indices in ([], {}):
+            self.trainable_token_indices = None
+        for kind in _STARTS_WITH_A_CONFIG:
+            if self.init_lora_weights != kind and getattr(self, f"{kind}_config"):
+                warnings.warn(
+                    f"`{kind}_config` specified but will be ignored when `init_lora_weights` is not {kind!r}.",
+                    stacklevel=4,
+                )
+                self.loftq_config = {} if kind == "loftq" else self.loftq_config
+
     def _check_kind_of_start(self) -> None:
         kind = self.init_lora_weights
-        known = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq")
+        known = (True, False, "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
         if kind in _CHANGE_THE_BASE:
             raise ValueError(
                 f"init_lora_weights={kind!r} is not supported by minipeft: it changes the base weights, by data; an "
@@ -237,6 +264,11 @@ class LoraConfig(PeftConfig):
             )
 
     def check_start(self) -> None:
+        if self.init_lora_weights == "eva":
+            raise ValueError(
+                "init_lora_weights='eva' starts from the principal components of data: minipeft loads such an adapter, "
+                "but does not start one; take True, or 'pissa' for those of the weight"
+            )
         odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
         if self.init_lora_weights == "orthogonal" and odd:
             raise ValueError(f"Orthogonal initialization requires the LoRA rank to be even, got {odd[0]} instead.")
@@ -284,7 +316,7 @@ class LoraConfig(PeftConfig):
     def _check_loftq(self) -> None:
         if isinstance(self.loftq_config, LoftQConfig):
             self.loftq_config = dataclasses.asdict(self.loftq_config)
-        if (self.init_lora_weights == "loftq") != bool(self.loftq_config):
+        if self.init_lora_weights == "loftq" and not self.loftq_config:
             raise ValueError(
                 "init_lora_weights='loftq' and loftq_config go together, got "
                 f"{self.init_lora_weights!r} and {self.loftq_config!r}"

@@ -19,6 +19,7 @@ from minipeft.lora.config import LoraConfig
 from minipeft.lora.old_experts import parameters_of_experts, routers_of, short_names
 from minipeft.renaming import Fused, renamings
 from minipeft.shorter import shortest_names
+from minipeft.targets import check_target_module_exists
 
 
 @dataclasses.dataclass
@@ -31,20 +32,27 @@ class _Layer:
     factors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
-def fuse_experts(model: Any, config: LoraConfig, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def of_today(model: Any, config: LoraConfig, stored: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors of a file, with those of single experts put together as the parameters of `model` have them.
 
     If there are such tensors, `config` is made to say what they are, in place: its targets, ranks and scalings. An
-    expert or a layer that has none gets zeros.
+    expert or a layer that has none gets zeros. Targets that match none of the modules that the tensors are of, by the
+    names that these have today, become their names. DoRA's lengths lose the `.weight` that some files have.
 
     Args:
         stored: Tensors by their names on disk.
 
     Raises ValueError for a factor that is missing or does not fit, or is not of the rank that `config` says.
     """
-    everywhere = parameters_of_experts(model)
-    layers, rest, adapted = _sorted_out(model, config, stored, everywhere) if everywhere else ({}, {}, set())
+    stored = {re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", name): tensor for name, tensor in stored.items()}
+    everywhere, modules = parameters_of_experts(model), {path for path, _ in base_modules(model)}
+    if not everywhere and all(_module_of(name, config) in modules for name in stored if ".lora_" in name):
+        return stored
+    layers, rest, adapted = _sorted_out(model, config, stored, everywhere)
     if not layers:
+        named = config.target_parameters or any(check_target_module_exists(config, path) for path in adapted)
+        if adapted and config.target_modules not in (None, "all-linear") and not named:
+            config.target_modules = set(shortest_names(model, sorted(adapted)))
         return stored
     routers = [path for path in routers_of(model) if path in adapted]
     config.target_modules = set(shortest_names(model, sorted(adapted - {*routers})))
@@ -66,6 +74,10 @@ def fuse_experts(model: Any, config: LoraConfig, stored: Mapping[str, Tensor]) -
         inside = f"{config.key_prefix}{path}.{'base_layer.' * depth}lora_"
         rest |= {f"{inside}A.weight": A, f"{inside}B.weight": B}
     return rest
+
+
+def _module_of(name: str, config: LoraConfig) -> str:
+    return name.removeprefix(config.key_prefix).partition(".lora_")[0]
 
 
 def _sorted_out(

@@ -63,13 +63,13 @@ def row_parts(
         key_of_followers: As `key`, if the file has the rows of followers, too.
         asked: The names as the user gave them, for errors.
 
-    Raises ValueError for names that match nothing and numbers out of range, TypeError for modules that have no rows to
-        train or that the adapter updates otherwise.
+    Raises ValueError when no name matches anything and for numbers out of range, TypeError for modules that have no
+        rows to train or that the adapter updates otherwise.
     """
     modules = {path: module for path, module in base_modules(model) if path}
     found = {path: rows for name, rows in wanted.items() for path in modules if ends_with(path, name)}
     missing = {name for name in wanted if not any(ends_with(path, name) for path in modules)}
-    if missing:
+    if missing and not found:
         raise ValueError(
             f"Target modules {asked or missing} not found in the base model. Please check the target modules and try "
             "again."

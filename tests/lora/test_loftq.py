@@ -179,7 +179,6 @@ def test_packed_layers_take_their_start_from_the_weights_before(tmp_path: Path) 
     ("arguments", "message"),
     [
         ({"loftq_config": {}}, "'loftq' and loftq_config go together"),
-        ({"init_lora_weights": True}, "'loftq' and loftq_config go together"),
         ({"loftq_config": {"loftq_bits": 8}}, r"loftq_bits must be 4 \(NF4\), got 8"),
         ({"loftq_config": {"loftq_iter": 0}}, "loftq_iter must be a positive whole number"),
         ({"use_dora": True}, "use_dora with init_lora_weights='loftq'"),

@@ -254,7 +254,6 @@ def test_config_refuses_what_it_cannot_do(arguments: dict[str, Any], complaint: 
         ({"target_modules": 5}, "target_modules must be a list of names or a regular expression, got 5"),
         ({"target_modules": [1]}, r"target_modules must be a list of names .* got \[1\]"),
         ({"modules_to_save": "lm_head"}, "modules_to_save must be a list of names, got 'lm_head'"),
-        ({"rank_pattern": None}, "rank_pattern must map ends of names to numbers, got None"),
         ({"alpha_pattern": {"(": 1}}, r"alpha_pattern key '\(' is not a regular expression"),
         ({"alpha_pattern": {"q": "1"}}, r"alpha_pattern\['q'\] must be a finite number"),
         ({"layers_to_transform": "1"}, "layers_to_transform must be a layer number or a list of them, got '1'"),

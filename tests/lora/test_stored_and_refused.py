@@ -33,6 +33,57 @@ def test_a_file_whose_tensors_fit_loads_whatever_else_its_config_names(more: dic
     torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({name: None} for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "loftq_config")),
+        *({name: None} for name in ("init_lora_weights", "rank_pattern", "alpha_pattern", "layers_pattern")),
+        *({name: []} for name in ("trainable_token_indices", "target_parameters", "layers_to_transform")),
+        *({name: {"rho": 2.0}} for name in ("eva_config", "corda_config", "lora_ga_config")),
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "tau": 0.99}},
+        {"init_lora_weights": "eva"},
+        {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
+        {"target_modules": ["q_proj", "nowhere"], "target_parameters": ["experts.nothing"]},
+        {"rank_pattern": {"nothing": 4}, "alpha_pattern": {"nothing": 4}, "ensure_weight_tying": True},
+    ],
+)
+def test_fields_that_ask_for_nothing_once_there_are_tensors_pass(fields: dict[str, Any], tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    ours = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    torch.testing.assert_close(ours(IDS).logits, theirs.eval()(IDS).logits)
+    ours.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(tiny_llama(), tmp_path / "again")(IDS).logits, ours(IDS).logits
+    )
+
+
+def test_rows_of_modules_that_are_not_there_are_errors_of_new_adapters_alone(tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(
+        tiny_llama(), peft.TrainableTokensConfig(token_indices=[1, 2], init_weights=False)
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": ["embed_tokens", "wte"]}))
+    ours = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits)
+    with pytest.raises(
+        ValueError, match=r"'wte'. not found in the base model.*trainable_token_indices: 'wte' matches no"
+    ):
+        rows = {"embed_tokens": [1], "wte": [1]}
+        get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows))
+
+
+def test_a_start_from_data_is_no_start_of_a_new_adapter() -> None:
+    with pytest.raises(ValueError, match=r"'eva' starts from the principal components of data"):
+        get_peft_model(tiny_llama(), LoraConfig(init_lora_weights="eva"))
+    with pytest.warns(UserWarning, match="`eva_config` specified but will be ignored when"):
+        LoraConfig(eva_config={"rho": 2.0})
+
+
 def test_a_place_without_a_tensor_is_an_error(tmp_path: Path) -> None:
     get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"

@@ -231,7 +231,7 @@ def _decoder(model: Any, config: VirtualTokensConfig) -> Any:
 
 def _parts(module: nn.Module) -> list[str]:
     """The names of what `module` holds, parts and tensors."""
-    return [name for name, _ in (*module.named_modules(), *module.named_buffers())]
+    return [name for path, part in base_modules(module) for name in (path, *part._buffers)]
 
 
 def is_self_attention(module: Any) -> bool:

@@ -269,7 +269,7 @@ def test_adapters_without_rows_do_not_act_in_the_embedding() -> None:
     model.add_adapter("other", with_lora(minipeft, [1, 2]))
     assert model.model.embed_tokens.active_adapters == []
     model.set_adapter("other")
-    assert model.model.embed_tokens.active_adapters == ["other"]
+    assert model.model.embed_tokens.active_adapters == ["other"] and model.model.embed_tokens._adapters == {"other"}
 
 
 def test_ties_that_are_asked_for_and_not_there_are_told() -> None:

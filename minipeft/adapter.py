@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from minipeft import dispatched
 from minipeft.layer_calls import LayerCalls
 from minipeft.mixins import Face, Mixin, mix_in, mix_out, own_attributes
 from minipeft.switch import Switch as Switch
@@ -87,9 +88,11 @@ class AdapterModule(LayerCalls, Mixin):
 
     def detach(self) -> None:
         """Make the module plain again: every mixin goes, and all adapters with them. Merged weights stay."""
+        own = dispatched.forward_without_adapters(self)
         for name in own_attributes(self):
             delattr(self, name)
         mix_out(self, AdapterModule)
+        dispatched.give_own_forward(self, own)
 
     def _container(self, name: str, kind: type[nn.Module]) -> Any:
         """The attribute `name`, a `kind` keyed by adapter, made with its first entry; until then it is a plain dict.
@@ -152,13 +155,13 @@ class AdapterModule(LayerCalls, Mixin):
         """Put the original base tensors back, bit for bit. Nothing happens if nothing is merged."""
         for path in list(self._originals):
             owner, name = self._owner_of(path)
-            owner._parameters[name] = self._originals.pop(path)
+            dispatched.put_back(owner, name, self._originals.pop(path))
         self.merged_adapters = []
 
     def unmergeable(self, adapters: tuple[str, ...]) -> str | None:
         """The reason why `adapters` cannot be merged into this module, if there is one."""
-        offloaded = any(p is not None and p.is_meta for p in self._parameters.values())
-        return "its weight is offloaded (device meta), where nothing can be added to it" if offloaded else None
+        lost = dispatched.has_lost_values(self)
+        return "its weight has no values (device meta), and nothing can be added to it" if lost else None
 
     def merged_finite(self, adapters: tuple[str, ...]) -> bool:
         """True if merging `adapters` would leave no weight here infinite or NaN. Nothing is changed."""
@@ -177,9 +180,8 @@ class AdapterModule(LayerCalls, Mixin):
     def _install(self, path: str, tensor: torch.Tensor) -> None:
         """Put `tensor` in the place of the base parameter `path`, keeping the original for `unmerge`."""
         owner, name = self._owner_of(path)
-        original = owner._parameters[name]
+        original = dispatched.put(owner, name, nn.Parameter(tensor.detach(), requires_grad=False))
         self._originals.setdefault(path, original)
-        owner._parameters[name] = nn.Parameter(tensor.detach(), requires_grad=False)
 
     def _owner_of(self, path: str) -> tuple[nn.Module, str]:
         prefix, _, name = path.rpartition(".")
@@ -194,7 +196,7 @@ class AdapterModule(LayerCalls, Mixin):
 
 
 class WrappedForward(AdapterModule):
-    """A module whose instance has a `forward` of its own, such as the wrapper of an accelerate hook.
+    """A module whose instance has a `forward` of its own, such as a patch of Liger's.
 
     Such an attribute hides the class's forward, and so every mixin's. Here it is kept aside, behind the mixins, which
     call it as the module's own.
@@ -203,16 +205,6 @@ class WrappedForward(AdapterModule):
     _own_attributes: ClassVar[tuple[str, ...]] = ("wrapped_forward",)
 
     wrapped_forward: Callable[..., Any]
-
-    def attach(self, switch: Switch) -> None:
-        super().attach(switch)
-        if "forward" in vars(self):
-            self.wrapped_forward = vars(self).pop("forward")
-
-    def detach(self) -> None:
-        own = self.wrapped_forward
-        super().detach()
-        vars(self)["forward"] = own
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the instance's own forward."""
@@ -224,12 +216,15 @@ def become(module: Any, mixin: type[AdapterModule], switch: Switch) -> None:
     if isinstance(module, mixin):
         return
     added = [mixin]
-    if "forward" in vars(module) and not isinstance(module, WrappedForward):
+    own = dispatched.take_own_forward(module)
+    if own is not None and not isinstance(module, WrappedForward):
         added.insert(0, WrappedForward)
     in_front = sorted([*mix_out(module, Mixin), *((one, ()) for one in added)], key=lambda one: one[0].outermost)
     for one, offered in in_front:
         mix_in(module, one, offered)
     module.attach(switch)
+    if own is not None:
+        module.wrapped_forward = own
 
 
 def base_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

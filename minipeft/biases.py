@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from minipeft.adapter import AdapterModule
-from minipeft.copies import Replaced, is_sharded
+from minipeft.copies import Replaced, is_handled
+from minipeft.dispatched import device_of, original_value
 
 
 class TrainedBias(AdapterModule):
@@ -40,7 +41,7 @@ class TrainedBias(AdapterModule):
         if "bias" not in held:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'bias'")
         base: torch.Tensor | None = held["bias"]
-        if base is None or self.merged_adapters or is_sharded(base):
+        if base is None or self.merged_adapters or is_handled(self, base):
             return base
         twin = self.acting_copy() if isinstance(self, Replaced) else None
         if twin is not None:
@@ -64,7 +65,8 @@ class TrainedBias(AdapterModule):
         """Give `adapter` a trainable copy of the base bias (in `dtype` if given)."""
         base = self._parameters["bias"]
         assert base is not None
-        own = nn.Parameter(base.detach().clone().to(dtype or base.dtype))
+        values = original_value(self, "bias", base).detach().clone().to(device_of(self))
+        own = nn.Parameter(values.to(dtype or base.dtype))
         self._container("trained_bias", nn.ParameterDict)[adapter] = own
 
     def adapter_names(self) -> set[str]:

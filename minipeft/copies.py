@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from minipeft.adapter import AdapterModule, WrappedForward, base_modules, become
+from minipeft.dispatched import give_own_forward, hooks_of, in_memory, is_moving, without_hooks
 from minipeft.mixins import own_attributes, plain_class
 from minipeft.switch import OwnSwitch
 
@@ -34,7 +35,7 @@ def without_mixins(module: nn.Module) -> Any:
     vars(twin).update({name: value for name, value in vars(module).items() if name not in added})
     vars(twin)["_modules"] = {name: part for name, part in module._modules.items() if name not in added}
     if isinstance(module, WrappedForward):
-        vars(twin)["forward"] = module.wrapped_forward
+        give_own_forward(twin, module.wrapped_forward)
     return twin
 
 
@@ -48,12 +49,13 @@ def parameter_called(model: nn.Module, target: str) -> nn.Parameter:
     return held if held is not None else nn.Module.get_parameter(model, target)
 
 
-def is_sharded(tensor: Any) -> bool:
-    """True for a parameter that FSDP's first version holds flat.
+def is_handled(module: nn.Module, tensor: Any) -> bool:
+    """True for a base tensor of `module` that others move about by its name, and must find under it.
 
-    What it finds under a parameter's name it writes into that parameter, so it must find no other adapter's there.
+    FSDP's first version writes what it finds into the parameter that it holds flat, and an accelerate hook makes a
+    parameter like it, one that gets gradients if it does.
     """
-    return getattr(tensor, "_fsdp_flattened", False)
+    return getattr(tensor, "_fsdp_flattened", False) or is_moving(module)
 
 
 class Replaced(AdapterModule):
@@ -74,7 +76,7 @@ class Replaced(AdapterModule):
         if name not in held.get("_parameters", ()) and name not in held.get("_buffers", ()):
             return super().__getattr__(name)
         twin, base = self.acting_copy(), super().__getattr__(name)
-        if twin is None or is_sharded(base):
+        if twin is None or is_handled(self, base):
             return base
         own = getattr(twin, name)
         # A float32 copy over a 16-bit model: who reads its weight multiplies by 16-bit activations.
@@ -142,7 +144,11 @@ class TrainedModule(Replaced):
                 memo[id(part.switch)] = part.switch
                 memo |= {id(part.modules_to_save): nn.ModuleDict()} if isinstance(part, TrainedModule) else {}
                 memo |= {id(part.wholes): []} if isinstance(part, TrainedPart) else {}
-        twin = copy.deepcopy(self, memo)
+        # Among what a hook holds are all weights of the model.
+        memo |= {id(hook): hook for hook in hooks_of(self)}
+        with in_memory(self):
+            twin = copy.deepcopy(self, memo)
+        without_hooks(twin)
         for part in list(twin.modules()):
             if isinstance(part, AdapterModule):
                 part.detach()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule, base_modules
 from minipeft.attach import adapter_modules, base_name
+from minipeft.dispatched import original_value
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
@@ -48,6 +49,7 @@ def embedding_keys(model: nn.Module, adapter: str, prefix: str) -> dict[str, Ten
         weight = getattr(embedding, "_originals", {}).get("weight", embedding._parameters.get("weight"))
         if path is None or weight is None:
             continue
+        weight = original_value(embedding, "weight", weight)
         start = f"{prefix}{on_disk(path)}"
         own = embedding.stored_as(adapter) if isinstance(embedding, AdapterModule) else "weight"
         for name in ("weight", "base_layer.weight", own):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import nn
 
+from minipeft.dispatched import in_memory
 from minipeft.errors import NotMergeableError
 from minipeft.switch import OwnSwitch, Switch
 
@@ -35,6 +36,8 @@ class LayerCalls(_Base):
     adapter_state: Callable[[str], dict[str, torch.Tensor]]
     fold: Callable[[tuple[str, ...]], None]
     unmerge: Callable[[], None]
+    dense_form: Callable[[], nn.Module | None]
+    requantize: Callable[[], None]
     unmergeable: Callable[[tuple[str, ...]], str | None]
     merged_finite: Callable[[tuple[str, ...]], bool]
 
@@ -121,11 +124,31 @@ class LayerCalls(_Base):
             raise NotMergeableError(f"{reason} (adapters {list(names)})")
         before = tuple(self.merged_adapters)
         self.unmerge()
-        finite = not safe_merge or self.merged_finite(names)
+        finite = not safe_merge or self.finite_here(names)
         if new or before:
-            self.fold(names if finite else before)
+            self.fold_here(names if finite else before)
         if not finite:
             raise ValueError(f"NaNs detected in the merged weights. The adapter {new[0]} seems to be broken")
+
+    def finite_here(self, adapters: tuple[str, ...]) -> bool:
+        """`merged_finite`, also of weights that accelerate offloaded."""
+        with in_memory(self):
+            return self.merged_finite(adapters)
+
+    def fold_here(self, adapters: tuple[str, ...]) -> None:
+        """`fold`, also into weights that accelerate offloaded."""
+        with in_memory(self):
+            self.fold(adapters)
+
+    def dense_form_here(self) -> nn.Module | None:
+        """`dense_form`, also of weights that accelerate offloaded."""
+        with in_memory(self):
+            return self.dense_form()
+
+    def requantize_here(self) -> None:
+        """`requantize`, also of weights that accelerate offloaded."""
+        with in_memory(self):
+            self.requantize()
 
     def follow(self, active: bool = False, enabled: bool = False) -> None:
         """Go back to the model's adapters (`active`), to its being enabled or not (`enabled`), or to both."""

@@ -12,8 +12,10 @@ from torch import nn
 
 from minipeft.adapter import AdaptedModel, AdapterModule, PackedLayer
 from minipeft.attach import adapter_modules, config_of, unmerge
+from minipeft.dispatched import follow_class, in_memory
 from minipeft.embeddings import untie_different_embeddings
 from minipeft.errors import NotMergeableError
+from minipeft.meta import recall_adapters
 from minipeft.mixins import Face, mix_out
 from minipeft.preparing import tell_quantizer
 
@@ -32,6 +34,7 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
     Raises ValueError for unknown adapters, adapters that cannot be merged or not together and, with `safe_merge`, for
         non-finite weights, naming the module.
     """
+    recall_adapters(model)
     modules = adapter_modules(model)
     # A module that was set by itself has adapters of its own that act.
     wanted = {path: module.switch.active if adapter_names is None else adapter_names for path, module in modules}
@@ -66,7 +69,7 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
     unmerge(model)
     try:
         for path, module in modules if safe_merge else ():
-            if not module.merged_finite(here[path]):
+            if not module.finite_here(here[path]):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: merging "
                     f"would make a weight of {path} infinite or NaN"
@@ -77,7 +80,7 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
     finally:
         for path, module in modules:
             if here[path]:
-                module.fold(here[path])
+                module.fold_here(here[path])
 
 
 def unmerge_adapters(model: AdaptedModel) -> None:
@@ -136,12 +139,13 @@ def merge_and_unload(
     merge(model, adapter_names, safe_merge)
     packed = next((module for module in model.modules() if isinstance(module, PackedLayer)), None)
     for _, module in adapter_modules(model) if requantize else ():
-        module.requantize()
+        module.requantize_here()
     plain = _remove_adapters(model)
     if packed is not None and requantize:
         logger.warning("merged into NF4: the merged weights were quantized again, which rounds them")
     elif packed is not None:
-        packed.make_dense(plain)
+        with in_memory(plain):
+            packed.make_dense(plain)
         if getattr(plain, "hf_quantizer", None) is not None:
             plain.hf_quantizer.remove_quantization_config(plain)
         logger.warning("merged into %s: the model is no longer quantized", _weight_dtype(plain))
@@ -151,7 +155,7 @@ def merge_and_unload(
 def _remove_adapters(model: AdaptedModel) -> Any:
     """Take all mixins out, `PeftModel` itself too. Merged weights stay; a merged packed layer becomes a dense one."""
     for path, module in list(adapter_modules(model)):
-        dense = module.dense_form()
+        dense = module.dense_form_here()
         module.detach()
         if dense is not None:
             model.set_submodule(path, dense.requires_grad_(False))
@@ -162,6 +166,7 @@ def _remove_adapters(model: AdaptedModel) -> Any:
             del part._adapted_model
             mix_out(part, Face)
     del model.peft_config, model._switch, model._targets, model._row_checks
+    follow_class(model)
     mix_out(model, Face)
     return model
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.attach import adapter_modules
+from minipeft.dispatched import follow_class, keep_in_memory
+from minipeft.mixins import own_attributes
 
 
 def take_memory(model: nn.Module, adapter: str) -> None:
@@ -30,3 +32,20 @@ def give_memory(tensor: Tensor, like: Tensor) -> None:
     if tensor.is_meta:
         real = torch.empty_like(tensor, device=getattr(tensor, "_in_memory_on", like.device))
         torch.utils.swap_tensors(tensor, nn.Parameter(real, requires_grad=tensor.requires_grad))
+
+
+def recall_adapters(model: nn.Module) -> None:
+    """If accelerate dispatched `model` after adapters were attached, bring their tensors back from where it put them.
+
+    An offloaded tensor is there for calls of the module that holds it alone, and adapters read theirs without.
+    """
+    hook = vars(model).get("_hf_hook")
+    if hook is None or getattr(hook, "_adapters_recalled", False):
+        return
+    for _, module in adapter_modules(model):
+        for name in own_attributes(module):
+            part = module._modules.get(name)
+            if part is not None:
+                keep_in_memory(part)
+        follow_class(module)
+    hook._adapters_recalled = True

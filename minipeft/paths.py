@@ -19,6 +19,7 @@ import torch
 
 from minipeft.adapter import AdaptedModel
 from minipeft.attach import adapter_modules
+from minipeft.dispatched import follow_class
 from minipeft.methods import METHODS, Registration, method_of
 from minipeft.mixins import Face, mix_in
 from minipeft.tying import tied_with_embedding
@@ -68,6 +69,7 @@ def _parts_beside(model: Any) -> set[str]:
 
 def become_backbone(model: AdaptedModel) -> None:
     """Give the part of `model` that it calls `base_model`, if it is one, the verbs of PEFT's `base_model`."""
+    follow_class(model)
     part: Any = model.base_model
     inside = any(module is part for module in model.modules() if module is not model)
     if inside and not isinstance(part, Face | torch.jit.ScriptModule):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minipeft.adapter import AdaptedModel
 from minipeft.attach import config_of
+from minipeft.meta import recall_adapters
 from minipeft.methods import METHODS
 
 # A row of this name goes through the base model (PEFT's word for it).
@@ -142,6 +143,7 @@ def _forward_with_rows(plain: Callable[..., Any]) -> Callable[..., Any]:
     # With the plain forward's signature, which Trainer and `generate` read.
     @functools.wraps(plain)
     def forward(self: AdaptedModel, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        recall_adapters(self)
         if adapter_names is None:
             return plain(self, *args, **kwargs)
         with by_row(self, adapter_names):

@@ -18,12 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minipeft.adapter import AdaptedModel
-from minipeft.attach import adapter_modules, add_adapter, base_name, config_of, delete_adapter, set_trainable
+from minipeft.attach import (
+    adapter_modules,
+    add_adapter,
+    base_name,
+    config_of,
+    delete_adapter,
+    set_trainable,
+)
 from minipeft.card import write_card
 from minipeft.config import PeftConfig
 from minipeft.directory import find_adapter, read_marks, read_tensors, read_training_tensors, save_adapter
 from minipeft.files import atomic_path
 from minipeft.hub import base_names, hub_arguments
+from minipeft.meta import recall_adapters
 from minipeft.mixins import plain_class
 from minipeft.renaming import mapped
 from minipeft.state import (
@@ -140,6 +148,7 @@ def save_adapters(
 
     Raises ValueError for an adapter that does not exist, and for arguments of PEFT's that are not supported.
     """
+    recall_adapters(model)
     if not safe_serialization:
         raise ValueError("safe_serialization=False would write a pickle; adapters are written as safetensors")
     _refuse("save_pretrained", ignored, _IGNORED_AT_SAVING)

@@ -39,6 +39,8 @@ CORE = {
     *("public", "errors", "mappings", "wrappers", "utilities", "signatures", "names", "shorter", "meta"),
     "tying",
     *("compat", "machine"),
+    # What accelerate did to a model.
+    "dispatched",
 }
 
 # Room -> the other rooms that its modules import. "core" is CORE, "kernels" the package minipeft_kernels without its

@@ -27,6 +27,7 @@ from minipeft.bottleneck.config import BottleneckConfig
 from minipeft.bottleneck.invertible import ACTIVATIONS, Coupling, InverseAtHead, start_as
 from minipeft.bottleneck.places import usual_targets
 from minipeft.copies import TrainedModule
+from minipeft.dispatched import device_of
 from minipeft.targets import ends_with, is_conv1d, match_targets
 
 
@@ -217,7 +218,7 @@ class BottleneckLayer(AdapterModule):
 
     def add_adapter(self, adapter: str, config: BottleneckConfig, path: str, dtype: torch.dtype, init: bool) -> None:
         """Create the network of `adapter`, in `dtype`; left uninitialized when `init` is false (for loading)."""
-        device = next(self.parameters()).device
+        device = device_of(self)
         place = _place_of(config, path)
         network: Bottleneck | Coupling
         if place.kind == "invertible":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import become
-from minipeft.copies import is_sharded
+from minipeft.copies import is_handled
 from minipeft.errors import PeftWarning
 from minipeft.lora.calls import Sizes
 from minipeft.lora.config import LoraConfig
@@ -36,7 +36,7 @@ def read_with_updates(name: str) -> Any:
         held = vars(layer) if name in vars(layer) else layer._parameters
         if name not in held:
             raise AttributeError(f"{type(layer).__name__!r} object has no attribute {name!r}")
-        return held[name] if held[name] is None or is_sharded(held[name]) else layer.updated(held[name])
+        return held[name] if held[name] is None or is_handled(layer, held[name]) else layer.updated(held[name])
 
     def write(layer: Any, value: Tensor | None) -> None:
         vars(layer)[name] = value

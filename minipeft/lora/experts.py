@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule
+from minipeft.dispatched import device_of
 from minipeft.errors import NoMatchingPeftModuleError
 from minipeft.lora.config import LoraConfig
 from minipeft.lora.variants import init_factors
@@ -73,7 +74,7 @@ class LoraParameters(AdapterModule):
             r, _, scaling = config.settings_for(f"{path}.{name}")
             experts, *sides = parameter.shape if parameter.dim() == 3 else (1, *parameter.shape)
             out_features, in_features = reversed(sides) if self._transposed(name) else sides
-            like = {"dtype": dtype, "device": parameter.device}
+            like = {"dtype": dtype, "device": device_of(self) if parameter.is_meta else parameter.device}
             own[name] = factors = ExpertFactors((experts, out_features, in_features), r, scaling, **like)
             if init:
                 init_factors(factors.lora_A, factors.lora_B, config.init_lora_weights)

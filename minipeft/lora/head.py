@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.adapter import Part
+from minipeft.dispatched import has_own_forward
 from minipeft.lora.attention import read_with_updates
 from minipeft.lora.layers import LoraLinear
 from minipeft.lora.variants import wide
@@ -60,5 +61,5 @@ def head_parts(model: Any, targets: list[str]) -> list[Part]:
     except NotImplementedError:
         return []
     paths = [path for path in targets if model.get_submodule(path) is head]
-    plain = head is not None and plain_class(head) is nn.Linear and "forward" not in vars(head)
+    plain = head is not None and plain_class(head) is nn.Linear and not has_own_forward(head)
     return [Part(path, ReadHead, ReadHead.read_updated) for path in paths if plain]

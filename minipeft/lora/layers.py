@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.dispatched import put
 from minipeft.lora.calls import Sizes
 from minipeft.lora.config import LoraConfig, changes_base
 from minipeft.lora.layer import LoraLayer
@@ -103,6 +104,7 @@ class LoraNF4Linear(LoraLayer):
             old, dense = self.nf4_weight(), self.dense_merged
             self.dense_merged = None
             self.set_weight(NF4Weight.quantize(dense, old.blocksize, old.double_quant))
+            put(self, "weight", self.get_parameter("weight"))
 
     def dense_weight(self) -> Tensor:
         return self.dequantize(torch.float32)

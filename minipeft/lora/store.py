@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from minipeft.dispatched import device_of
 from minipeft.errors import PeftWarning
 from minipeft.lora.calls import LoraCalls
 from minipeft.lora.variants import Plain, wide
@@ -149,9 +150,7 @@ class AdapterStore(LoraCalls):
 
     def _weight_device(self) -> torch.device:
         device: torch.device = self.base_weight().device
-        # accelerate brings an offloaded weight there for each call, and only the weight.
-        runs_on = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
-        return torch.device(runs_on) if device.type == "meta" and runs_on is not None else device
+        return device_of(self) if device.type == "meta" else device
 
     def base_weight(self) -> Any:
         """The base weight itself: a parameter, or what FSDP or a parametrization has put in its place."""

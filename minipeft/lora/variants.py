@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import PackedLayer
+from minipeft.dispatched import in_memory
 from minipeft.errors import PeftWarning
 from minipeft.lora.config import LoftQConfig, LoraConfig, is_pissa
 from minipeft.mixins import plain_class
@@ -123,7 +124,8 @@ class Pissa(Plain):
 
     def start(self, layer: LoraLayer, adapter: str, config: LoraConfig, dtype: torch.dtype, init: bool) -> None:
         kind = str(config.init_lora_weights)
-        start = pissa_start(layer.dense_weight(), layer.r[adapter], layer.scaling[adapter], kind, dtype)
+        with in_memory(layer):
+            start = pissa_start(layer.dense_weight(), layer.r[adapter], layer.scaling[adapter], kind, dtype)
         layer._container("lora_start", nn.ModuleDict)[adapter] = start
         for factor, value in zip(layer.factors(adapter), (start.lora_A, start.lora_B), strict=True) if init else ():
             factor.data.copy_(value)
@@ -161,7 +163,8 @@ class Loftq(Plain):
                 )
             self.fuses = True
             return
-        packed, *new = loftq(layer.dense_weight().float(), layer.r[adapter], layer.scaling[adapter], rounds)
+        with in_memory(layer):
+            packed, *new = loftq(layer.dense_weight().float(), layer.r[adapter], layer.scaling[adapter], rounds)
         layer._container("lora_base", nn.ModuleDict)[adapter] = LoftqBase.of(packed, layer._weight_device())
         for factor, value in zip(layer.factors(adapter), new, strict=True) if init else ():
             factor.data.copy_(value)
@@ -180,7 +183,8 @@ class Dora(Plain):
     def start(self, layer: LoraLayer, adapter: str, config: LoraConfig, dtype: torch.dtype, init: bool) -> None:
         self.inner.start(layer, adapter, config, dtype, init)
         # m starts as the weight's own length, so that the start is the identity (section 4.1 of the paper).
-        length = self.length(layer, adapter) if init else torch.empty(layer._lora_shape()[0])
+        with in_memory(layer):
+            length = self.length(layer, adapter) if init else torch.empty(layer._lora_shape()[0])
         magnitude = length.to(layer._weight_device(), dtype).view(layer.magnitude_shape())
         layer._container("lora_magnitude_vector", nn.ModuleDict)[adapter] = DoraMagnitude(magnitude)
 
@@ -224,8 +228,10 @@ class Dora(Plain):
         return self.inner.product(layer, adapter)
 
     def delta(self, layer: LoraLayer, adapter: str) -> Tensor:
-        weight = layer.dense_weight()
-        ratio = wide(self.magnitude(layer, adapter)) / _divisor(self.length(layer, adapter))
+        with in_memory(layer):
+            weight = layer.dense_weight()
+            length = self.length(layer, adapter)
+        ratio = wide(self.magnitude(layer, adapter)) / _divisor(length)
         return ratio[:, None] * (weight + self.product(layer, adapter)) - weight
 
     def state(self, layer: LoraLayer, adapter: str) -> dict[str, Tensor]:

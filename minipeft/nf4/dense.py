@@ -17,12 +17,12 @@ class DenseLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        # A weight that is computed at every call, as by `torch.nn.utils.parametrize`, is no parameter: None here.
-        weight = self._parameters.get("weight")
+        # That which acts: one that is computed at every call, as by `torch.nn.utils.parametrize`, is no parameter.
+        weight = self.weight
         return linear(x, weight, self.bias) if _is_frozen(weight, x) else super().forward(x)
 
 
-def _is_frozen(weight: Tensor | None, x: Tensor) -> bool:
+def _is_frozen(weight: Tensor, x: Tensor) -> bool:
     if type(weight) is not nn.Parameter or not x.is_cpu or (weight.requires_grad and torch.is_grad_enabled()):
         return False
     return x.dtype == weight.dtype and not torch.is_autocast_enabled("cpu")

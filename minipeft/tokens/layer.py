@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule
-from minipeft.copies import is_sharded, without_mixins
+from minipeft.copies import is_handled, without_mixins
+from minipeft.dispatched import in_memory, put
 
 DELTA = "trainable_tokens_delta"
 
@@ -102,7 +103,8 @@ class TrainedRows(AdapterModule):
         if "token_adapter" not in self._modules:
             self._modules["token_adapter"] = TokenAdapter(self)
         own: Any = self._modules["token_adapter"]
-        rows = self._base_weight().detach()[list(indices)].to(dtype, copy=True)
+        with in_memory(self):
+            rows = self._base_weight().detach()[list(indices)].to(dtype, copy=True)
         own.trainable_tokens_delta[adapter] = nn.Parameter(rows.normal_() if random else rows)
         own.token_indices[adapter] = list(indices)
         self.row_keys[adapter] = key
@@ -171,7 +173,7 @@ class TrainedRows(AdapterModule):
         With LoRA's update, where the module behind this mixin gives it to who reads its weight (`lora/head.py`).
         """
         own, updated = self.weight_with_rows(), getattr(self, "updated", None)
-        return own if updated is None or own is None or is_sharded(own) else updated(own)
+        return own if updated is None or own is None or is_handled(self, own) else updated(own)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -189,7 +191,7 @@ class TrainedRows(AdapterModule):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
         base: Tensor = held["weight"]
         # While merged, and while `fold` puts them in, the rows are in the base weight.
-        if base is None or "weight" in self._originals or self.merged_adapters or is_sharded(base):
+        if base is None or "weight" in self._originals or self.merged_adapters or is_handled(self, base):
             return base
         return self._with_rows(base, self._with_rows_here(self.switch.acting))
 
@@ -275,14 +277,15 @@ class TrainedRows(AdapterModule):
         if here:
             leaders = {id(self.row_leaders.get(adapter, self)): self.row_leaders.get(adapter, self) for adapter in here}
             source = next(iter(leaders.values())) if len(leaders) == 1 else self
-            self._originals.setdefault("weight", self._parameters["weight"])
             # Tied weights stay one parameter.
-            self._parameters["weight"] = source._merged_weight(here)
+            original = put(self, "weight", source._merged_weight(here))
+            self._originals.setdefault("weight", original)
         super().fold(adapters)
 
     def _merged_weight(self, adapters: list[str]) -> nn.Parameter:
         if self._merged_rows is None or self._merged_rows[0] != adapters:
-            weight = self._with_rows(self._base_weight().detach(), adapters)
+            with in_memory(self):
+                weight = self._with_rows(self._base_weight().detach(), adapters)
             self._merged_rows = (adapters, nn.Parameter(weight, requires_grad=False))
         return self._merged_rows[1]
 

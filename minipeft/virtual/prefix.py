@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule, Method
+from minipeft.dispatched import device_of
 from minipeft.virtual.decoders import LEARNED, VirtualTokensDecoder, attention_mixin, connect_attention, decoder_targets
 from minipeft.virtual.encoders import prefix_mixin, prefix_targets
 from minipeft.virtual.tokens import Sizes, VirtualTokensConfig
@@ -85,7 +86,7 @@ class PrefixTuningConfig(VirtualTokensConfig):
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
     def make_encoder(self, holder: Any, dtype: torch.dtype, init: bool) -> nn.Module:
-        device = holder.get_input_embeddings().weight.device
+        device = device_of(holder.get_input_embeddings())
         return PrefixEncoder(self, init).to(device, dtype)
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule, Method
+from minipeft.dispatched import device_of
 from minipeft.virtual.decoders import VirtualTokensDecoder, attention_mixin, connect_attention, decoder_targets
 from minipeft.virtual.encoders import PromptedEncoder, connect_prompt, prompt_mixin, prompt_targets
 from minipeft.virtual.tokens import Sizes, VirtualTokensConfig
@@ -100,7 +101,7 @@ class PromptTuningConfig(VirtualTokensConfig):
         assert self.num_virtual_tokens and self.token_dim
         words = holder.get_input_embeddings()
         unused = (self.num_transformer_submodules or 1) - 1
-        encoder = PromptEncoder(self.num_virtual_tokens, self.token_dim, unused).to(words.weight.device, dtype)
+        encoder = PromptEncoder(self.num_virtual_tokens, self.token_dim, unused).to(device_of(words), dtype)
         if init:
             self._start(encoder.embedding.weight, words)
         return encoder

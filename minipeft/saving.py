@@ -10,6 +10,7 @@ import copy
 import logging
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minipeft import asked
 from minipeft.adapter import AdaptedModel
 from minipeft.attach import (
     adapter_modules,
@@ -50,16 +52,7 @@ logger = logging.getLogger("minipeft")
 _TRAINER_FOLDER = re.compile(r"checkpoint-\d+")
 _TRAINER_WEIGHTS = "model.safetensors"
 
-# Arguments of PEFT's and of Trainer's that have no meaning here, and the values under which they may be given (... for
-# any): an adapter's tensors go where the model is.
-_IGNORED_AT_LOADING: dict[str, Any] = dict.fromkeys(
-    (
-        *("torch_device", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"),
-        *("low_cpu_mem_usage", "ephemeral_gpu_offload", "torch_dtype", "dtype", "offload_state_dict"),
-        *("offload_buffers", "trust_remote_code", "attn_implementation", "proxies", "resume_download"),
-    ),
-    ...,
-) | {"use_safetensors": True, "ignore_mismatched_sizes": False}
+# Arguments of PEFT's and of Trainer's that have no meaning here, and the values under which they may be given.
 _IGNORED_AT_SAVING: dict[str, Any] = {
     "push_to_hub": False,
     "token": ...,
@@ -90,14 +83,16 @@ def load_adapter(
         config: Used in the place of the directory's `adapter_config.json`.
         autocast_adapter_dtype: Hold the adapter in float32 over a 16-bit or 4-bit model.
         key_mapping: Regular expression -> replacement, for the stored names without "base_model.model.".
-        others: How to reach the hub (`hub.HUB_ARGUMENTS`), and arguments that change nothing (`_IGNORED_AT_LOADING`).
+        others: How to reach the hub (`hub.HUB_ARGUMENTS`), and what is asked of the base model (`asked.py`).
 
     Raises FileNotFoundError when there is no adapter, ValueError when it does not fit; the model is then as before.
     """
     hub = hub_arguments(others)
-    _refuse("load_adapter", others, _IGNORED_AT_LOADING)
+    asked.answer("load_adapter", model, others)
     directory = find_adapter(model_id, subfolder, **hub)
     config = config if config is not None else PeftConfig.from_pretrained(directory)
+    if others.get("ephemeral_gpu_offload"):
+        _set_offload(config)
     stored = of_today(model, config, mapped(read_tensors(directory), key_mapping or {}, config.key_prefix))
     config.check_marks(read_marks(directory), str(directory))
     _warn_other_base(model, config, directory)
@@ -260,6 +255,13 @@ def _warn_other_base(model: nn.Module, config: PeftConfig, directory: Path) -> N
     trained_on, here = config.base_model_name_or_path, base_name(model)
     if trained_on and here and base_names(trained_on).isdisjoint(base_names(here)):
         logger.warning("the adapter at %s was trained on %r, this model is %r", directory, trained_on, here)
+
+
+def _set_offload(config: Any) -> None:
+    if not hasattr(config, "runtime_config"):
+        warnings.warn("Ephemeral GPU offloading is not supported for this model. Ignoring.", stacklevel=4)
+        return
+    config.runtime_config.ephemeral_gpu_offload = True
 
 
 def _refuse(function: str, given: Mapping[str, Any], neutral: Mapping[str, Any]) -> None:

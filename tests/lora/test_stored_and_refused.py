@@ -123,19 +123,3 @@ def test_dora_on_a_row_of_zeros_is_finite(kind: Any) -> None:
     out.square().sum().backward()
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
     torch.testing.assert_close(model.merge_and_unload()(x), want)
-
-
-@pytest.mark.parametrize(
-    "given",
-    [{"torch_dtype": torch.float16}, {"dtype": torch.bfloat16}, {"offload_folder": "x"}, {"use_safetensors": True}],
-)
-def test_arguments_about_the_base_and_devices_are_taken(given: dict[str, Any], tmp_path: Path) -> None:
-    get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    PeftModel.from_pretrained(tiny_llama(), tmp_path, **given)
-
-
-def test_arguments_that_ask_for_a_pickle_or_a_part_are_refused(tmp_path: Path) -> None:
-    get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    for given in ({"use_safetensors": False}, {"ignore_mismatched_sizes": True}):
-        with pytest.raises(ValueError, match="not supported"):
-            PeftModel.from_pretrained(tiny_llama(), tmp_path, **given)

@@ -21,8 +21,13 @@ Messages = Sequence[Mapping[str, Any]]
 
 # Stand in for a message's words: no two of them begin or end alike.
 _OTHER_WORDS = ("Zq7x", "kX3j")
+_ASK = ({"role": "user", "content": _OTHER_WORDS[0]},)
 _MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 ADVICE = "give a chat template that marks the assistant's words with {% generation %} (--chat-template FILE)"
+
+
+class _LeftOutError(DataError):
+    """A message whose words the template does not write."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,15 @@ def assistant_turns(messages: Messages, tokenizer: Any, tools: Any = None) -> tu
 def is_learned(message: Mapping[str, Any]) -> bool:
     """True for an assistant's message that is not excepted."""
     return message["role"] == "assistant" and message.get("train", True) is not False and message.get("weight", 1) != 0
+
+
+def left_out(messages: Messages, full: str) -> list[Mapping[str, Any]]:
+    """The messages of others than the assistant and tools whose words are not in the rendered conversation as they are.
+
+    What a tool gave may be written in another form; of the assistant's words that would be an error.
+    """
+    told = (m for m in messages if m["role"] not in ("assistant", "tool") and isinstance(m.get("content"), str))
+    return [message for message in told if message["content"].strip() not in full]
 
 
 def end_of_turn(tokenizer: Any) -> str | None:
@@ -144,7 +158,7 @@ class _Chat:
     def _plain_turn(self, messages: Messages, number: int, full: str) -> Turn | None:
         """The turn where nothing is to be searched for: the prompt, the words as they are, the usual end."""
         words, calls = (messages[number].get("content") or "").strip(), messages[number].get("tool_calls")
-        prompt = self.render(messages[:number], add_generation_prompt=True)
+        prompt = self._prompt(messages[:number])
         usual = _usual_ends(self.tokenizer, self.tokenizer.chat_template)[number + 1 == len(messages)]
         end = len(prompt) + len(words)
         plain = bool(words and prompt and usual and not calls) and full.startswith(prompt + words)
@@ -154,40 +168,117 @@ class _Chat:
 
     def _searched_turn(self, messages: Messages, number: int, full: str, done: int) -> Turn:
         start, end = self._words(messages, number, full)
-        before_words = self._words(messages, number - 1, full)[1] if number else 0
-        if start < max(done, before_words):
+        before = max(done, self._words_before(messages, number, full, start))
+        if start < before:
             raise DataError(
                 f"assistant message {number + 1} cannot be told apart from the messages before it: {ADVICE}"
             )
+        end = self._own_end(messages, number, full, start, end)
         _check_shown(messages[number], number, full[start:end])
         # What the model is given when it has to go on from here is the prompt, whatever the template puts after it.
-        prompt = self.render(messages[:number], add_generation_prompt=True)
+        prompt = self._prompt(messages[:number])
+        asking = self._asking(messages[:number], prompt)
         common = len(_common([prompt, full]))
-        if full.startswith(prompt) and prompt and len(prompt) <= end:
+        # Where what comes before is not rendered alike (an end of text after the last turn only), what asks decides.
+        between = full[before:start]
+        unasked = _after(between, asking or self._asking(_ASK, self._prompt(_ASK)))
+        if full.startswith(prompt) and asking and len(prompt) <= end:
             start = len(prompt)
-        elif common >= max(done, before_words, 1):
+        elif unasked is not None:
+            start = before + unasked
+        elif between.strip() and prompt.endswith(between.rstrip()):
+            start = before + len(between.rstrip())
+        elif common >= max(before, 1):
             start = min(common, start)
         length, ends = self._end_after(messages, number, full, end)
         return Turn(start, end + length, ends)
 
+    def _prompt(self, messages: Messages, asking: bool = True) -> str:
+        """The prompt from which the model goes on after `messages`; empty if the template refuses such a beginning.
+
+        Without `asking` it is the conversation so far.
+        """
+        try:
+            return self.render(messages, add_generation_prompt=asking)
+        except Exception:  # templates raise what they like
+            return ""
+
+    def _asking(self, messages: Messages, prompt: str) -> str:
+        """The end of `prompt` that asks the model to go on after `messages`."""
+        return prompt[len(_common([prompt, self._prompt(messages, asking=False)])) :]
+
+    def _words_before(self, messages: Messages, number: int, full: str, start: int) -> int:
+        """The end of the words in front of message `number`, whose own start at `start`; 0 if there are none.
+
+        A message that the template leaves out, or moves to a later place, is not in front.
+        """
+        for earlier in range(number - 1, -1, -1):
+            try:
+                found = self._words(messages, earlier, full)
+            except _LeftOutError:
+                continue
+            if found[0] <= start:
+                return found[1]
+        return 0
+
+    def _own_end(self, messages: Messages, number: int, full: str, start: int, end: int) -> int:
+        """`end`, or the place before it from which on a template writes what tools gave into the turn that called."""
+        for later in range(number + 1, len(messages)):
+            if messages[later]["role"] == "assistant":
+                break
+            try:
+                found = self._words(messages, later, full)
+            except _LeftOutError:
+                continue
+            if found[0] < end and start < found[1]:
+                so_far = self.render(messages[: number + 1])
+                own = so_far[slice(*self._words(messages[: number + 1], number, so_far))]
+                if own and full.startswith(own, start):
+                    return start + len(own)
+                raise DataError(
+                    f"assistant message {number + 1} cannot be told apart from message {later + 1}: {ADVICE}"
+                )
+        return end
+
+    def _words_after(self, messages: Messages, number: int, full: str, end: int) -> int:
+        """The start of the words that follow message `number`, whose own end at `end`; the text's end without any."""
+        for later in range(number + 1, len(messages)):
+            try:
+                found = self._words(messages, later, full)
+            except _LeftOutError:
+                continue
+            if found[0] >= end:
+                return found[0]
+        return len(full)
+
     def _words(self, messages: Messages, number: int, full: str) -> tuple[int, int]:
-        """The characters of `full` that depend on the words of message `number`, and nothing around them."""
+        """The characters of `full` that depend on the words of message `number`, and nothing around them.
+
+        Those of the first place, if the template writes them at several.
+        """
         start, rest = len(full), len(full)
-        for words in _OTHER_WORDS:
-            other = self.render(_with_words(messages, number, words))
+        others = [self.render(_with_words(messages, number, words)) for words in _OTHER_WORDS]
+        for words, other in zip(_OTHER_WORDS, others, strict=True):
             if words not in other:
-                raise DataError(f"the chat template leaves message {number + 1} out: {ADVICE}")
+                raise _LeftOutError(f"the chat template leaves message {number + 1} out: {ADVICE}")
             start = min(start, len(_common([full, other])))
             rest = min(rest, _common_end(full, other))
-        return start, max(start, len(full) - rest)
+        end = max(start, len(full) - rest)
+        if others[0].count(_OTHER_WORDS[0]) <= others[1].count(_OTHER_WORDS[0]) + 1:
+            return start, end
+        words = messages[number].get("content") or ""
+        spaces = len(full[start:]) - len(full[start:].lstrip())
+        for first, written in ((start, words), (start + spaces, words.strip())):
+            if full.startswith(written, first):
+                return start, first + len(written)
+        raise DataError(f"the chat template writes message {number + 1} more than once: {ADVICE}")
 
     def _end_after(self, messages: Messages, number: int, full: str, end: int) -> tuple[int, bool]:
         """(characters after the words that end the turn, whether a special token does)."""
-        so_far = self.render(messages[: number + 1])
-        alone = so_far[self._words(messages[: number + 1], number, so_far)[1] :]
+        alone = self._text_after(messages[: number + 1])
         last = number + 1 == len(messages)
         if not last:
-            after = full[end : self._words(messages, number + 1, full)[0]]
+            after = full[end : self._words_after(messages, number, full, end)]
         else:
             asked = [*messages, {"role": "user", "content": _OTHER_WORDS[0]}]
             try:
@@ -212,6 +303,15 @@ class _Chat:
         if same != alone:
             same = same[: max(same.rfind("\n"), same.rfind(" ")) + 1]
         return len(same), False
+
+    def _text_after(self, messages: Messages) -> str:
+        """The text after the last message's words, of a talk that ends with it."""
+        try:
+            so_far = self.render(messages)
+        except Exception:  # a template that refuses an assistant who speaks first, with nothing after it
+            messages = [*_ASK, messages[-1]]
+            so_far = self.render(messages)
+        return so_far[self._words(messages, len(messages) - 1, so_far)[1] :]
 
     def _tokens_in_front(self, text: str) -> list[re.Match[str]]:
         """The special tokens, one right after the other, that `text` begins with after spaces."""
@@ -263,6 +363,17 @@ def _check_shown(message: Mapping[str, Any], number: int, text: str) -> None:
             f"the chat template does not write assistant message {number + 1} as it is: {missing[0][:40]!r} is not in "
             f"{text[:60]!r}; {ADVICE}"
         )
+
+
+def _after(between: str, asking: str) -> int | None:
+    """The place in `between` after `asking`, or after a beginning of it, but for spaces the last of all; else None."""
+    if asking and asking in between:
+        return between.rindex(asking) + len(asking)
+    for text in (between, between.rstrip()):
+        begun = (asking[:length] for length in range(len(asking) - 1, 0, -1))
+        if any(part.strip("\n <|[>") and text.endswith(part) for part in begun):
+            return len(text)
+    return None
 
 
 def _common(texts: list[str]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from minipeft.train.chats import assistant_turns
+from minipeft.train.chats import assistant_turns, left_out
 from minipeft.train.config import TrainConfig
 from minipeft.train.errors import DataError
 from minipeft.train.models import resolve_max_length
@@ -30,10 +30,16 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenized document: `input_ids` and `labels` of equal length, labels -100 where not learned."""
+    """One tokenized document.
+
+    Attributes:
+        input_ids, labels: of equal length, labels -100 where not learned.
+        left_out: of a conversation, the role of a message whose words the chat template does not write as they are.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    left_out: str | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -125,8 +131,11 @@ def encode_records(
         vocabulary = sorted(tokenizer.get_vocab().items())
         data.dated = hashlib.sha256(json.dumps([*whole, vocabulary]).encode()).hexdigest()
     hopeless = 0
+    silent: list[tuple[Record, str]] = []
     for record in records:
         example = encode_record(record, tokenizer)
+        if example.left_out is not None:
+            silent.append((record, example.left_out))
         if len(example) > max_length:
             if too_long == "error":
                 raise record.error(
@@ -141,6 +150,13 @@ def encode_records(
             example = cut
         data.examples.append(example)
     _describe_losses(data, hopeless)
+    if silent:
+        record, role = silent[0]
+        where = "" if record.line is None else f", first in record {record.line}"
+        data.notices.append(
+            f"{len(silent)} of {data.records} records have a message (role {role!r}{where}) whose words the chat "
+            "template does not write as they are: the model does not see them"
+        )
     if not data.examples:
         path = records[0].path if records else None
         raise DataError(f"no record is left: all {len(records)} exceed {max_length} tokens; raise max_length", path)
@@ -235,7 +251,8 @@ def _encode_messages(record: Record, tokenizer: Any) -> Example:
     if turns and not turns[-1].ends:
         ids = _ended(tokenizer, ids)
         labels += ids[len(labels) :]
-    return Example(ids, labels)
+    silent = left_out(record.messages, full)
+    return Example(ids, labels, silent[0]["role"] if silent else None)
 
 
 def _ended(tokenizer: Any, ids: list[int]) -> list[int]:

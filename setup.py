@@ -1,6 +1,8 @@
 """Packaging. `kernels/` is the root of the package `minipeft_kernels`, as `src/` is elsewhere: PyPI has a `kernels`."""
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 DEMO = ["gguf>=0.18", "accelerate>=1.10", "matplotlib>=3.11"]
 SMOKE = ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.6", "accelerate>=1.10"]
@@ -18,8 +20,8 @@ TEST = [
     "types-tqdm",
 ]
 
-# The compiled CPU code has no Python in it: ctypes loads it. Without a C compiler that knows OpenMP it is left out, and
-# minipeft says so when it would have used it. No contraction of a*b+c, whose two roundings the definition keeps apart.
+# The compiled CPU code has no Python in it: ctypes loads it. Without a C compiler it is left out, and minipeft says so
+# when it would have used it. No contraction of a*b+c, whose two roundings the definition keeps apart.
 NATIVE = Extension(
     "minipeft_kernels._native",
     sources=[f"kernels/native/{name}.c" for name in ("decode", "product", "thin", "entry")],
@@ -27,7 +29,24 @@ NATIVE = Extension(
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"],
     extra_link_args=["-fopenmp"],
     optional=True,
+    # One wheel for every Python, then: its name says "abi3", although nothing of Python is called.
+    py_limited_api=True,
 )
+
+
+class BuildNative(build_ext):
+    """Builds the compiled part; by a compiler without OpenMP (clang without libomp, Apple's), for one thread."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Try with OpenMP, then without."""
+        try:
+            super().build_extension(ext)
+        except (CompileError, LinkError) as error:
+            ext.extra_compile_args.remove("-fopenmp")
+            ext.extra_link_args.remove("-fopenmp")
+            self.warn(f"{error}: once more without OpenMP")
+            super().build_extension(ext)
+
 
 setup(
     name="minipeft",
@@ -39,6 +58,8 @@ setup(
     package_dir={"minipeft_kernels": "kernels/minipeft_kernels"},
     package_data={"minipeft": ["py.typed", "compare/constitution.txt"]},
     ext_modules=[NATIVE],
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     install_requires=[
         # Each lower bound is the oldest release that the smoke tests are run with, by .ci/matrix; nothing is held back.
         "torch>=2.6",

@@ -82,7 +82,10 @@ def level() -> int:
 
 def describe() -> str:
     """The compiled part in words, for reports: "native (AVX-512)", or why it is not there."""
-    return obstacle() or f"native ({LEVELS[level()]})"
+    if obstacle():
+        return obstacle()
+    alone = "" if library().minipeft_openmp() else ", one thread: its compiler had no OpenMP"
+    return f"native ({LEVELS[level()]}{alone})"
 
 
 @functools.cache

@@ -3,7 +3,12 @@
  * dozen arguments than a small layer takes to multiply. */
 #include "nf4.h"
 
+#ifdef _OPENMP
 #include <omp.h>
+#else
+/* A compiler without OpenMP leaves the pragmas out: one thread does all. */
+#define omp_get_thread_num() 0
+#endif
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,6 +23,15 @@
 #define LOW_FOR_ONE_THREAD (1 << 17)
 
 EXPORT int minipeft_abi(void) { return ABI; }
+
+/* 1 if several threads can work at one call. */
+EXPORT int minipeft_openmp(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 /* The highest level that this processor has. */
 EXPORT int minipeft_level(void) {

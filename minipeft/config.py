@@ -12,7 +12,7 @@ import difflib
 import enum
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -121,6 +121,10 @@ class PeftConfig:
 
     def check_start(self) -> None:
         """Raise ValueError if an adapter of this config can be loaded, but not made anew."""
+
+    def reshape(self, model: Any) -> Callable[[], None]:
+        """Change the base model as the config asks for, before the adapter is attached. Returns: what undoes it."""
+        return lambda: None
 
     def own_mixin(self, module: Any) -> Any:
         """The mixin that the user wants for `module` in the place of the method's; None for the method's."""

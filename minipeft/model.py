@@ -314,7 +314,8 @@ def get_peft_model(
     """
     _check_config(peft_config)
     preparing.warn_of_adapters(model, adapter_name)
-    with _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext():
+    becoming = _becoming_peft_model(model) if not isinstance(model, PeftModel) else contextlib.nullcontext()
+    with preparing.reshaped(model, peft_config), becoming:
         if adapter_name in model.peft_config:
             attach.check_adapter(model, peft_config, adapter_name)
             with warnings.catch_warnings():

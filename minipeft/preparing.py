@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def inject_adapter_in_model(
     if state_dict is not None:
         aim_by_state(model, config, adapter_name, state_dict)
     switch = switch_of(model)
-    attach_adapter(model, config, adapter_name, switch, init=not low_cpu_mem_usage)
+    with reshaped(model, config):
+        attach_adapter(model, config, adapter_name, switch, init=not low_cpu_mem_usage)
     if low_cpu_mem_usage:
         take_memory(model, adapter_name)
     switch.active = (adapter_name,)
@@ -163,6 +165,20 @@ def warn_of_adapters(model: Any, adapter: str) -> None:
         "For the plain model, call .unload() first.",
         stacklevel=3,
     )
+
+
+@contextlib.contextmanager
+def reshaped(model: nn.Module, config: Any) -> Iterator[None]:
+    """The base model as `config` wants it (`PeftConfig.reshape`), from now on; as before if the block fails.
+
+    Raises ValueError where it cannot be so.
+    """
+    undo = config.reshape(model)
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
 
 
 def supports_lora_conversion(adapted: Any, adapter_name: str = "default") -> bool:

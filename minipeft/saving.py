@@ -6,6 +6,7 @@ their names, `directory.py` reads and writes one adapter's files.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import re
@@ -35,6 +36,7 @@ from minipeft.files import atomic_path
 from minipeft.hub import base_names, hub_arguments
 from minipeft.meta import recall_adapters
 from minipeft.mixins import plain_class
+from minipeft.preparing import reshaped
 from minipeft.renaming import mapped
 from minipeft.state import (
     LoadResult,
@@ -102,13 +104,15 @@ def load_adapter(
     training = read_training_tensors(directory)
     if not exists:
         config.for_loading(is_trainable, bool(training))
-        add_adapter(model, adapter_name, config, autocast_adapter_dtype, init=False)
-    try:
-        fill_adapter(model, adapter_name, stored, str(directory), training)
-    except BaseException:
+    with contextlib.nullcontext() if exists else reshaped(model, config):
         if not exists:
-            delete_adapter(model, adapter_name)
-        raise
+            add_adapter(model, adapter_name, config, autocast_adapter_dtype, init=False)
+        try:
+            fill_adapter(model, adapter_name, stored, str(directory), training)
+        except BaseException:
+            if not exists:
+                delete_adapter(model, adapter_name)
+            raise
     if not exists or is_trainable:
         set_trainable(model, adapter_name, is_trainable)
     model.peft_config[adapter_name].inference_mode = not is_trainable

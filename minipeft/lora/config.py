@@ -7,10 +7,11 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from minipeft.config import PeftConfig
+from minipeft.lora.replication import check_map, replicate
 from minipeft.tokens.find import check_indices
 
 _UNSUPPORTED = (
@@ -20,7 +21,6 @@ _UNSUPPORTED = (
         "alora_invocation_tokens",
         "use_qalora",
         "monteclora_config",
-        "layer_replication",
     ),
     *("use_bdlora", "arrow_config", "kasa_config"),
 )
@@ -106,6 +106,8 @@ class LoraConfig(PeftConfig):
         use_dora: Train the length of each output feature's weight too.
         trainable_token_indices: Token numbers whose vectors in the input embedding are trained too, or a dictionary of
             module names to such numbers (see `tokens/`); weights tied to an embedding follow it.
+        layer_replication: Pairs of layer numbers, [[0, 4], [2, 5]], to build a deeper model of the base's layers, which
+            stays (see `replication.py`).
         lora_bias: Give B a bias, h = W0 x + b + s (B A x + b_B); not with DoRA, and not on embeddings.
 
     Raises ValueError for values out of range, and for fields of PEFT's that minipeft lacks.
@@ -190,6 +192,7 @@ class LoraConfig(PeftConfig):
         rows = self.trainable_token_indices
         for name, indices in (rows if isinstance(rows, dict) else {} if rows is None else {"": rows}).items():
             check_indices(f"trainable_token_indices[{name!r}]" if name else "trainable_token_indices", indices)
+        check_map(self.layer_replication)
         self._check_kind_of_start()
         self._check_loftq()
         self._check_bias_of_B()
@@ -227,6 +230,9 @@ class LoraConfig(PeftConfig):
 
         check_custom(custom_mapping)
         self._custom_modules = {**getattr(self, "_custom_modules", {}), **custom_mapping}
+
+    def reshape(self, model: Any) -> Callable[[], None]:
+        return replicate(model, self.layer_replication) if self.layer_replication else super().reshape(model)
 
     def own_mixin(self, module: Any) -> Any:
         from minipeft.lora.custom import custom_mixin

@@ -18,6 +18,7 @@ from minipeft.lora.experts import LoraParameters, check_target_parameters, find_
 from minipeft.lora.head import head_parts
 from minipeft.lora.layer import LoraLayer
 from minipeft.lora.layers import LoraConv1D, LoraEmbedding, LoraLinear, LoraNF4Linear
+from minipeft.lora.replication import check_replicated
 from minipeft.lora.tying import tied_parts, tied_with
 from minipeft.mixins import plain_class
 from minipeft.nf4 import NF4Linear
@@ -60,6 +61,7 @@ _ROUTER = ", the router of a mixture of experts, whose weight target_parameters 
 
 
 def _find_targets(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[str]:
+    check_replicated(model, config.layer_replication)
     if not config.target_parameters:
         return _find_layers(model, config, skip)
     check_target_parameters(config)

@@ -55,7 +55,7 @@ def replicate(model: Any, layer_map: Sequence[Sequence[int]]) -> Callable[[], No
     if _MARK in vars(model) or adapter_modules(model):
         check_replicated(model, layer_map)
     config: Any = model.config.get_text_config() if hasattr(model, "config") else None
-    depth = getattr(config, "num_hidden_layers", None)
+    depth: Any = getattr(config, "num_hidden_layers", None)
     found = [path for path, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part) == depth]
     if len(found) != 1:
         raise ValueError(

@@ -247,6 +247,11 @@ class LoraConfig(PeftConfig):
             setattr(self, field, getattr(self, field) if getattr(self, field) is not None else {})
         if self.trainable_token_indices in ([], {}):
             self.trainable_token_indices = None
+        if self.init_lora_weights == "eva" and not self.eva_config:
+            warnings.warn(
+                "`init_lora_weights` is 'eva' but `eva_config` is not specified. Using default EVA config.",
+                stacklevel=4,
+            )
         for kind in _STARTS_WITH_A_CONFIG:
             if self.init_lora_weights != kind and getattr(self, f"{kind}_config"):
                 warnings.warn(

@@ -59,10 +59,10 @@ def name_experts(model: Any, config: LoraConfig) -> None:
     experts = [(path, fused) for path, fused in everywhere if _takes(model, config, path, fused)]
     routers = routers_of(model) if like_peft else []
     asked = [path for path in routers if _named(given, path)]
+    layers = {layer for _, fused in experts for layer in fused.layers}
+    left_out = _keep_others(model, config, layers, asked, like_peft) if experts or asked or like_peft else []
     if not experts and not asked:
         return
-    layers = {layer for _, fused in experts for layer in fused.layers}
-    left_out = _keep_others(model, config, layers, asked, like_peft)
     for fused in dict.fromkeys(fused for _, fused in experts if len(fused.layers) > 1):
         times, key = len(fused.layers), rf".*\.{re.escape(fused.name)}"
         config.rank_pattern = {**config.rank_pattern, key: times * config.r}
@@ -110,8 +110,7 @@ def _takes(model: Any, config: LoraConfig, path: str, fused: Fused) -> bool:
         missing = ", ".join(layer for layer in fused.layers if layer not in named)
         raise ValueError(
             f"Cannot convert PEFT target(s) {', '.join(named)} without also targeting {missing} because they are fused "
-            f"into {fused.name}: {path}.{fused.name} holds both of all experts. Name all, or longer names of layers "
-            "that are no experts"
+            f"into {fused.name}. Name them all, or the longer names of layers that are no experts"
         )
     return bool(named)
 
@@ -128,10 +127,11 @@ def _keep_others(model: Any, config: LoraConfig, layers: set[str], routers: list
             taken = match_targets(model, config, lambda module: lora_mixin_for(module) is not None)
         else:
             taken = [name for name in names if re.fullmatch(given, name)]
-        if like_peft:
+        if like_peft and (taken or layers):
+            # As names, since PEFT makes the last parts of an expression's names of it, wherever they are.
             left_out = [name for name in taken if _leaf(name) in layers]
             config.target_modules = set(shortest_names(model, [n for n in taken if n not in {*left_out, *routers}]))
-        elif not taken:
+        elif not taken and layers:
             config.target_modules = set()
     else:
         kept = set()

@@ -139,6 +139,19 @@ def test_experts_of_some_layers(changes: dict[str, Any], tmp_path: Path) -> None
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("expression", [r"model\.layers\.1\.self_attn\.q_proj", r".*\.v_proj"])
+def test_an_expression_without_experts_is_stored_so_that_peft_reads_it_alike(expression: str, tmp_path: Path) -> None:
+    family = CONVERTED["qwen3_moe"]
+    ours = adapted(minipeft, family, expression, lora_dropout=0.1)
+    config = ours.peft_config["default"]
+    assert config.target_modules == ({"v_proj"} if "v_proj" in expression else {"model.layers.1.self_attn.q_proj"})
+    assert not config.target_parameters and not config.rank_pattern
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(family.build(), tmp_path)
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
+    assert peft.get_peft_model_state_dict(theirs).keys() == minipeft.get_peft_model_state_dict(ours).keys()
+
+
 def test_where_peft_leaves_the_experts_out_they_are_adapted_beside_the_layers() -> None:
     """In transformers 4 these names were those of the shared expert and of the routed ones."""
     config: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", *LAYERS]}
@@ -176,6 +189,8 @@ def test_what_experts_cannot_have_is_refused_by_name() -> None:
     part = r"PEFT target\(s\) gate_proj without also targeting up_proj because they are fused into gate_up_proj"
     with pytest.raises(ValueError, match=part):
         get_peft_model(CONVERTED["olmoe"].build(), LoraConfig(target_modules=["q_proj", "gate_proj"]))
+    with pytest.raises(ValueError, match="'.*nowhere' matches no module"):
+        get_peft_model(CONVERTED["olmoe"].build(), LoraConfig(target_modules=".*nowhere"))
     config = LoraConfig(target_modules=["q_proj", *LAYERS], lora_dropout=0.1)
     with pytest.raises(
         ValueError, match=r"down_proj, gate_proj, up_proj .* no layers.*lora_dropout=0.1 does not go with"

@@ -79,7 +79,9 @@ def test_rows_of_modules_that_are_not_there_are_errors_of_new_adapters_alone(tmp
 
 def test_a_start_from_data_is_no_start_of_a_new_adapter() -> None:
     with pytest.raises(ValueError, match=r"'eva' starts from the principal components of data"):
-        get_peft_model(tiny_llama(), LoraConfig(init_lora_weights="eva"))
+        get_peft_model(tiny_llama(), LoraConfig(init_lora_weights="eva", eva_config={"rho": 1.0}))
+    with pytest.warns(UserWarning, match="'eva' but `eva_config` is not specified"):
+        LoraConfig(init_lora_weights="eva")
     with pytest.warns(UserWarning, match="`eva_config` specified but will be ignored when"):
         LoraConfig(eva_config={"rho": 2.0})
 

@@ -189,7 +189,7 @@ def test_what_experts_cannot_have_is_refused_by_name() -> None:
     part = r"PEFT target\(s\) gate_proj without also targeting up_proj because they are fused into gate_up_proj"
     with pytest.raises(ValueError, match=part):
         get_peft_model(CONVERTED["olmoe"].build(), LoraConfig(target_modules=["q_proj", "gate_proj"]))
-    with pytest.raises(ValueError, match="'.*nowhere' matches no module"):
+    with pytest.raises(ValueError, match=r"'.*nowhere' matches no module"):
         get_peft_model(CONVERTED["olmoe"].build(), LoraConfig(target_modules=".*nowhere"))
     config = LoraConfig(target_modules=["q_proj", *LAYERS], lora_dropout=0.1)
     with pytest.raises(

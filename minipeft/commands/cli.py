@@ -229,6 +229,11 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
         commands, "inspect", "commands.others:inspect", "say what an adapter, checkpoint, run or model directory holds"
     )
     parser.add_argument("path", help="the directory")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every file of a run's checkpoints, and say if it is as it was written",
+    )
 
 
 def _add_env(commands: argparse._SubParsersAction) -> None:

@@ -59,6 +59,30 @@ def describe(path: str | Path) -> str:
     raise InspectError(f"{path} is no adapter, checkpoint, run or model: it holds none of {markers}")
 
 
+def verify(path: str | Path) -> Iterator[str]:
+    """Lines on each checkpoint of a run, or on the one that `path` is: if its files are as they were written.
+
+    Raises:
+        InspectError: after the last line, a checkpoint that is not whole; at once, a path with nothing to verify.
+    """
+    from minipeft.train.checkpoint import list_checkpoints
+    from minipeft.train.manifest import MANIFEST, damage
+
+    path = Path(path)
+    found = [path] if any((path / name).is_file() for name in (MANIFEST, "training_state.json")) else []
+    found = found or (list_checkpoints(path) if path.is_dir() else [])
+    if not found:
+        raise InspectError(f"{path} holds no checkpoint, which alone have checksums: expected a run or a checkpoint")
+    damaged = []
+    for checkpoint in found:
+        problems = damage(checkpoint)
+        damaged += [checkpoint.name] * bool(problems)
+        yield f"{checkpoint}: {'as it was written' if not problems else 'damaged'}"
+        yield from (f"  {problem}" for problem in problems)
+    if damaged:
+        raise InspectError(f"{len(damaged)} of {len(found)} checkpoints are damaged: {', '.join(damaged)}")
+
+
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Names, shapes and dtypes of the tensors in a safetensors file; none of them is loaded.
 

@@ -16,10 +16,18 @@ class KernelsError(TrainingError, ValueError):
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """`minipeft inspect`: say what a directory holds."""
-    from minipeft.commands.inspect import describe
+    """`minipeft inspect`: say what a directory holds or, with --verify, if its checkpoints are as they were written.
 
-    print(describe(args.path))
+    Raises:
+        InspectError: see `describe` and `verify`.
+    """
+    from minipeft.commands.inspect import describe, verify
+
+    if not args.verify:
+        print(describe(args.path))
+        return
+    for line in verify(args.path):
+        print(line)
 
 
 def demo(args: argparse.Namespace) -> None:

@@ -5,9 +5,11 @@
       training_state.safetensors                       optimizer state, random generator states
       optimizer_state.safetensors                      optimizer state, if the optimizer keeps it in pages
       training_state.json                              position in the data, schedule, scalars, identity
+      manifest.json                                    sizes and checksums of all these, see manifest.py
 
 Nothing is pickled. A checkpoint is written under a temporary name, synced, and renamed, so one that has its
-name is whole; what a killed process left is ignored and removed by the next run.
+name was whole; what a killed process left is ignored and removed by the next run. What was damaged later is
+noticed by the manifest before anything is read.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from minipeft.directory import TRAINING_NAME
 from minipeft.files import atomic_directory, atomic_path, remove_directory, write_text
 from minipeft.optim import PagedAdamW
 from minipeft.train.errors import CheckpointError
+from minipeft.train.manifest import MANIFEST, damage, write_manifest
 from minipeft.train.schedule import trainable_parameters
 
 FORMAT = 1
@@ -104,7 +107,17 @@ def save_checkpoint(
             optimizer.save_state(temporary / "optimizer_state.safetensors")
         text = json.dumps(state, indent=2, sort_keys=True, allow_nan=False)
         write_text(temporary / "training_state.json", text + "\n")
+        write_manifest(temporary)
     return target
+
+
+def check_whole(path: Path) -> None:
+    """Raise CheckpointError, which names the files, unless the checkpoint at `path` is as it was written."""
+    if not (path / "training_state.json").is_file() and not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path} is not a training checkpoint: it has no training_state.json")
+    problems = damage(path)
+    if problems:
+        raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(problems)}")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -19,10 +19,11 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -30,10 +31,12 @@ from typing import Any
 import torch
 
 from minipeft.files import file_sha256, remove_directory, remove_leftovers, write_text
-from minipeft.train.checkpoint import checkpoint_step, list_checkpoints, read_checkpoint, tensor_bytes
+from minipeft.train.checkpoint import check_whole, checkpoint_step, list_checkpoints, read_checkpoint, tensor_bytes
 from minipeft.train.config import TrainConfig
 from minipeft.train.encoding import EncodedDataset
 from minipeft.train.errors import CheckpointError, OutputDirError
+
+logger = logging.getLogger(__name__)
 
 _TRACES = ("run.json", "log.jsonl", "adapter")
 
@@ -120,25 +123,42 @@ def holds_run(directory: Path) -> bool:
 
 
 def find_resume(directory: Path, resume: bool | str | Path) -> Path | None:
-    """The checkpoint to resume from: the path that `resume` is, or else the newest in `directory`.
+    """The checkpoint to resume from: the path that `resume` is, or else the newest in `directory` that is whole.
 
     Returns:
         None for a run that was stopped before its first checkpoint, which starts over.
 
     Raises:
-        CheckpointError: no run to resume.
+        CheckpointError: no run to resume, or none of its checkpoints, or not the one named, is as it was written.
     """
     if not isinstance(resume, bool):
         return _named_checkpoint(directory, Path(resume))
     checkpoints = list_checkpoints(directory)
+    found, problems = newest_whole(checkpoints)
+    if found is not None:
+        return found
     if checkpoints:
-        return checkpoints[-1]
+        raise CheckpointError(f"nothing to resume in {directory}: {'; '.join(problems)}; remove them to start over")
     if (directory / "run.json").exists():
         return None
     raise CheckpointError(f"nothing to resume in {directory}: it holds no checkpoint-<step> directory")
 
 
+def newest_whole(checkpoints: Sequence[Path]) -> tuple[Path | None, list[str]]:
+    """The newest of `checkpoints`, oldest first, that is as it was written; and sentences on the newer ones."""
+    problems: list[str] = []
+    for path in reversed(checkpoints):
+        try:
+            check_whole(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            return path, problems
+    return None, problems
+
+
 def _named_checkpoint(directory: Path, checkpoint: Path) -> Path:
+    check_whole(checkpoint)
     read_checkpoint(checkpoint)
     if holds_run(directory) and checkpoint.resolve().parent != directory.resolve():
         message = f"output_dir {directory} already holds a run, and {checkpoint} is not one of its checkpoints"
@@ -168,6 +188,8 @@ def open_run(
     check_output_dir(directory, resume)
     checkpoint = find_resume(directory, resume) if resume else None
     shorter = None
+    for problem in newest_whole(list_checkpoints(directory))[1] if resume is True else ():
+        logger.warning("%s: going on from %s instead", problem, checkpoint)
     if checkpoint is not None:
         shorter = _length_before(read_checkpoint(checkpoint)["identity"], identity, str(checkpoint), config, steps_of)
     elif resume:

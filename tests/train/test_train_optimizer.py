@@ -59,7 +59,9 @@ def test_damaged_optimizer_state_is_an_error_that_names_it(tmp_path, damage):
     path.unlink()
     if damage == "cut":
         path.write_bytes(content[:-5])
-    with pytest.raises(CheckpointError, match=r"optimizer_state.safetensors is missing or damaged"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-3 is damaged: optimizer_state.safetensors (is missing|has .* were written)"
+    ):
         trainer(tmp_path / "run", optimizer="paged_adamw").train(resume=True)
 
 

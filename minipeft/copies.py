@@ -144,6 +144,10 @@ class TrainedModule(Replaced):
                 memo[id(part.switch)] = part.switch
                 memo |= {id(part.modules_to_save): nn.ModuleDict()} if isinstance(part, TrainedModule) else {}
                 memo |= {id(part.wholes): []} if isinstance(part, TrainedPart) else {}
+        for _, part in base_modules(self):
+            # What torch.nn.utils.weight_norm computed in the last call, which a copy computes anew.
+            computed = [value for value in vars(part).values() if isinstance(value, Tensor) and value.requires_grad]
+            memo |= {id(value): value.detach().clone() for value in computed}
         # Among what a hook holds are all weights of the model.
         memo |= {id(hook): hook for hook in hooks_of(self)}
         with in_memory(self):

@@ -95,6 +95,26 @@ class LoraOutProjection(ReadLayer, LoraLinear):
         return {}
 
 
+class LoraNeverCalled(LoraLinear):
+    """The out-projection where it is a target by itself: its attention reads its weight and does not call it.
+
+    PEFT's files hold factors for it, since other layers have the same name (SigLIP's). They never act, as in PEFT, and
+    are not merged.
+    """
+
+    peft_name: ClassVar[str] = "lora.Linear"
+
+    def hold_factors(self, adapter: str, dtype: torch.dtype, init: bool, config: LoraConfig, path: str) -> None:
+        """Create the tensors of `adapter`."""
+        LoraLinear.add_adapter(self, adapter, config, path, dtype, init)
+
+    def merged_weight(self, adapters: tuple[str, ...]) -> Tensor:
+        return self.dense_weight()
+
+    def merged_bias(self, adapters: tuple[str, ...]) -> Tensor | None:
+        return None
+
+
 class LoraMultiheadAttention(Sizes, ReadLayer):
     """LoRA on `nn.MultiheadAttention`: its in-projection (3 embed_dim, embed_dim), and the out-projection with it."""
 

@@ -9,9 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapter import PackedLayer
 from minipeft.biases import TrainedBias
 from minipeft.copies import without_mixins
+from minipeft.dispatched import in_memory
+from minipeft.lora.own_forward import merges_alike
 from minipeft.lora.variants import Plain
+from minipeft.mixins import plain_class
+from minipeft.targets import is_conv1d
 
 
 class Sizes:
@@ -45,9 +50,34 @@ class LoraCalls(TrainedBias):
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
     use_rslora: dict[str, bool]
+    use_dora: dict[str, bool]
     variants: dict[str, Plain]
     factors: Callable[[str], tuple[Tensor, Tensor]]
+    base_output: Callable[..., Any]
+    merged_weight: Callable[[tuple[str, ...]], Tensor]
+    lora_base: Any
+    _is_plain: bool
+    _class_behind: Callable[[], type | None]
     as_weight: Callable[[Tensor], Tensor]
+
+    def unmergeable(self, adapters: tuple[str, ...]) -> str | None:
+        """As `AdapterModule.unmergeable`; an own forward that does more with the weight than W x + b is a reason."""
+        here = tuple(adapter for adapter in adapters if adapter in self.scaling)
+        reason = super().unmergeable(adapters)
+        if reason is not None or not here or not self._has_own_forward():
+            return reason
+        with in_memory(self):
+            scaled = any(self.use_dora[adapter] for adapter in here)
+            alike = merges_alike(self, self.base_output, self.merged_weight(here), scaled)
+        kind = f"{plain_class(self).__module__}.{plain_class(self).__name__}"
+        return None if alike else f"{kind} does more with its weight than W x + b: merged it would be another function"
+
+    def _has_own_forward(self) -> bool:
+        """True for a linear layer or an embedding whose class or instance has a forward of its own."""
+        linear = isinstance(self, nn.Linear | nn.Embedding | PackedLayer) or is_conv1d(self)
+        behind = self._class_behind()
+        known = self._is_plain or behind is None or behind.__module__.startswith("torch.nn.")
+        return linear and not known and not self.lora_base
 
     @property
     def base_layer(self) -> Any:

@@ -118,7 +118,9 @@ class LoraConv3d(LoraConv):
 
 
 def conv_mixin_for(module: nn.Module) -> type[LoraConv] | None:
-    """The mixin for a convolution of one, two or three dimensions whose weight is a parameter of its own, else None."""
+    """The mixin for a convolution of one, two or three dimensions, else None.
+
+    Its weight may be computed at every call, as weight_norm and spectral_norm do: then it is adapted, and not merged.
+    """
     kinds: dict[Any, type[LoraConv]] = {nn.Conv1d: LoraConv1d, nn.Conv2d: LoraConv2d, nn.Conv3d: LoraConv3d}
-    held = module._parameters.get("weight") is not None
-    return next((mixin for kind, mixin in kinds.items() if held and isinstance(module, kind)), None)
+    return next((mixin for kind, mixin in kinds.items() if isinstance(module, kind)), None)

@@ -10,7 +10,8 @@ from torch import nn
 
 from minipeft.adapter import Method, Part, base_modules
 from minipeft.copies import TrainedModule
-from minipeft.lora.attention import LoraMultiheadAttention
+from minipeft.errors import PeftWarning
+from minipeft.lora.attention import LoraMultiheadAttention, LoraNeverCalled
 from minipeft.lora.config import LoraConfig
 from minipeft.lora.conv import conv_mixin_for
 from minipeft.lora.default_targets import usual_targets
@@ -23,7 +24,7 @@ from minipeft.lora.tying import tied_parts, tied_with
 from minipeft.mixins import plain_class
 from minipeft.nf4 import NF4Linear
 from minipeft.shorter import shortened, shortest_names
-from minipeft.targets import is_conv1d, match_targets, may_not_be_called
+from minipeft.targets import check_target_module_exists, is_conv1d, match_targets, may_not_be_called
 from minipeft.tokens.find import named_rows, row_parts
 from minipeft.tokens.layer import DELTA
 
@@ -78,6 +79,7 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
     if config.target_modules is None:
         config.target_modules = usual_targets(model)
     passed_by = _passed_by(model)
+    never_called = _never_called(model, config)
     if config.target_modules == "all-linear":
         # They would be left out in silence, since they cannot be adapted.
         for path, module in base_modules(model):
@@ -89,6 +91,15 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
         return mixin is not None and all(module is not part for part in passed_by)
 
     targets = match_targets(model, config, adaptable, [*skip, *tied_with(model, config, skip)])
+    others = [path for path in targets if path not in never_called]
+    if others and never_called and not any(path.rpartition(".")[0] in others for path in never_called):
+        warnings.warn(
+            f"target_modules: {never_called} are read by their nn.MultiheadAttention and not called, so their updates "
+            "never act, as in PEFT; take the whole module, of which they are adapted too, or exclude_modules",
+            PeftWarning,
+            stacklevel=2,
+        )
+        targets = others
     targets += [path for path in tied_with(model, config, targets) if path not in targets]
     for path in targets:
         module = model.get_submodule(path)
@@ -114,6 +125,13 @@ def _find_layers(model: nn.Module, config: LoraConfig, skip: list[str]) -> list[
     return targets
 
 
+def _never_called(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The names of the layers that `config` names and nn.MultiheadAttention reads without calling them."""
+    passed_by = _passed_by(model) if config.target_modules and config.target_modules != "all-linear" else []
+    paths = [path for path, module in base_modules(model) if any(module is part for part in passed_by)]
+    return [path for path in paths if check_target_module_exists(config, path)]
+
+
 def _refuse(path: str, module: nn.Module) -> NoReturn:
     kind = f"{type(module).__module__}.{type(module).__name__}"
     if kind.startswith("bitsandbytes."):
@@ -132,6 +150,9 @@ def _refuse(path: str, module: nn.Module) -> NoReturn:
 
 def _parts(model: nn.Module, config: LoraConfig, saved: list[str], targets: list[str]) -> list[Part]:
     parts = [*head_parts(model, targets), *tied_parts(model, config, saved, targets)]
+    for path in _never_called(model, config) if targets else ():
+        hold = functools.partial(LoraNeverCalled.hold_factors, config=config, path=path)
+        parts.append(Part(path, LoraNeverCalled, hold))
     saved = list(dict.fromkeys([*saved, *tied_with(model, config, saved)]))
     if config.target_parameters:
         modules = dict(base_modules(model))

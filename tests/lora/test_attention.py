@@ -164,6 +164,38 @@ def test_what_attention_cannot_have_is_refused() -> None:
         adapted()(X, adapter_names=["default", "__base__", "default", "default"])
 
 
+class Pooled(nn.Module):
+    """As SigLIP's: attention's own out-projection has the name of an ordinary layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.out_proj = nn.Linear(8, 8)
+        self.pool = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.out_proj(x)
+        return self.pool(x, x, x)[0]
+
+
+@pytest.mark.filterwarnings("ignore::minipeft.errors.PeftWarning")
+def test_an_out_projection_of_a_common_name_has_factors_that_never_act(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 8)
+    settings: dict[str, Any] = {"r": 2, "target_modules": ["out_proj"], "init_lora_weights": False}
+    with pytest.warns(PeftWarning, match=r"\['pool\.out_proj'\] are read by their nn.MultiheadAttention"):
+        minipeft.get_peft_model(Pooled(), minipeft.LoraConfig(**settings))
+    theirs = peft.get_peft_model(Pooled(), peft.LoraConfig(**settings))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = minipeft.PeftModel.from_pretrained(Pooled(), tmp_path / "theirs")
+    torch.testing.assert_close(model(x), theirs(x))
+    model.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(Pooled(), tmp_path / "ours")
+    torch.testing.assert_close(again(x), theirs(x))
+    torch.testing.assert_close(model.merge_and_unload()(x), theirs(x))
+    only = minipeft.LoraConfig(**settings, exclude_modules=["pool.out_proj"])
+    assert not hasattr(minipeft.get_peft_model(Pooled(), only).pool.out_proj, "lora_A")
+
+
 def test_another_adapter_is_swapped_in(tmp_path: Path) -> None:
     small = adapted(target_modules=["mha", "head"])
     small.save_pretrained(tmp_path)

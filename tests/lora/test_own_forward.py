@@ -1,15 +1,18 @@
 """A layer with a forward of its own is adapted, not replaced: its forward gives the base output."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from minipeft import BottleneckConfig, LoraConfig, NF4Config, get_peft_model, quantize_model
+from minipeft import BottleneckConfig, LoraConfig, NF4Config, PeftModel, get_peft_model, quantize_model
+from minipeft.mixins import plain_class
 from minipeft.nf4 import NF4Linear
 
 WIDTH = 16
@@ -96,6 +99,127 @@ def test_variants_start_at_the_layer_s_own_output(config: dict[str, Any]) -> Non
     own = net(x)
     model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], **config))
     torch.testing.assert_close(model(x), own)
+
+
+class Written(nn.Linear):
+    """W x + b, written out, as Falcon's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class Pair(nn.Linear):
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return super().forward(x) * gate
+
+
+MERGEABLE = {
+    "W x + b": lambda: Written(WIDTH, WIDTH),
+    "in 16 bits": lambda: Written(WIDTH, WIDTH).bfloat16(),
+    "a shift": lambda: ShiftedConv1D(WIDTH, WIDTH),
+    "a gate of one": lambda: Gated(WIDTH, WIDTH),
+}
+UNMERGEABLE = {
+    **{name: LAYERS[name] for name in ("a scaled linear layer", "one with a rounded weight", "a 4-bit layer")},
+    **{name: LAYERS[name] for name in ("an embedding", "a wrapped linear layer", "a wrapped 4-bit layer")},
+    "a second input": lambda: Pair(WIDTH, WIDTH),
+}
+
+
+@pytest.mark.parametrize("make", MERGEABLE.values(), ids=MERGEABLE)
+def test_a_forward_that_is_linear_in_the_weight_is_merged(make: Callable[[], nn.Module]) -> None:
+    net, x = net_and_input(make)
+    x = x.to(net[0].weight.dtype)
+    model: Any = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
+    nn.init.normal_(model[0].lora_B["default"].weight, std=0.1)
+    acting = model(x)
+    assert not torch.allclose(acting, make_again(make)(x))
+    tolerance = 2e-5 if x.dtype == torch.float32 else 0.1
+    torch.testing.assert_close(model.merge_and_unload()(x), acting, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["W x + b", "a shift"])
+def test_dora_is_merged_into_w_x_plus_b_alone(name: str) -> None:
+    net, x = net_and_input(MERGEABLE[name])
+    model: Any = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    nn.init.normal_(model[0].lora_B["default"].weight, std=0.1)
+    acting = model(x)
+    if name == "W x + b":
+        torch.testing.assert_close(model.merge_and_unload()(x), acting, rtol=0, atol=2e-5)
+    else:
+        with pytest.raises(ValueError, match="does more with its weight than"):
+            model.merge_and_unload()
+
+
+def make_again(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make()
+
+
+@pytest.mark.parametrize("make", UNMERGEABLE.values(), ids=UNMERGEABLE)
+def test_another_is_refused_by_name_before_anything_changes(make: Callable[[], nn.Module]) -> None:
+    net, _ = net_and_input(make)
+    model: Any = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kind = plain_class(net[0]).__name__
+    with pytest.raises(ValueError, match=rf"0: .*\.{kind} does more with its weight than W x \+ b"):
+        model.merge_and_unload()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not model[0].merged
+
+
+COMPUTED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "weight_norm of old": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "spectral_norm of old": nn.utils.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+@pytest.mark.parametrize("way", COMPUTED)
+def test_a_weight_that_is_computed_at_every_call_is_adapted_as_pefts(
+    way: str, kind: str, use_dora: bool, tmp_path: Path
+) -> None:
+    def net() -> Any:
+        torch.manual_seed(0)
+        layer = nn.Linear(WIDTH, WIDTH) if kind == "linear" else nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+        return nn.ModuleDict({"layer": COMPUTED[way](layer)}).eval()
+
+    x = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1))
+    x = x if kind == "linear" else x[..., None].repeat(1, 1, 5)
+    config: dict[str, Any] = {"r": 2, "target_modules": ["layer"], "use_dora": use_dora, "init_lora_weights": False}
+    theirs = peft.get_peft_model(net(), peft.LoraConfig(**config)).eval()
+    theirs.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(net(), tmp_path, is_trainable=True).eval()
+    both = (model["layer"], theirs.base_model.model["layer"])
+    torch.testing.assert_close(both[0](x), both[1](x))
+    for layer in both:
+        layer(x).square().sum().backward()
+    for name in ("lora_A", "lora_B"):
+        ours, other = (getattr(layer, name)["default"].weight.grad for layer in both)
+        torch.testing.assert_close(ours, other)
+    with pytest.raises(ValueError, match="layer: its weight is no parameter of its own now, but parametrized"):
+        model.merge_and_unload()
+    torch.testing.assert_close(model.unload()["layer"](x), net()["layer"](x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("way", COMPUTED)
+def test_a_weight_that_is_computed_is_trained_whole_after_a_step(way: str) -> None:
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(nn.Linear(WIDTH, WIDTH), COMPUTED[way](nn.Linear(WIDTH, WIDTH)))
+    x = torch.randn(3, WIDTH)
+    net(x).sum().backward()
+    own = net.eval()(x)
+    model = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])).eval()
+    torch.testing.assert_close(model(x), own)
+    model(x).square().sum().backward()
+    trained = [p for name, p in model.named_parameters() if "modules_to_save" in name and p.requires_grad]
+    assert trained and all(p.grad is not None for p in trained)
 
 
 def test_arguments_reach_the_layer_s_own_forward() -> None:

@@ -54,8 +54,8 @@ class PackedLayer(nn.Module):
     weight_dtype: torch.dtype
 
     @classmethod
-    def make_dense(cls, model: nn.Module) -> None:
-        """Put dense layers in the places of all such layers of `model`, in the dtypes they had before packing."""
+    def make_dense(cls, model: nn.Module, dtype: torch.dtype | None) -> None:
+        """Put dense layers in the places of all such layers of `model`; cast it to `dtype`, or leave each its own."""
         raise NotImplementedError
 
 

@@ -1,13 +1,14 @@
-"""The state dict of the base model inside a model with adapters, out and in (PEFT's functions)."""
+"""The tensors of the base model inside a model with adapters: their state dict, out and in (PEFT's), their dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import AdapterModule
+from minipeft.adapter import AdapterModule, base_modules
 from minipeft.mixins import own_attributes
 from minipeft.state import LoadResult
 
@@ -48,3 +49,13 @@ def _added(model: nn.Module) -> tuple[str, ...]:
         attributes: Any = own_attributes(module) if isinstance(module, AdapterModule) else ()
         found += [f"{start}{name}." for name in attributes]
     return tuple(found)
+
+
+def one_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of all floating point parameters of the base model; None if they have several, or there are none.
+
+    Packed weights have none, whatever they stand for: it is the dtype in which a dense layer fits the rest.
+    """
+    parameters = (p for _, module in base_modules(model) for p in module._parameters.values())
+    found = {p.dtype for p in parameters if p is not None and p.is_floating_point()}
+    return found.pop() if len(found) == 1 else None

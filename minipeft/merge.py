@@ -12,6 +12,7 @@ from torch import nn
 
 from minipeft.adapter import AdaptedModel, AdapterModule, PackedLayer
 from minipeft.attach import adapter_modules, config_of, unmerge
+from minipeft.base_state import one_dtype
 from minipeft.dispatched import follow_class, in_memory
 from minipeft.embeddings import untie_different_embeddings
 from minipeft.errors import NotMergeableError
@@ -130,9 +131,9 @@ def merge_and_unload(
 
     Args:
         progressbar: Accepted for compatibility.
-        requantize: For a 4-bit model. By default all its layers come back in the dtype that they had before
-            quantization, exactly as they acted with the adapter. True quantizes the merged weights again: small, but
-            rounded. The log says which of the two happened.
+        requantize: For a 4-bit model. By default all its layers come back dense, in the dtype of the rest of the model
+            (their own, where that has several), as they acted with the adapter. True quantizes the merged weights
+            again: small, but rounded. The log says which of the two happened.
 
     Raises as `merge`.
     """
@@ -140,12 +141,13 @@ def merge_and_unload(
     packed = next((module for module in model.modules() if isinstance(module, PackedLayer)), None)
     for _, module in adapter_modules(model) if requantize else ():
         module.requantize_here()
+    beside = one_dtype(model)
     plain = _remove_adapters(model)
     if packed is not None and requantize:
         logger.warning("merged into NF4: the merged weights were quantized again, which rounds them")
     elif packed is not None:
         with in_memory(plain):
-            packed.make_dense(plain)
+            packed.make_dense(plain, beside)
         if getattr(plain, "hf_quantizer", None) is not None:
             plain.hf_quantizer.remove_quantization_config(plain)
         logger.warning("merged into %s: the model is no longer quantized", _weight_dtype(plain))

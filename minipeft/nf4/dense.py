@@ -35,8 +35,10 @@ def keep_dense(model: nn.Module) -> None:
             module.__class__ = DenseLinear
 
 
-def make_plain(model: nn.Module) -> None:
-    """Undo `keep_dense`."""
+def make_plain(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Undo `keep_dense`, and cast the model to `dtype` if one is given."""
     for module in model.modules():
         if type(module) is DenseLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]
+    if dtype is not None:
+        nn.Module.to(model, dtype)

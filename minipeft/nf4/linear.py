@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.nf4.dense import make_plain
-from minipeft.nf4.format import STORED_DTYPES
 from minipeft.nf4.stored import StoredNF4, zeros
 from minipeft.nf4.weight import NF4Weight
 from minipeft_kernels.linear.op import linear
@@ -161,12 +160,12 @@ class NF4Linear(StoredNF4):
         return dense.train(self.training)
 
     @classmethod
-    def make_dense(cls, model: nn.Module) -> None:
+    def make_dense(cls, model: nn.Module, dtype: torch.dtype | None) -> None:
         """Put a frozen `nn.Linear` in the place of each NF4Linear of `model`, and undo `keep_dense`."""
         for path, module in list(model.named_modules()):
             if isinstance(module, NF4Linear):
                 model.set_submodule(path, module.to_dense().requires_grad_(False))
-        make_plain(model)
+        make_plain(model, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in x's dtype, or under autocast in autocast's."""
@@ -203,8 +202,7 @@ class NF4Linear(StoredNF4):
         # `.half()` and `.to(dtype)` mean the numbers a layer computes with, and comes back in, not the code of its
         # weight: codes and scales follow to a device, never to a dtype.
         fixed = {id(t) for t in (self.weight, *(self._buffers[name] for name in SCALES))}
-        cast = fn(torch.empty(0, dtype=self.weight_dtype, device=self.weight.device)).dtype
-        self.weight_dtype = cast if cast in STORED_DTYPES else self.weight_dtype
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.weight.device)).dtype
 
         def keep_dtype(t: Tensor) -> Tensor:
             new = fn(t)

@@ -156,6 +156,38 @@ def test_a_layer_by_itself_is_cast(way, dtype):
     assert error < {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
 
 
+def cast_beside(model, dtype):
+    """As PEFT's preparation for training and TRL's trainers do: parameter by parameter, past the packed ones."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], "all-linear"])
+@pytest.mark.parametrize(("packed", "beside"), [("bfloat16", "float"), ("float", "bfloat16"), ("half", "float")])
+def test_layers_come_back_in_the_dtype_of_the_rest(packed, beside, targets):
+    dtype = MEANT.get(beside, torch.float32)
+
+    def made():
+        return cast_beside(quantize_model(CASTS[packed](tiny())), dtype)
+
+    assert_runs_as_float64(made().dequantize(), beside)
+    model = get_peft_model(made(), LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    before = logits(model).double()
+    merged = model.merge_and_unload()
+    assert_runs_as_float64(merged, beside)
+    assert (logits(merged).double() - before).norm() / before.norm() < 3e-2
+
+
+def test_a_model_of_several_dtypes_keeps_them():
+    model = quantize_model(tiny().bfloat16())
+    model.lm_head.float()
+    merged = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False)).merge_and_unload()
+    assert merged.lm_head.weight.dtype == torch.float32
+    assert {p.dtype for p in merged.model.parameters()} == {torch.bfloat16}
+
+
 # As bitsandbytes' model answers
 
 

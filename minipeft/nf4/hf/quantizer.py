@@ -19,6 +19,7 @@ from transformers.core_model_loading import PrefixChange, WeightConverter
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
+from minipeft.base_state import one_dtype
 from minipeft.nf4.dense import keep_dense, make_plain
 from minipeft.nf4.hf.config import NF4Config
 from minipeft.nf4.hf.load import PACKED_NAMES, LoadRecord, NF4Deserialize, NF4Quantize
@@ -129,8 +130,8 @@ class NF4HfQuantizer(HfQuantizer):
         """Put dense layers in the places of the packed ones.
 
         Args:
-            dtype: Of the whole model. None leaves each layer in its own, which follows casts, so that it fits the rest
-                of the model; transformers would take that of the config, which does not.
+            dtype: Of the whole model; None for that of the rest of it, or for each layer's own where the rest has
+                several. transformers would take that of the config, which knows of no casts.
         """
         model = self._dequantize(model, dtype)
         self.remove_quantization_config(model)
@@ -139,12 +140,13 @@ class NF4HfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         _refuse_adapters(model)
         target = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        target = target or one_dtype(model)
         for group in names_by_module(model, NF4Linear):
             dense = model.get_submodule(group[0]).to_dense(target)
             for name in group:
                 model.set_submodule(name, dense)
-        make_plain(model)
-        return model if target is None else nn.Module.to(model, target)
+        make_plain(model, target)
+        return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """True: `save_pretrained` writes the packed weights."""

@@ -62,6 +62,14 @@ def causality(attention: Any) -> bool | None:
     return causal
 
 
+def rotation_table(rotary: Any, attention: Any) -> Any:
+    """The module whose `embed_positions` rotates GPT-J's keys, None for a model that has no such table.
+
+    The attention module until transformers 5.23, the decoder's rotary module from 5.24.
+    """
+    return next((part for part in (rotary, attention) if hasattr(part, "embed_positions")), None)
+
+
 def cache_of(arguments: Mapping[str, Any]) -> Any:
     """The cache among the keyword arguments of a model's forward, under whichever of its names; None without one."""
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)

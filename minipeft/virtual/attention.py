@@ -130,16 +130,16 @@ class Rotation:
 
 
 class TableRotation:
-    """GPT-J's rotation, whose attention modules hold a table of sines and cosines by position."""
+    """GPT-J's rotation, by a table of sines and cosines for every position, which `holder` has."""
 
-    def __init__(self, attention: Any) -> None:
-        self.attention = attention
+    def __init__(self, attention: Any, holder: Any) -> None:
+        self.attention, self.holder = attention, holder
 
     def back(self, key: Tensor, by: int) -> Tensor:
         """As `Rotation.back`."""
         key = key.to(torch.promote_types(key.dtype, torch.float32))
         apply = sys.modules[plain_class(self.attention).__module__].apply_rotary_pos_emb
-        sin, cos = self.attention.embed_positions[by].to(key).chunk(2)
+        sin, cos = self.holder.embed_positions[by].to(key).chunk(2)
         rotated = 2 * len(sin)
         turned, left = key[..., :rotated], key[..., rotated:]
         # (heads, tokens, features) -> (1, tokens, heads, features) and back.

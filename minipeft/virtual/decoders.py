@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapter import AdapterModule, base_modules
-from minipeft.compat import cache_of, causality
+from minipeft.compat import cache_of, causality, rotation_table
 from minipeft.virtual.attention import (
     PrefixedAttention,
     PrefixedRotary,
@@ -269,8 +269,9 @@ def _rotation_of(holder: Any, module: Any) -> Rotation | TableRotation | None:
     rotary = getattr(holder, "rotary_emb", None)
     if isinstance(rotary, PrefixedRotary):
         return None  # the text is moved up instead
-    if hasattr(module, "embed_positions"):
-        return TableRotation(module)
+    table = rotation_table(rotary, module)
+    if table is not None:
+        return TableRotation(module, table)
     # SmolLM3 and Cohere 2 leave some layers without rotation.
     rotates = getattr(module, "use_rope", True) and not _without_rotation(module)
     return Rotation(rotary, module) if rotary is not None and rotates else None

@@ -25,6 +25,9 @@ _TOKENIZER = (
 # The packages that a base model's class may come from, unless a caller names others.
 _ALLOWED = ("diffusers", "transformers")
 
+# Arguments of `from_pretrained` that are about the adapter alone.
+_OF_THE_ADAPTER = ("autocast_adapter_dtype", "ephemeral_gpu_offload", "torch_device")
+
 # The classes of transformers whose `from_pretrained` makes the base model for a task.
 _AUTO_CLASSES = {
     TaskType.CAUSAL_LM: "AutoModelForCausalLM",
@@ -65,12 +68,15 @@ class AutoPeftModel:
             pretrained_model_name_or_path: The adapter's folder, or its name on the hub.
             revision, subfolder: Of the adapter; the base model's revision is in the configuration.
             import_allowlist: Packages that the base model's class may come from, if the configuration names a class.
-            kwargs: How to reach the hub (`hub.HUB_ARGUMENTS`) is for both.
+            kwargs: How to reach the hub (`hub.HUB_ARGUMENTS`) is for both; `autocast_adapter_dtype`,
+                `ephemeral_gpu_offload` and `torch_device` are for the adapter.
 
         Raises FileNotFoundError or ValueError as `PeftModel.from_pretrained`, and ValueError when the adapter does not
         say what its base model is, is for another task, or names a class outside of the allowed packages.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs} | {"revision": revision}
+        # The base model's class would not know them.
+        own = {name: kwargs.pop(name) for name in _OF_THE_ADAPTER if name in kwargs}
         source = str(pretrained_model_name_or_path)
         config = config or PeftConfig.from_pretrained(source, subfolder, **hub)
         if not config.base_model_name_or_path:
@@ -82,7 +88,9 @@ class AutoPeftModel:
             config.base_model_name_or_path, revision=config.revision or "main", **kwargs
         )
         _make_room_for_tokens(base, source, subfolder, hub, bool(kwargs.get("trust_remote_code")))
-        return PeftModel.from_pretrained(base, source, adapter_name, is_trainable, config, subfolder=subfolder, **hub)
+        return PeftModel.from_pretrained(
+            base, source, adapter_name, is_trainable, config, subfolder=subfolder, **hub, **own
+        )
 
     @classmethod
     def _class_for(cls, config: PeftConfig, source: str, allowed: Sequence[str]) -> Any:

@@ -134,7 +134,7 @@ class PeftConfig:
         """The fields that matter in training alone: an adapter with given tensors computes the same without them."""
         return {
             *("inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type"),
-            *("target_modules", "exclude_modules"),
+            *("target_modules", "exclude_modules", "modules_to_save"),
         }
 
     def positions_taken(self, model_type: str) -> int:

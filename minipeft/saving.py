@@ -100,7 +100,7 @@ def load_adapter(
     _warn_other_base(model, config, directory)
     exists = adapter_name in model.peft_config
     if exists:
-        _check_same_settings(model.peft_config[adapter_name], config, adapter_name, directory)
+        _check_same_settings(model, config, adapter_name, directory)
     training = read_training_tensors(directory)
     if not exists:
         config.for_loading(is_trainable, bool(training))
@@ -243,10 +243,15 @@ def _adapter_state_in_memory(model: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in model.state_dict(keep_vars=True).items() if id(t) in own}
 
 
-def _check_same_settings(here: PeftConfig, stored: PeftConfig, adapter: str, directory: Path) -> None:
-    """Raise ValueError if tensors stored under `stored` would act otherwise under `here`."""
+def _check_same_settings(model: AdaptedModel, stored: PeftConfig, adapter: str, directory: Path) -> None:
+    """Raise ValueError if tensors stored under `stored` would act otherwise under the config of `adapter`."""
+    here: Any = model.peft_config[adapter]
     ours, theirs = here.to_dict(), stored.to_dict()
     free = here.fields_of_training() & stored.fields_of_training()
+    if hasattr(here, "settings_for") and hasattr(stored, "settings_for"):
+        held = [f"{path}.{name}" for path, m in adapter_modules(model) for name in m.parameter_targets(adapter)]
+        if all(here.settings_for(place) == stored.settings_for(place) for place in (*model._targets[adapter], *held)):
+            free |= {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
     for field in ours.keys() | theirs.keys():
         if field not in free and ours.get(field) != theirs.get(field):
             raise ValueError(

@@ -135,6 +135,9 @@ def test_base_model_is_found_by_its_name(tmp_path: Path) -> None:
     randomize(model)
     model.save_pretrained(tmp_path / "adapter")
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    mixed = {"torch_dtype": torch.bfloat16, "device_map": "cpu", "autocast_adapter_dtype": False, "torch_device": "cpu"}
+    narrow = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", **mixed)
+    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
     assert isinstance(again, minipeft.PeftModelForCausalLM)
     assert torch.equal(again(some_ids()).logits, model.eval()(some_ids()).logits)
 

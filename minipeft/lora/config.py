@@ -305,7 +305,22 @@ class LoraConfig(PeftConfig):
 
     def fields_of_training(self) -> set[str]:
         start = set() if changes_base(self.init_lora_weights) else {"init_lora_weights"}
-        return super().fields_of_training() | {"lora_dropout", "fan_in_fan_out"} | start
+        return (
+            super().fields_of_training()
+            | start
+            | {
+                *(
+                    "lora_dropout",
+                    "fan_in_fan_out",
+                    "eva_config",
+                    "corda_config",
+                    "lora_ga_config",
+                    "qalora_group_size",
+                ),
+                # Where the adapter lies, which its tensors say.
+                *("target_parameters", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+            }
+        )
 
     def plain(self) -> LoraConfig:
         """Of a PiSSA adapter: B A - B0 A0 is LoRA of twice the rank, at the same scaling."""

@@ -61,6 +61,32 @@ def test_fields_that_ask_for_nothing_once_there_are_tensors_pass(fields: dict[st
     )
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers_to_transform": [0, 1], "layers_pattern": []},
+        {"modules_to_save": ["nothing"], "ensure_weight_tying": True},
+        {"rank_pattern": {"k_proj": 4}, "alpha_pattern": {"k_proj": 64}},
+        {"r": 64, "lora_alpha": 128, "rank_pattern": {".*q_proj": 2}, "alpha_pattern": {"q_proj": 8}},
+    ],
+)
+def test_values_go_into_an_adapter_that_is_there_if_they_act_alike_in_it(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    ours = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    ours.load_adapter(tmp_path, "default")
+    torch.testing.assert_close(ours.eval()(IDS).logits, theirs.eval()(IDS).logits)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "alpha_pattern": {"layers.1.*q_proj": 9}}))
+    with pytest.raises(
+        ValueError, match=r"does not fit the adapter .default. that is there: (lora_alpha|alpha_pattern|r)"
+    ):
+        ours.load_adapter(tmp_path, "default")
+
+
 def test_rows_of_modules_that_are_not_there_are_errors_of_new_adapters_alone(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(
         tiny_llama(), peft.TrainableTokensConfig(token_indices=[1, 2], init_weights=False)

@@ -125,8 +125,10 @@ def _vocabulary_changed(model: nn.Module) -> bool:
 
 
 def check_resizable(model: Any) -> None:
-    """Raise ValueError if an adapter trains an embedding: its tensors would not fit another vocabulary."""
+    """Raise ValueError without an embedding, and if an adapter trains one: it would not fit another vocabulary."""
     ends = [_end(model, "get_input_embeddings"), _end(model, "get_output_embeddings")]
+    if not isinstance(getattr(ends[0], "weight", None), Tensor):
+        raise ValueError(f"{type(model).__name__} has no embeddings of tokens that could be resized")
     for path, module in adapter_modules(model):
         if any(module is end for end in ends) and module.adapter_names():
             raise ValueError(

@@ -20,6 +20,7 @@ from minipeft import (
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
+    TrainableTokensConfig,
     get_peft_model,
     quantize_model,
 )
@@ -220,6 +221,20 @@ def test_a_prompt_acts_as_embeddings_in_front_of_words_and_image(name: str) -> N
 def test_other_models_are_refused_virtual_tokens_in_words(name: str, way: str) -> None:
     with pytest.raises(ValueError, match=REFUSED[name]):
         get_peft_model(base_model(name), config_of(way, name))
+
+
+@pytest.mark.parametrize("name", ["Wav2Vec2", "ViT", "CLIP", "Segformer", "ResNet"])
+def test_models_without_embeddings_of_tokens_say_so(name: str, tmp_path: Path) -> None:
+    model = get_peft_model(base_model(name), config_of("lora", name))
+    with pytest.warns(UserWarning, match="has no get_input_embeddings"):
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(ValueError, match="has no embeddings of tokens that could be resized"):
+        model.resize_token_embeddings(200)
+    inverted = BottleneckConfig.from_adapterhub("seq_bn_inv", target_modules=r".*\.dense", hidden_size=32)
+    for config in (TrainableTokensConfig(token_indices=[1]), inverted):
+        if name != "CLIP":
+            with pytest.raises((ValueError, TypeError), match=r"token|embed|target_modules"):
+                get_peft_model(base_model(name), config)
 
 
 def yes(works: bool) -> str:

@@ -8,6 +8,7 @@ inverse subtracts the same functions in the other order.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -96,18 +97,31 @@ class _TwoLayers(nn.Module):
         return self.up(self.activation(self.down(x)))
 
 
+class InThisThread(threading.local):
+    """The network of the replica whose embeddings were called last in this thread, for the same replica's head.
+
+    nn.DataParallel runs replicas of a model in threads. A copied model has a fresh one.
+    """
+
+    network: Coupling | None = None
+
+    def __reduce__(self) -> Any:
+        return InThisThread, ()
+
+
 class InverseAtHead(AdapterModule):
     """Output embeddings that get the inverse of what the invertible adapters made of the input embeddings.
 
     Attributes:
-        bottleneck_inverses: adapter name -> a tuple of its `Coupling`, which is a child of the input embeddings alone.
+        bottleneck_inverses: adapter name -> its `Coupling`, which is a child of the input embeddings alone, and where
+            those of a replica note theirs.
     """
 
     name_prefix: ClassVar[str] = "Inverse"
     outermost: ClassVar[bool] = True
     _own_attributes: ClassVar[tuple[str, ...]] = ("bottleneck_inverses",)
 
-    bottleneck_inverses: dict[str, tuple[Coupling]]
+    bottleneck_inverses: dict[str, tuple[Coupling, InThisThread]]
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
@@ -118,13 +132,19 @@ class InverseAtHead(AdapterModule):
         """The plain module's output for the inverse of x, (..., width)."""
         for adapter in reversed(self.switch.acting):
             if adapter in self.bottleneck_inverses:
-                x = self.bottleneck_inverses[adapter][0].inverse(x).to(x.dtype)
+                x = self._network(adapter).inverse(x).to(x.dtype)
         if (rows := self.switch.rows) is not None:
             for adapter, index in rows.groups(len(x), x.device):
                 if adapter in self.bottleneck_inverses:
-                    own = self.bottleneck_inverses[adapter][0].inverse(x[index])
+                    own = self._network(adapter).inverse(x[index])
                     x = x.index_copy(0, index, own.to(x.dtype))
         return super().forward(x, *args, **kwargs)
+
+    def _network(self, adapter: str) -> Coupling:
+        network, here = self.bottleneck_inverses[adapter]
+        if getattr(self, "_is_replica", False) and here.network is not None:
+            return here.network
+        return network
 
     def delete_adapter(self, adapter: str) -> None:
         super().delete_adapter(adapter)

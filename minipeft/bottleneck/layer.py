@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from minipeft.adapter import AdapterModule, Method, PackedLayer, base_modules, become
 from minipeft.bottleneck.config import BottleneckConfig
-from minipeft.bottleneck.invertible import ACTIVATIONS, Coupling, InverseAtHead, start_as
+from minipeft.bottleneck.invertible import ACTIVATIONS, Coupling, InThisThread, InverseAtHead, start_as
 from minipeft.bottleneck.places import usual_targets
 from minipeft.copies import TrainedModule
 from minipeft.dispatched import device_of
@@ -186,12 +186,14 @@ class _Place:
         reads: Dotted name of the module whose input the adapter needs.
         norm: Name, from this module on, of the norm that ends it.
         seen: What the module `reads` got.
+        here: Where a replica's embeddings note an invertible network for its head.
     """
 
     kind: str
     reads: str | None = None
     norm: str | None = None
     seen: _Seen | None = None
+    here: InThisThread | None = None
 
 
 class BottleneckLayer(AdapterModule):
@@ -277,6 +279,8 @@ class BottleneckLayer(AdapterModule):
         """`hidden` as the adapter makes it, in the same dtype."""
         network, place = self.bottleneck[adapter], self.bottleneck_place[adapter]
         if place.kind == "invertible":
+            if place.here is not None and getattr(self, "_is_replica", False):
+                place.here.network = network  # type: ignore[assignment]
             return network(hidden).to(hidden.dtype)
         if place.kind == "after":
             return (hidden + network(hidden)).to(hidden.dtype)
@@ -448,7 +452,8 @@ def _connect(model: Any, adapter: str, targets: list[str]) -> None:
             head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
             if head is not None:
                 become(head, InverseAtHead, module.switch)
-                head.bottleneck_inverses[adapter] = (module.bottleneck[adapter],)
+                place.here = InThisThread()
+                head.bottleneck_inverses[adapter] = (module.bottleneck[adapter], place.here)
 
 
 BOTTLENECK = Method(find=_find_targets, mixin_for=lambda module: BottleneckLayer, connect=_connect)

@@ -369,6 +369,46 @@ def test_an_invertible_adapter_is_undone_in_front_of_the_head(kind: str) -> None
     assert type(model.get_output_embeddings()) is nn.Linear
 
 
+def replica_of(network: nn.Module) -> Any:
+    """As torch.nn.parallel.replicate: the parameters are tensors that depend on the originals."""
+    modules = list(network.modules())
+    copies: list[Any] = [module._replicate_for_data_parallel() for module in modules]
+    of = dict(zip(modules, copies, strict=True))
+    for module, copied in of.items():
+        copied._modules.update({key: None if part is None else of[part] for key, part in module._modules.items()})
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                copied._parameters[key] = None
+            else:
+                setattr(copied, key, parameter * 1)
+    return copies[0]
+
+
+def test_each_replica_undoes_an_invertible_adapter_by_its_own_network() -> None:
+    model = get_peft_model(tiny_llama(), BottleneckConfig.from_adapterhub("seq_bn_inv"))
+    randomize(model, scale=0.3)
+    ids = torch.arange(8)[None]
+    replica = replica_of(model.eval())
+    # Of another device's numbers: here a replica's parameters are moved instead.
+    with torch.no_grad():
+        torch.testing.assert_close(replica(ids).logits, model(ids).logits)
+        own = replica.model.embed_tokens.bottleneck["default"].inv_f.up
+        own.weight = own.weight + 1
+        assert not torch.allclose(replica(ids).logits, model(ids).logits)
+        network, here = replica.lm_head.bottleneck_inverses["default"]
+        assert here.network is replica.model.embed_tokens.bottleneck["default"] and here.network is not network
+        x = replica.model.embed_tokens(ids)
+        plain = F.embedding(ids, model.model.embed_tokens._parameters["weight"])
+        torch.testing.assert_close(replica.lm_head._network("default").inverse(x), plain)
+    replica_of(model)(ids, labels=ids).loss.backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(got[name], parameter.grad)
+
+
 def test_an_invertible_adapter_is_saved_and_loaded(tmp_path: Any) -> None:
     model = get_peft_model(tiny_llama(), BottleneckConfig.from_adapterhub("double_seq_bn_inv"))
     randomize(model, scale=0.3)

@@ -36,9 +36,13 @@ def keep_dense(model: nn.Module) -> None:
 
 
 def make_plain(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Undo `keep_dense`, and cast the model to `dtype` if one is given."""
+    """Undo `keep_dense`, and cast the parameters to `dtype` if one is given.
+
+    Buffers stay as they are: rotary frequencies are in 32 bits, or complex (Llama 4), in a model of any dtype.
+    """
     for module in model.modules():
         if type(module) is DenseLinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]
-    if dtype is not None:
-        nn.Module.to(model, dtype)
+    for parameter in model.parameters() if dtype is not None else ():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)

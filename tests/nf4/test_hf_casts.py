@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from hf_helpers import IDS, logits, nf4_names, saved, tiny
+from tiny import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -277,3 +278,11 @@ def test_an_option_can_be_set_by_bitsandbytes_name():
 def test_it_generates_after_a_cast():
     model = quantize_model(tiny(eos_token_id=None)).half()
     assert model.generate(IDS, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (2, 11)
+
+
+def test_frequencies_keep_their_numbers_when_layers_come_out_of_4_bits() -> None:
+    model = quantize_model(tiny_llama().bfloat16(), NF4Config())
+    model.model.rotary_emb.inv_freq = tiny_llama().model.rotary_emb.inv_freq
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).merge_and_unload()
+    assert torch.equal(model.model.rotary_emb.inv_freq, tiny_llama().model.rotary_emb.inv_freq)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -175,7 +175,14 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--output", "--output-dir", dest="output_dir", metavar="DIR", help="directory for checkpoints, log and adapter"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint, or from the newest in --output",
+    )
     parser.add_argument(
         "--show-data", type=positive, metavar="N", help="show N records as the model sees them, and train nothing"
     )

@@ -854,3 +854,16 @@ def test_env_without_torch_or_a_compiler_tells_that(monkeypatch: pytest.MonkeyPa
     said = ok("env")
     assert "problem       torch cannot be imported: " in said
     assert "compiler      no no-such-compiler: " in said
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_is_named(base, data, tmp_path):
+    arguments = ["--model", base, "--data", data, "--output", tmp_path / "run", "--max-steps", "4", "--save-every", "1"]
+    ok("train", *arguments, "--keep-last", "4")
+    expected = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert "trained 4 steps" in ok("train", *arguments, "--resume", tmp_path / "run" / "checkpoint-2")
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+    with (tmp_path / "run" / "checkpoint-4" / "training_state.json").open("a") as file:
+        file.write(" ")
+    said = refused("train", *arguments, "--resume", tmp_path / "run" / "checkpoint-4")
+    assert "checkpoint-4 is damaged: training_state.json has" in said
+    assert "is not a training checkpoint" in refused("train", *arguments, "--resume", tmp_path / "nothing")

@@ -278,3 +278,11 @@ def test_ties_that_are_asked_for_and_not_there_are_told() -> None:
         pytest.warns(UserWarning, match="ensure_weight_tying=True but the model does not have tied weights"),
     ):
         get_peft_model(tiny_llama(), with_lora(minipeft, [1, 2], ensure_weight_tying=True))
+
+
+def test_a_follower_without_adapters_has_no_rows() -> None:
+    model = get_peft_model(tiny_llama(tie_word_embeddings=True), with_lora(minipeft, [1, 2]))
+    assert model.lm_head.token_indices == {"default": [1, 2]}
+    model.delete_adapter("default")
+    assert model.lm_head.token_indices == {} and not [*model.lm_head.trainable_tokens_delta]
+    assert not any("token_adapter" in name for name in model.lm_head.state_dict())

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,8 +22,6 @@ from minipeft_kernels import native
 
 # What a CPU takes by itself, in spite of the interpreter.
 os.environ.setdefault("MINIPEFT_BACKEND", "reference" if native.obstacle() else "native")
-# pandas, where datasets brings it, looks for a package of this name, and would take tests/bottleneck for it.
-sys.modules.setdefault("bottleneck", None)  # type: ignore[arg-type]
 
 SLOW = {line for line in Path(__file__).with_name("slow.txt").read_text().splitlines() if not line.startswith("#")}
 

@@ -136,7 +136,7 @@ def may_not_be_called(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """True if `module` is transformers' Conv1D (told by its name: methods do not import transformers)."""
-    return any(c.__name__ == "Conv1D" and "transformers" in c.__module__ for c in type(module).__mro__)
+    return bool([c for c in type(module).__mro__ if c.__name__ == "Conv1D" and "transformers" in c.__module__])
 
 
 def ends_with(name: str, target: str) -> bool:

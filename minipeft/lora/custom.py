@@ -45,6 +45,8 @@ def custom_mixin(module: nn.Module, wanted_by: Mapping[type, type]) -> type | No
 
     Raises ValueError when `module` carries LoRA already by another one.
     """
+    if not wanted_by and not isinstance(module, AdapterModule):
+        return None  # said first, since attaching asks of every module
     mixins = (cls for cls in type(module).__mro__ if "_plain_class" not in vars(cls))
     held = next((cls for cls in mixins if _is_lora(cls) and not _is_own(cls)), None)
     wanted = next((mixin for kind, mixin in wanted_by.items() if isinstance(module, kind)), None)

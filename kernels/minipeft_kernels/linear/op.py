@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..arithmetic import arithmetic_dtype, as_autocast
 from ..dispatch import runs_native, use_triton
@@ -28,7 +27,7 @@ from ..nf4.dequantize import nf4_dequantize_reference
 from ..nf4.quantize import WEIGHT_DTYPES
 from ..packed import NF4, SCHEMA, TENSORS, Weight, flatten, unflatten
 from ..registration import below_autograd, define_op, is_plain_call, without_autocast
-from . import cpu, dense
+from . import cpu, dense, twice
 from .low_rank import Lora, LowRank, grad_of_A, grad_of_B, project, project_back, update_dtype
 
 Numbers = tuple[float, torch.dtype, torch.dtype]
@@ -157,7 +156,6 @@ class _Linear(torch.autograd.Function):
         return y, low
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         """The gradients of x, b, A and B, of those that need one."""
         dx = db = dA = dB = None
@@ -167,6 +165,7 @@ class _Linear(torch.autograd.Function):
             x, lora_A, lora_B, low, *weight = ctx.saved_tensors
             needed = [needs_x, needs_A, needs_B]
             call = _run_backward_op if is_plain_call(dy) else _linear_backward_op
+            call = twice.run_backward if torch.is_grad_enabled() else call  # a gradient that is differentiated
             dx, dA, dB = call(dy, x, lora_A, lora_B, low, *ctx.numbers, needed, *weight, *ctx.sizes)
         if dy is not None and needs_bias:
             db = _as_rows(dy).sum(0, dtype=torch.float32).to(bias_dtype)  # (..., N) -> (N,), added up in float32

@@ -172,11 +172,34 @@ def test_what_it_cannot_take_is_refused() -> None:
         layer(torch.ones(2, 64))
 
 
-def test_a_second_derivative_is_refused() -> None:
-    x = torch.randn(4, 128, requires_grad=True)
-    (dx,) = torch.autograd.grad(Layer(64, 128, 4)(x).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+def test_second_derivatives_agree_with_finite_differences() -> None:
+    assert torch.autograd.gradgradcheck(lambda *t: lora_update(*t, 0.7), factors(torch.float64))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_second_derivatives_equal_those_of_the_formula_in_float64(packed: bool) -> None:
+    """Of a penalty on the gradients of x, A, B and the bias, over a dense and a packed W."""
+    w = NF4Weight.quantize(torch.randn(64, 128) / 11)
+    tensors = [torch.randn(2, 3, 128), torch.randn(4, 128) / 11, torch.randn(64, 4), torch.randn(64)]
+
+    def second(dtype: torch.dtype, product: Any, weight: Any) -> tuple[Tensor, ...]:
+        x, lora_A, lora_B, bias = all_of_them = [t.to(dtype).requires_grad_() for t in tensors]
+        y = product(x, weight, bias, (lora_A, lora_B, 0.7))
+        first = torch.autograd.grad(y.tanh().sum(), all_of_them, create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in first), all_of_them)
+
+    ours = second(torch.float32, linear, w.packed() if packed else w.dequantize(torch.float32))
+    right = second(torch.float64, linear_reference, w.packed() if packed else w.dequantize(torch.float64))
+    for a, b in zip(ours, right, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3)
+
+
+def test_a_second_derivative_that_cannot_be_had_is_refused() -> None:
+    """A is frozen, so that x is not kept, on which the gradient of B depends."""
+    x, lora_A, lora_B = factors(torch.float64)
+    first = torch.autograd.grad
+    with pytest.raises(RuntimeError, match="whose A is frozen"):
+        first(lora_update(x, lora_A.detach(), lora_B, 0.7).tanh().sum(), (x, lora_B), create_graph=True)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -123,11 +123,18 @@ def test_nothing_is_kept_when_x_needs_no_gradient() -> None:
     assert torch.equal(bias.grad, torch.full((64,), 4.0))
 
 
-def test_a_second_derivative_is_refused() -> None:
-    x = torch.randn(4, 128, requires_grad=True)
-    (dx,) = torch.autograd.grad(nf4_matmul(x, Weight(64, 128).packed).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+def test_second_derivatives_equal_those_of_the_formula_in_float64() -> None:
+    """Of a penalty on the gradient, which is differentiated."""
+    w, values = Weight(64, 128), torch.randn(2, 3, 128)
+    found = []
+    for dtype, product in (
+        (torch.float32, lambda x: nf4_matmul(x, w.packed)),
+        (torch.float64, lambda x: x @ w.dense.T),
+    ):
+        x = values.to(dtype).requires_grad_()
+        (dx,) = torch.autograd.grad(product(x).tanh().sum(), x, create_graph=True)
+        found += torch.autograd.grad(dx.pow(2).sum(), x)
+    torch.testing.assert_close(found[0].double(), found[1], **TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64])

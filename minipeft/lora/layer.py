@@ -96,8 +96,10 @@ class LoraLayer(AdapterStore):
 
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """s B A dropout(x): (..., in_features) -> (..., out_features), in the wider of x's and the factors' dtypes."""
-        dropout = self.dropout_of(adapter)
-        return lora_update(x if dropout is None else dropout(x), *self.factors(adapter), self.scaling[adapter])
+        x = x if (dropout := self.dropout_of(adapter)) is None else dropout(x)
+        if self.is_watched(adapter):
+            return self.called_update(adapter, x)
+        return lora_update(x, *self.factors(adapter), self.scaling[adapter])
 
     def acting(self) -> list[str]:
         """The adapters whose updates are added to the base output now."""
@@ -106,10 +108,9 @@ class LoraLayer(AdapterStore):
     def one_plain_adapter(self) -> Lora | None:
         """A, B and s of the adapter that acts, if it is one alone, without a variant, and on the same x as W0."""
         acting = self.acting()
-        if len(acting) != 1 or not self.variants[acting[0]].fuses:
+        if len(acting) != 1 or not self.variants[acting[0]].fuses or self.is_watched(acting[0]):
             return None
-        dropout = self.dropout_of(acting[0])
-        if dropout is not None and dropout.training:
+        if (dropout := self.dropout_of(acting[0])) is not None and dropout.training:
             return None
         return (*self.factors(acting[0]), self.scaling[acting[0]])
 

@@ -93,6 +93,29 @@ class AdapterStore(LoraCalls):
         held: Any = self._modules
         return held["lora_A"][adapter].weight, held["lora_B"][adapter].weight
 
+    def is_watched(self, adapter: str) -> bool:
+        """True if A's or B's module has hooks, which run where the module is called: per-sample gradients use them.
+
+        Not for a B with a bias, which its variant adds, nor for factors that are no linear layers (tied ones).
+        """
+        held: Any = self._modules
+        for name in ("lora_A", "lora_B"):
+            factors = held.get(name)
+            factor = factors[adapter] if factors is not None and adapter in factors else None
+            if not isinstance(factor, nn.Linear) or factor.bias is not None:
+                return False
+            if factor._forward_hooks or factor._forward_pre_hooks:
+                return True
+            if factor._backward_hooks or factor._backward_pre_hooks:
+                return True
+        return False
+
+    def called_update(self, adapter: str, x: Tensor) -> Tensor:
+        """s B A x by calls of the modules, (..., in_features) -> (..., out_features), as `lora_update` gives it."""
+        lora_A, lora_B = self.lora_A[adapter], self.lora_B[adapter]
+        out: Tensor = lora_B(lora_A(x.to(torch.promote_types(x.dtype, lora_A.weight.dtype)))) * self.scaling[adapter]
+        return out
+
     def low_rank_matrix(self, adapter: str) -> Tensor:
         """s B A (out_features, in_features), in float32 at least."""
         lora_A, lora_B = self.matrices(adapter)

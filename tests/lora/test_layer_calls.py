@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import some_ids, tiny_llama
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -214,3 +215,35 @@ def test_the_model_merges_what_acts_in_each_layer() -> None:
     model.unmerge_adapter()
     torch.testing.assert_close(model(IDS), before)
     torch.testing.assert_close(model.merge_and_unload()(IDS), before)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_hooks_on_the_factors_run_and_change_nothing_else(packed: bool) -> None:
+    """As in PEFT, for whoever makes gradients of each sample by them."""
+    model = tiny_llama()
+    model = minipeft.quantize_model(model, minipeft.NF4Config()) if packed else model
+    config = minipeft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = minipeft.get_peft_model(model, config).train()
+    ids = some_ids()
+
+    def run() -> list[torch.Tensor]:
+        model.zero_grad()
+        out = model(input_ids=ids, labels=ids)
+        out.loss.backward()
+        return [out.logits.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+    plain, seen = run(), []
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "lora_" in name:
+            handles.append(module.register_forward_hook(lambda m, i, o, name=name: seen.append((name, o.shape[-1]))))
+    watched = run()
+    assert len(seen) == len(handles) == 8
+    assert all(width == 4 for name, width in seen if "lora_A" in name)
+    for ours, right in zip(watched, plain, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-5)
+    for handle in handles:
+        handle.remove()
+    for ours, right in zip(run(), plain, strict=True):
+        assert torch.equal(ours, right)
+    assert len(seen) == 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import re
@@ -14,6 +13,7 @@ import torch
 
 from benchmarks.limits import Roofline
 from benchmarks.options import HUGE_PAGES
+from minipeft.machine import version
 from minipeft_kernels import native
 from minipeft_kernels.dispatch import interpreting, use_native, use_triton
 
@@ -81,14 +81,6 @@ def backend(device: torch.device) -> str:
 def load() -> str:
     """The mean number of processes that ran or waited in the last minute; "unknown" where nobody counts."""
     return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-
-
-def version(package: str) -> str:
-    """Of an installed package, or "not installed"."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def commit() -> str:

@@ -1,5 +1,6 @@
 """The machine in words: what stands beside a measurement, and in a report of a bug."""
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -16,6 +17,14 @@ def processor() -> str:
     except (OSError, StopIteration):
         pass
     return f"{os.cpu_count()} cores of {name}"
+
+
+def version(distribution: str) -> str:
+    """The version of an installed distribution; "not installed"."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def memory() -> str:

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from minipeft.commands.arguments import positive, seed
 from minipeft.commands.bench import add_bench_arguments
-from minipeft.commands.environment import version
+from minipeft.machine import version
 from minipeft.methods import METHODS
 from minipeft.train.config import DTYPE_CHOICES, QUANTIZE_CHOICES, TOO_LONG_CHOICES, add_config_arguments
 from minipeft.train.errors import TrainingError, TrainingInterrupted

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import minipeft
 from minipeft.files import size
-from minipeft.machine import memory, processor
+from minipeft.machine import memory, processor, version
 
 # What must be installed, and what is for some tasks: distribution -> the task that wants it.
 NEEDED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
@@ -49,14 +47,6 @@ def facts() -> list[tuple[str, str]]:
         found += [("threads", f"{torch.get_num_threads()} of torch's"), ("GPU", _gpu()), *_forms()]
     found += [(name, os.environ[name]) for name in sorted(os.environ) if name.startswith(VARIABLES)]
     return found
-
-
-def version(distribution: str) -> str:
-    """The version of an installed distribution; "not installed"."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _optional(distribution: str, task: str) -> str:

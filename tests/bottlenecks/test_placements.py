@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from replicas import replica_of
 from tiny import randomize, tiny_llama
 from torch import Tensor, nn
 
@@ -367,21 +368,6 @@ def test_an_invertible_adapter_is_undone_in_front_of_the_head(kind: str) -> None
     assert not seen and type(head).__name__.startswith("Inverse")
     model.unload()
     assert type(model.get_output_embeddings()) is nn.Linear
-
-
-def replica_of(network: nn.Module) -> Any:
-    """As torch.nn.parallel.replicate: the parameters are tensors that depend on the originals."""
-    modules = list(network.modules())
-    copies: list[Any] = [module._replicate_for_data_parallel() for module in modules]
-    of = dict(zip(modules, copies, strict=True))
-    for module, copied in of.items():
-        copied._modules.update({key: None if part is None else of[part] for key, part in module._modules.items()})
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                copied._parameters[key] = None
-            else:
-                setattr(copied, key, parameter * 1)
-    return copies[0]
 
 
 def test_each_replica_undoes_an_invertible_adapter_by_its_own_network() -> None:

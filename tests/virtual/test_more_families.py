@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import transformers as t
+from replicas import replica_of
 from torch import Tensor, nn
 
 import minipeft
@@ -283,22 +284,6 @@ def test_a_text_too_long_for_the_position_table_says_so(kind: str) -> None:
 
 
 # nn.DataParallel
-
-
-def replica_of(network: nn.Module) -> Any:
-    """As torch.nn.parallel.replicate: the parameters are tensors that depend on the originals."""
-    modules = list(network.modules())
-    number = {module: i for i, module in enumerate(modules)}
-    copies: list[Any] = [module._replicate_for_data_parallel() for module in modules]
-    for module, copied in zip(modules, copies, strict=True):
-        for key, child in module._modules.items():
-            copied._modules[key] = None if child is None else copies[number[child]]
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                copied._parameters[key] = None
-            else:
-                setattr(copied, key, parameter * 1)
-    return copies[0]
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

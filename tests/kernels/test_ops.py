@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from stacks import stack_of
 from tiny import randomize, some_ids, tiny_llama
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -19,6 +20,33 @@ from minipeft_kernels.linear.op import linear, linear_reference
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 HYPER = (1, 1e-2, 0.9, 0.99, 1e-8, 0.1, False)
+
+
+def some_arguments_of_experts(dtype: torch.dtype, double: bool) -> dict[str, tuple[Any, ...]]:
+    """Three experts of 48 x 128, of which the second has no rows; the last of the seven rows belongs to nobody."""
+    stack, dense = stack_of(torch.randn(3, 48, 128), double), torch.randn(3, 48, 128).to(dtype)
+    x, dy, offsets = (
+        torch.randn(7, 128, dtype=dtype),
+        torch.randn(7, 48, dtype=dtype),
+        torch.tensor([2, 2, 6], dtype=torch.int32),
+    )
+    lora_A, lora_B, low = torch.randn(3, 4, 128), torch.randn(3, 48, 4), torch.randn(7, 4)
+    trained = [t.clone().requires_grad_() for t in (x, lora_A, lora_B)]
+    numbers = (0.5, dtype, torch.float32)
+    return {
+        "experts_linear of NF4": (trained[0], offsets, None, None, *numbers, *stack),
+        "experts_linear of NF4 with LoRA": (trained[0], offsets, *trained[1:], *numbers, *stack),
+        "experts_linear with LoRA": (trained[0], offsets, *trained[1:], *numbers, dense),
+        "experts_linear, the update alone": (trained[0], offsets, *trained[1:], *numbers, None),
+        "experts_linear_backward of NF4 with LoRA": (
+            *(dy, offsets, x, lora_A, lora_B, low, *numbers, [True, False, True]),
+            *stack,
+        ),
+        "experts_linear_backward with LoRA": (
+            *(dy, offsets, x, lora_A, lora_B, low, *numbers, [True, True, False]),
+            dense,
+        ),
+    }
 
 
 def some_arguments(dtype: torch.dtype, double: bool) -> dict[str, tuple[Any, ...]]:
@@ -49,6 +77,7 @@ def some_arguments(dtype: torch.dtype, double: bool) -> dict[str, tuple[Any, ...
         "linear_backward, the update alone": (
             *(dy.float(), x, lora_A, lora_B, low, *numbers, [True, True, True], None),
         ),
+        **some_arguments_of_experts(dtype, double),
         "adamw_": (params, grads, *wide, *HYPER),
         "adamw_8bit_": (params, grads, *narrow, *HYPER),
     }
@@ -74,7 +103,7 @@ def test_fake_results_are_shaped_as_the_kernels_results(name: str) -> None:
 
 def test_every_public_operation_is_exported() -> None:
     names = {re.split(r"[ ,]", name)[0] for name in some_arguments(torch.float32, True)}
-    assert names - set(minipeft.kernels.__all__) == {"linear_backward"}
+    assert names - set(minipeft.kernels.__all__) == {"linear_backward", "experts_linear_backward"}
 
 
 def test_an_operation_without_a_gradient_is_not_recorded() -> None:

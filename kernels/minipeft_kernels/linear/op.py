@@ -186,7 +186,7 @@ class Form(Protocol):
         """rows W + low up: (M, N) -> (M, K), in any dtype."""
 
 
-def _form_for(weight: Weight | None, rows: Tensor) -> Form:
+def form_for(weight: Weight | None, rows: Tensor) -> Form:
     """The form that multiplies by `weight` on the device of `rows`; `dense` where there is no weight."""
     if not isinstance(weight, NF4):
         return dense
@@ -212,7 +212,7 @@ def _run(
     with without_autocast():
         if lora_A is not None and lora_B is not None:
             update = project(rows, lora_A, scaling, adapter_dtype), lora_B
-        y = _form_for(weight, rows).forward(rows, weight, bias, update, compute_dtype)
+        y = form_for(weight, rows).forward(rows, weight, bias, update, compute_dtype)
     y = _from_rows(y, x)
     y = y if weight is None else y.to(x.dtype)
     return y, x.new_empty(0) if update is None else update[0]
@@ -246,7 +246,7 @@ def _run_backward(
                 assert low is not None
                 dB = grad_of_B(wide, low, lora_B.dtype)
         if needs_x:
-            dx = _form_for(weight, rows).input_gradient(rows, weight, update, compute_dtype)
+            dx = form_for(weight, rows).input_gradient(rows, weight, update, compute_dtype)
             dx = _from_rows(dx.to(dy.dtype), dy)
     return dx, dA, dB
 

@@ -1,0 +1,1 @@
+"""The linear layers of a mixture's experts, all in one operation: see `op`."""

@@ -40,8 +40,8 @@ class Sorted(NamedTuple):
         return self.order // self.k
 
     @property
-    def count(self) -> int:
-        """The number of tokens, T."""
+    def token_count(self) -> int:
+        """T."""
         return self.order.shape[0] // self.k
 
 
@@ -133,7 +133,7 @@ class _ToTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(out: Tensor, rows: Sorted) -> Tensor:
-        return out[rows.back].view(rows.count, rows.k, -1).sum(1)
+        return out[rows.back].view(rows.token_count, rows.k, -1).sum(1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Sorted], output: Tensor) -> None:

@@ -35,20 +35,24 @@ class RowAdapters:
     def __init__(self, names: Sequence[str], repeated: bool = False) -> None:
         self.names = tuple(names)
         self.repeated = repeated
-        self._groups: dict[tuple[int, torch.device], list[tuple[str, Tensor]]] = {}
+        self._groups: dict[tuple[int, torch.device, bool], list[tuple[str, Tensor]]] = {}
 
-    def groups(self, rows: int, device: torch.device) -> list[tuple[str, Tensor]]:
+    def groups(self, rows: int, device: torch.device, parts: bool = False) -> list[tuple[str, Tensor]]:
         """(adapter, the indices of its rows) for an input of `rows` rows; base rows are in none.
+
+        Args:
+            parts: True for an input whose rows are the tokens of the batch's, one after the other.
 
         Raises ValueError when the number of names does not fit that of the rows.
         """
-        if (rows, device) not in self._groups:
-            self._groups[rows, device] = self._make_groups(rows, device)
-        return self._groups[rows, device]
+        key = rows, device, parts
+        if key not in self._groups:
+            self._groups[key] = self._make_groups(*key)
+        return self._groups[key]
 
-    def _make_groups(self, rows: int, device: torch.device) -> list[tuple[str, Tensor]]:
+    def _make_groups(self, rows: int, device: torch.device, parts: bool) -> list[tuple[str, Tensor]]:
         times, rest = divmod(rows, len(self.names))
-        if rest or times == 0 or (times > 1 and not self.repeated):
+        if rest or times == 0 or (times > 1 and not self.repeated and not parts):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(self.names)} names, but an adapted layer got an input of {rows} rows; it must keep the batch's "

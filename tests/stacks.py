@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from minipeft.nf4 import NF4Weight
-from minipeft_kernels.packed import NF4Stack
+from minipeft_kernels.experts.stack import NF4Stack
 
 
 def stack_of(w: Tensor, double_quant: bool = True, blocksize: int = 64) -> NF4Stack:

@@ -20,6 +20,7 @@ CORE = {
         "config",
         "methods",
         "adapter",
+        "experts",
         "targets",
         "unused_names",
         "attach",

@@ -46,77 +46,23 @@ class NF4(NamedTuple):
         return self.codes, self.absmax, self.quant_map, self.nested_absmax, self.nested_map, self.offset
 
 
-class NF4Stack(NamedTuple):
-    """The matrices of a layer's experts, `rows` x `columns` each, in 4-bit NormalFloat, every one by itself.
-
-    The fields are those of `NF4`, and the per-expert ones have a first dimension more: no block, no nested scale and no
-    offset belongs to two experts, so `expert(e)` is the NF4 of that expert's matrix alone.
-
-    Attributes:
-        codes: uint8 (experts, (n+1)//2), n = rows * columns.
-        absmax: (experts, blocks), float32 or, doubly quantized, uint8.
-        quant_map: float32 (16,).
-        nested_absmax: float32 (experts, ceil(blocks / nested_blocksize)), or None.
-        nested_map: float32 (256,), or None.
-        offset: float32 (experts,), or None.
-        rows, columns: out_features and in_features of one expert.
-        blocksize, nested_blocksize: as in `NF4`.
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    quant_map: Tensor
-    nested_absmax: Tensor | None
-    nested_map: Tensor | None
-    offset: Tensor | None
-    rows: int
-    columns: int
-    blocksize: int
-    nested_blocksize: int = 256
-
-    @property
-    def experts(self) -> int:
-        """The number of matrices."""
-        return self.codes.shape[0]
-
-    def expert(self, e: int) -> NF4:
-        """The matrix of expert e, sharing its memory."""
-        codes, absmax, quant_map, nested_absmax, nested_map, offset, *sizes = self
-        return NF4(
-            codes[e].unsqueeze(1),  # (bytes,) -> (bytes, 1)
-            absmax[e],
-            quant_map,
-            None if nested_absmax is None else nested_absmax[e],
-            nested_map,
-            None if offset is None else offset[e],
-            *sizes,
-        )
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The six tensors, in the order of the fields."""
-        return self.codes, self.absmax, self.quant_map, self.nested_absmax, self.nested_map, self.offset
-
-
 TENSORS = NF4._fields.index("rows")
 """How many of the fields are tensors: the first ones."""
 
 Weight = Tensor | NF4
 """A frozen matrix (out_features, in_features): dense, perhaps a transposed view, or NF4."""
 
-Stack = Tensor | NF4Stack
-"""The frozen matrices of experts, (experts, out_features, in_features): dense, perhaps a transposed view, or NF4."""
-
 SCHEMA = (
     "Tensor? weight=None, Tensor? absmax=None, Tensor? quant_map=None, Tensor? nested_absmax=None, "
     "Tensor? nested_map=None, Tensor? offset=None, SymInt rows=0, SymInt columns=0, int blocksize=0, "
     "int nested_blocksize=0"
 )
-"""A `Weight`, a `Stack` or None as an operation's last arguments; `weight` is dense, or the codes of an NF4 one."""
+"""A `Weight` or None as the last arguments of an operation; `weight` is the dense one, or the codes of an NF4 one."""
 
 
-def flatten(weight: Weight | Stack | None) -> Sequence[Any]:
+def flatten(weight: Weight | None) -> Sequence[Any]:
     """`weight` as arguments of SCHEMA: the ten fields of an NF4, or the dense tensor alone."""
-    return weight if isinstance(weight, (NF4, NF4Stack)) else (weight,)
+    return weight if isinstance(weight, NF4) else (weight,)
 
 
 def unflatten(arguments: Sequence[Any]) -> Weight | None:
@@ -124,10 +70,3 @@ def unflatten(arguments: Sequence[Any]) -> Weight | None:
     weight: Any
     weight, *rest = arguments or (None,)
     return NF4(weight, *rest) if rest and rest[0] is not None else weight
-
-
-def unflatten_stack(arguments: Sequence[Any]) -> Stack | None:
-    """The experts' weights that came as arguments of SCHEMA, as `unflatten`."""
-    weight: Any
-    weight, *rest = arguments or (None,)
-    return NF4Stack(weight, *rest) if rest and rest[0] is not None else weight

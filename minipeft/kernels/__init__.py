@@ -8,11 +8,12 @@ experts, whose matrices are one tensor or one `NF4Stack`.
 
 from minipeft_kernels.adamw.op import adamw_, adamw_8bit_
 from minipeft_kernels.experts.op import experts_linear
+from minipeft_kernels.experts.stack import NF4Stack
 from minipeft_kernels.linear.op import linear
 from minipeft_kernels.linear.shorthands import frozen_linear, lora_linear, lora_matmul, lora_update, nf4_matmul
 from minipeft_kernels.nf4.dequantize import nf4_dequantize
 from minipeft_kernels.nf4.quantize import nf4_quantize, quantize_absmax
-from minipeft_kernels.packed import NF4, NF4Stack
+from minipeft_kernels.packed import NF4
 
 __all__ = [
     "NF4",

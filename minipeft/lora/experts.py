@@ -2,10 +2,16 @@
 
 transformers keeps `gate_up_proj` and `down_proj` of all experts as one parameter each, (experts, out_features,
 in_features) (or with the last two swapped, where the module says `is_transposed`). Every expert e has an update of its
-own, W_e + s B_e A_e. The module reads its parameters itself, so while it runs they stand in its place with the update
-added: unlike for a layer, the whole updated weight is made in every forward.
+own, split from its weight: a row x that its router sent there becomes
 
-A 2-D weight (out_features, in_features), such as a router's, is updated in the same way, as one expert's would be.
+    y = W_e x + s B_e (A_e dropout(x))
+
+in one operation for all experts (`minipeft_kernels/experts`). W_e + s B_e A_e is formed in merging alone: in a forward
+it would be formed for every expert, chosen or not.
+
+A 2-D weight (out_features, in_features), such as a router's, is updated as one expert's would be. The module reads it
+itself, and so it does the parameters of experts whose class does not say how they are computed, or that are trained:
+then the updated weight stands in the parameter's place while the module runs.
 
 A and B of all experts lie as PEFT lays them: A (experts * r, in_features), expert by expert, B (out_features,
 r * experts), rank by rank.
@@ -14,35 +20,46 @@ r * experts), rank by rank.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import AdapterModule
+from minipeft.adapter import AdapterModule, WrappedForward
 from minipeft.dispatched import device_of
 from minipeft.errors import NoMatchingPeftModuleError
+from minipeft.experts import Sorted, has_interface, matrices, run_experts, weight_names
 from minipeft.lora.config import LoraConfig
 from minipeft.lora.variants import init_factors
+from minipeft.mixins import plain_class
+from minipeft.rows import RowAdapters
 from minipeft.targets import ends_with
+from minipeft_kernels.experts.op import experts_linear
+from minipeft_kernels.linear.low_rank import Lora
 
 
 class ExpertFactors(nn.Module):
-    """A and B of one parameter and one adapter."""
+    """A and B of one parameter and one adapter, and the dropout of their input."""
 
-    def __init__(self, shape: tuple[int, int, int], r: int, scaling: float, **like: Any) -> None:
+    def __init__(self, shape: tuple[int, int, int], r: int, scaling: float, dropout: float, **like: Any) -> None:
         super().__init__()
         self.experts, out_features, in_features = shape
         self.scaling = scaling
+        self.dropout = nn.Dropout(dropout) if dropout else None
         self.lora_A = nn.Parameter(torch.empty(self.experts * r, in_features, **like))
         self.lora_B = nn.Parameter(torch.empty(out_features, r * self.experts, **like))
 
-    def update(self) -> Tensor:
-        """s B_e A_e of every expert: (experts, out_features, in_features)."""
+    def by_expert(self) -> Lora:
+        """A (experts, r, in_features), B (experts, out_features, r) and s."""
         lora_A = self.lora_A.unflatten(0, (self.experts, -1))  # (E r, in) -> (E, r, in)
         lora_B = self.lora_B.unflatten(1, (-1, self.experts)).permute(2, 0, 1)  # (out, r E) -> (E, out, r)
-        return lora_B @ lora_A * self.scaling
+        return lora_A, lora_B, self.scaling
+
+    def update(self) -> Tensor:
+        """s B_e A_e of every expert: (experts, out_features, in_features)."""
+        lora_A, lora_B, scaling = self.by_expert()
+        return lora_B @ lora_A * scaling
 
 
 class LoraParameters(AdapterModule):
@@ -75,7 +92,8 @@ class LoraParameters(AdapterModule):
             experts, *sides = parameter.shape if parameter.dim() == 3 else (1, *parameter.shape)
             out_features, in_features = reversed(sides) if self._transposed(name) else sides
             like = {"dtype": dtype, "device": device_of(self) if parameter.is_meta else parameter.device}
-            own[name] = factors = ExpertFactors((experts, out_features, in_features), r, scaling, **like)
+            shape, dropout = (experts, out_features, in_features), config.lora_dropout
+            own[name] = factors = ExpertFactors(shape, r, scaling, dropout, **like).train(self.training)
             if init:
                 init_factors(factors.lora_A, factors.lora_B, config.init_lora_weights)
                 if config.init_lora_weights == "gaussian":  # its spread is 1 / r
@@ -83,16 +101,76 @@ class LoraParameters(AdapterModule):
                         factors.lora_A.mul_(experts)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, with W + s B A in the place of each adapted parameter W while it runs."""
+        """The module's own forward with the updates of the adapters that act.
+
+        Raises ValueError if the rows of a batch are to go through adapters of their own while others are merged, or
+            where the module's own forward reads the updated parameters.
+        """
+        rows = self.switch.rows
         acting = [adapter for adapter in self.switch.acting if adapter in self.lora_experts]
-        if self.merged_adapters or not acting:
+        if not acting and (rows is None or not any(adapter in self.lora_experts for adapter in rows.names)):
             return super().forward(*args, **kwargs)
+        if self.merged_adapters:
+            if rows is not None:
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+                    f"Here {list(self.merged_adapters)} are merged."
+                )
+            return super().forward(*args, **kwargs)
+        if self._splits(acting if rows is None else rows.names):
+            return run_experts(self, self._product, *args, **kwargs)
+        if rows is not None:
+            raise ValueError(
+                f"adapter_names: {plain_class(self).__name__} reads its updated parameters itself, which act on the "
+                "whole batch"
+            )
         plain = {name: self._parameters[name] for adapter in acting for name in self.lora_experts[adapter]}
         try:
             self._parameters.update({name: self._updated(name, acting) for name in plain})
             return super().forward(*args, **kwargs)
         finally:
             self._parameters.update(plain)
+
+    def _splits(self, adapters: Iterable[str]) -> bool:
+        """True if `run_experts` may stand for the module's own forward: no other forward, and no trained base."""
+        if not splits(self):
+            return False
+        updated = {name for adapter in adapters if adapter in self.lora_experts for name in self.lora_experts[adapter]}
+        bases = [self._parameters[name] for name in weight_names(self)]
+        trained = torch.is_grad_enabled() and any(base is not None and base.requires_grad for base in bases)
+        return not trained and updated.issubset(weight_names(self))
+
+    def _product(self, name: str, x: Tensor, order: Sorted) -> Tensor:
+        """W_e x + s B_e (A_e dropout(x)) of each row x: (S, in_features) -> (S, out_features)."""
+        weight, rows = matrices(self, name), self.switch.rows
+        names = self.switch.acting if rows is None else ()
+        acting = [self.lora_experts[one][name] for one in names if one in self.lora_experts and self._has(one, name)]
+        x = x if not isinstance(weight, Tensor) or torch.is_autocast_enabled(x.device.type) else x.to(weight.dtype)
+        # The first update is one sum with the base product, unless it has another x.
+        first = acting.pop(0).by_expert() if acting and not drops(acting[0]) else None
+        out = experts_linear(x, order.offsets, weight, first, getattr(self, "compute_dtype", None))
+        for factors in acting:
+            dropped = x if factors.dropout is None else factors.dropout(x)
+            out = (out + experts_linear(dropped, order.offsets, None, factors.by_expert())).to(out.dtype)
+        return out if rows is None else self._add_row_updates(rows, name, x, order, out)
+
+    def _add_row_updates(self, rows: RowAdapters, name: str, x: Tensor, order: Sorted, base: Tensor) -> Tensor:
+        """`base` with the update of each row's own adapter."""
+        out = base.clone()
+        # A layer of experts gets the tokens of the whole batch in one dimension, row by row.
+        for adapter, tokens in rows.groups(order.token_count, x.device, parts=True):
+            if adapter in self.lora_experts and self._has(adapter, name):
+                own = torch.zeros(order.token_count, dtype=torch.bool, device=x.device).index_fill_(0, tokens, True)
+                own = own[order.tokens]
+                # Rows of this adapter before each place -> the ends of its rows by expert.
+                before = nn.functional.pad(own.cumsum(0), (1, 0))
+                factors = self.lora_experts[adapter][name].by_expert()
+                update = experts_linear(x[own], before[order.offsets].int(), None, factors)
+                out[own] += update.to(out.dtype)
+        return out
+
+    def _has(self, adapter: str, name: str) -> bool:
+        return name in self.lora_experts[adapter]
 
     def _updated(self, name: str, adapters: list[str]) -> Tensor:
         weight: Any = self._parameters[name]
@@ -156,6 +234,16 @@ class LoraParameters(AdapterModule):
             self._install(name, tensor)
 
 
+def splits(module: nn.Module) -> bool:
+    """True for experts that LoRA updates without forming the updated weights: transformers' own forward, unwrapped."""
+    return has_interface(module) and not isinstance(module, WrappedForward)
+
+
+def drops(factors: ExpertFactors) -> bool:
+    """True if the input of the update is not that of the base product."""
+    return factors.dropout is not None and factors.dropout.training
+
+
 def target_parameters_of(module: nn.Module, path: str, config: LoraConfig) -> list[str]:
     """The names of the parameters right in `module`, which is at `path`, that `config` targets."""
     targets = config.target_parameters or ()
@@ -167,8 +255,6 @@ def target_parameters_of(module: nn.Module, path: str, config: LoraConfig) -> li
 def check_target_parameters(config: LoraConfig) -> None:
     """Raise ValueError for settings that an update of a parameter cannot have."""
     refused: dict[str, Any] = {"use_dora": False, "lora_bias": False}
-    if not config.inference_mode:
-        refused["lora_dropout"] = 0.0
     if not config.target_modules:
         # They choose among modules; PEFT leaves the parameters as they are named, too.
         refused |= {"layers_to_transform": None, "exclude_modules": None}
@@ -199,7 +285,7 @@ def find_target_parameters(
     for path, module in modules.items():
         names = target_parameters_of(module, path, config)
         for name in names:
-            _check_target(path, name, module, path in taken, never_read(path))
+            _check_target(path, name, module, path in taken, never_read(path), config)
         if names:
             found[path] = names
     missing = [
@@ -220,7 +306,7 @@ def find_target_parameters(
     return list(found)
 
 
-def _check_target(path: str, name: str, module: nn.Module, taken: bool, never_read: bool) -> None:
+def _check_target(path: str, name: str, module: nn.Module, taken: bool, never_read: bool, config: LoraConfig) -> None:
     parameter, full = module._parameters[name], f"{path}.{name}"
     if not path:
         raise ValueError(f"Targeting an nn.Parameter on the top-level module is not supported (parameter {name!r}).")
@@ -238,4 +324,9 @@ def _check_target(path: str, name: str, module: nn.Module, taken: bool, never_re
         raise ValueError(
             f"target_parameters: {full} is a {dims} dimensional Parameter (shape {shape}, {dtype}), but only 2d and 3d "
             "are supported, of floating point"
+        )
+    if config.lora_dropout and not config.inference_mode and not (splits(module) and name in weight_names(module)):
+        raise ValueError(
+            f"lora_dropout={config.lora_dropout!r} does not go with target_parameters={full!r}: its module reads the "
+            "updated weight, and there is no input of the update alone to drop from"
         )

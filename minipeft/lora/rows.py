@@ -38,10 +38,5 @@ def check_rows(name: str, config: LoraConfig) -> None:
     """Raise ValueError for an adapter that replaces base tensors, which are the whole batch's."""
     if config.init_lora_weights == "loftq":
         raise ValueError(f"adapter_names: {name!r} is LoftQ: it replaces the base weight for the whole batch")
-    if config.target_parameters:
-        raise ValueError(
-            f"adapter_names: {name!r} has target_parameters, which act on the whole batch: lora.ParamWrapper does not "
-            "support mixed adapter batches yet."
-        )
     if config.bias != "none":
         raise ValueError(f"adapter_names: {name!r} has bias={config.bias!r}: biases of its own for the whole batch")

@@ -6,12 +6,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+from largest_tensor import LargestTensor
 from tiny import randomize, some_ids
+from tiny_experts import experts_classes, routed, tiny_experts
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import minipeft
 from minipeft import LoraConfig, get_peft_model, lora_plus_groups
+from minipeft.experts import weight_names
+from minipeft.mixins import plain_class
 
 CONFIG: dict[str, Any] = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
 BOTH = ["gate_up_proj", "mlp.experts.down_proj"]
@@ -148,7 +152,10 @@ def test_parameters_alone_need_no_modules() -> None:
             r"norm\.weight is a 1 dimensional Parameter \(shape \(32,\), torch.float32\), but only 2d and 3d",
         ),
         ({"use_dora": True}, "use_dora=True does not go with target_parameters"),
-        ({"lora_dropout": 0.1}, "lora_dropout=0.1 does not go with"),
+        (
+            {"lora_dropout": 0.1, "targets": ROUTERS},
+            r"lora_dropout=0.1 does not go with target_parameters='model.layers.0.mlp.gate.weight'",
+        ),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' does not go with"),
         ({"target_modules": ["experts"]}, r"'model\.layers\.0\.mlp\.experts' is a .*MixtralExperts"),
     ],
@@ -262,8 +269,6 @@ def test_the_first_number_of_a_name_is_its_layer(pattern: Any) -> None:
 def test_calls_for_layers_refuse_parameters(tmp_path: Path) -> None:
     model = adapted(minipeft).eval()
     model.add_adapter("other", LoraConfig(**CONFIG))
-    with pytest.raises(ValueError, match="'default' has target_parameters"):
-        model(some_ids(2), adapter_names=["default", "other"])
     with pytest.raises(ValueError, match="it has target_parameters"):
         model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both")
     model.save_pretrained(tmp_path, selected_adapters=["default"])
@@ -279,3 +284,105 @@ def test_compiled_model_gives_the_same() -> None:
     model = adapted(minipeft).eval()
     torch.compiler.reset()
     torch.testing.assert_close(logits(torch.compile(model, backend="eager")), logits(model))
+
+
+class Half(nn.Module):
+    """A dropout whose outcome is known."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+
+def test_dropout_acts_on_the_input_of_the_update_alone() -> None:
+    model = adapted(minipeft, lora_dropout=0.5).train()
+    ids, experts = some_ids(), [layer.mlp.experts for layer in model.model.layers]
+    torch.manual_seed(0)
+    first, second = model(ids).logits, model(ids).logits
+    assert not torch.allclose(first, second, atol=1e-4)
+    torch.testing.assert_close(logits(model), logits(adapted(minipeft)))
+    for factors in (f for module in experts for f in module.lora_experts["default"].values()):
+        factors.dropout = Half()
+    q_proj = [layer.self_attn.q_proj for layer in model.model.layers]
+    for layer in q_proj:
+        layer.lora_dropout["default"] = nn.Identity()
+    halved = adapted(minipeft)
+    for factors in (f for layer in halved.model.layers for f in layer.mlp.experts.lora_experts["default"].values()):
+        factors.scaling /= 2
+    torch.testing.assert_close(model.train()(ids).logits, halved(ids).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plain", [mixtral, qwen])
+def test_each_row_goes_through_its_own_adapter(plain: Any) -> None:
+    model = adapted(minipeft, plain)
+    model.add_adapter("other", LoraConfig(**{**CONFIG, "r": 3}, target_parameters=["down_proj"]))
+    model.add_adapter("layers", LoraConfig(**CONFIG))
+    torch.manual_seed(1)
+    randomize(model, scale=0.2)
+    model.eval()
+    names, ids = ["other", "__base__", "default", "layers", "other"], some_ids(5)
+    got = model(ids, adapter_names=names).logits
+    for row, name in enumerate(names):
+        if name == "__base__":
+            with model.disable_adapter():
+                wanted = model(ids[row : row + 1]).logits
+        else:
+            model.set_adapter(name)
+            wanted = model(ids[row : row + 1]).logits
+        torch.testing.assert_close(got[row : row + 1], wanted, rtol=0, atol=2e-5)
+    model.set_adapter("default")
+    with pytest.raises(ValueError, match="5 names"):
+        model(ids[:3], adapter_names=names)
+    grown = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    beams = model.generate(ids[:2], adapter_names=["other", "default"], num_beams=2, **grown)
+    alone = [
+        model.generate(ids[i : i + 1], adapter_names=[n], num_beams=2, **grown)
+        for i, n in enumerate(("other", "default"))
+    ]
+    assert torch.equal(beams, torch.cat(alone))
+    model.merge_adapter(["default"])
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model(ids, adapter_names=names)
+
+
+def test_rank_stabilized_scaling_is_the_papers() -> None:
+    stable, plain = (
+        adapted(minipeft, lora_alpha=alpha, use_rslora=rs) for alpha, rs in ((6, True), (6 * 2**0.5, False))
+    )
+    torch.testing.assert_close(logits(stable), logits(plain))
+    assert stable.model.layers[0].mlp.experts.lora_experts["default"]["down_proj"].scaling == 6 / 2**0.5
+
+
+@pytest.mark.parametrize("name", experts_classes())
+def test_every_class_of_experts_is_updated_as_its_merged_weights(name: str) -> None:
+    """Output and gradients of split LoRA, by the eager forward over weights with the updates in them."""
+    model = nn.Module()
+    model.experts = tiny_experts(experts_classes()[name])
+    targets = list(weight_names(model.experts))
+    experts = minipeft.inject_adapter_in_model(LoraConfig(r=3, lora_alpha=6, target_parameters=targets), model).experts
+    factors = [experts.lora_experts["default"][target] for target in targets]
+    with torch.no_grad():
+        for parameter in (p for f in factors for p in f.parameters()):
+            parameter.normal_(std=0.2)
+    hidden, index, weights = routed()
+    inputs = [hidden.requires_grad_(), weights.requires_grad_(), *(p for f in factors for p in f.parameters())]
+    dy = torch.randn(hidden.shape)
+    with LargestTensor() as largest:
+        got = experts(hidden, index, weights)
+        got_grads = torch.autograd.grad(got, inputs, dy)
+    assert largest.nbytes < min(experts._parameters[target].nbytes for target in targets)
+    own = dict(experts._parameters)
+    merged = {target: own[target] + experts.delta_parameter("default", target) for target in targets}
+    experts._parameters.update(merged)
+    wanted = plain_class(experts).forward(experts, hidden, index, weights)
+    experts._parameters.update(own)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    for ours, expected in zip(got_grads, torch.autograd.grad(wanted, inputs, dy), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_trained_experts_under_lora_keep_their_gradients() -> None:
+    model = adapted(minipeft)
+    weight = model.model.layers[0].mlp.experts.down_proj.requires_grad_()
+    model.train()(some_ids(), labels=some_ids()).loss.backward()
+    assert weight.grad is not None and weight.grad.abs().max() > 0

@@ -191,10 +191,8 @@ def test_what_experts_cannot_have_is_refused_by_name() -> None:
         get_peft_model(CONVERTED["olmoe"].build(), LoraConfig(target_modules=["q_proj", "gate_proj"]))
     with pytest.raises(ValueError, match=r"'.*nowhere' matches no module"):
         get_peft_model(CONVERTED["olmoe"].build(), LoraConfig(target_modules=".*nowhere"))
-    config = LoraConfig(target_modules=["q_proj", *LAYERS], lora_dropout=0.1)
-    with pytest.raises(
-        ValueError, match=r"down_proj, gate_proj, up_proj .* no layers.*lora_dropout=0.1 does not go with"
-    ):
+    config = LoraConfig(target_modules=["q_proj", *LAYERS], use_dora=True)
+    with pytest.raises(ValueError, match=r"down_proj, gate_proj, up_proj .* no layers.*use_dora=True does not go with"):
         get_peft_model(CONVERTED["olmoe"].build(), config)
     assert (
         set(config.target_modules) == {"q_proj", *LAYERS} and not config.rank_pattern and not config.target_parameters

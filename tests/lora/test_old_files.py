@@ -161,13 +161,11 @@ def test_an_old_file_that_does_not_fit_is_refused_by_name(tmp_path: Path) -> Non
     assert "lora_magnitude_vector" in error(lambda t: t.update({f"{up}magnitude_vector": torch.ones(96)}))
 
 
-def test_training_goes_on_only_without_what_experts_cannot_have(tmp_path: Path) -> None:
+def test_training_goes_on_with_the_dropout_of_the_file(tmp_path: Path) -> None:
     file = OldFile(CONVERTED["olmoe"], target_modules=QWEN_LAYERS, lora_dropout=0.05).add_experts(QWEN_LAYERS)
-    with pytest.raises(ValueError, match=r"lora_dropout=0.05 does not go with target_parameters"):
-        PeftModel.from_pretrained(file.family.build(), file.write(tmp_path), is_trainable=True)
-    del file.config["lora_dropout"]
     model = file.check(tmp_path, is_trainable=True)
     assert sum(p.requires_grad for p in model.parameters()) == 2 * 2 * 2
+    assert sum(isinstance(m, torch.nn.Dropout) and m.p == 0.05 for m in model.modules()) == 2 * 2
 
 
 @false_alarm

@@ -11,7 +11,8 @@ from torch import Tensor
 from ..linear import twice
 from ..linear.low_rank import grad_of_A, grad_of_B, project, project_back
 from ..linear.op import form_for
-from ..packed import NF4Stack, Stack, Weight, flatten, unflatten_stack
+from ..packed import Weight, flatten
+from .stack import NF4Stack, Stack, unflatten_stack
 
 
 def groups(offsets: Tensor) -> Iterator[tuple[int, int, int]]:

@@ -30,9 +30,10 @@ from ..linear.low_rank import Lora, update_dtype
 from ..linear.op import Numbers
 from ..nf4.dequantize import nf4_dequantize_reference
 from ..nf4.quantize import WEIGHT_DTYPES
-from ..packed import SCHEMA, TENSORS, NF4Stack, Stack, flatten, unflatten_stack
+from ..packed import SCHEMA, TENSORS
 from ..registration import below_autograd, define_op, is_plain_call, without_autocast
 from . import loop
+from .stack import NF4Stack, Stack, flatten_stack, unflatten_stack
 
 
 def experts_reference(x: Tensor, offsets: Tensor, weight: Stack, lora: Lora | None = None) -> Tensor:
@@ -91,7 +92,7 @@ def experts_linear(
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B))
     out: Tensor
     if not is_plain_call(x):
-        out, _ = _experts_op(x, offsets, lora_A, lora_B, *numbers, *flatten(weight))
+        out, _ = _experts_op(x, offsets, lora_A, lora_B, *numbers, *flatten_stack(weight))
     elif recorded:
         out, _ = _Experts.apply(x, offsets, lora_A, lora_B, numbers, weight)
     else:
@@ -144,14 +145,14 @@ class _Experts(torch.autograd.Function):
             y, low = _run(x, offsets, lora_A, lora_B, *numbers, weight)
         else:
             with below_autograd():
-                y, low = _experts_op(x, offsets, lora_A, lora_B, *numbers, *flatten(weight))
+                y, low = _experts_op(x, offsets, lora_A, lora_B, *numbers, *flatten_stack(weight))
         ctx.mark_non_differentiable(low)
         ctx.set_materialize_grads(False)
         needs_x, _, needs_A, *_ = ctx.needs_input_grad
         kept: tuple[Tensor | None, ...] = (None, None, None, None)
         if lora_A is not None:
             kept = (x if needs_A else None, lora_A, lora_B, low)
-        flat = flatten(weight if needs_x else None)
+        flat = flatten_stack(weight if needs_x else None)
         ctx.save_for_backward(offsets, *kept, *flat[:TENSORS])
         ctx.numbers, ctx.sizes, ctx.dtype = numbers, flat[TENSORS:], x.dtype
         return y, low

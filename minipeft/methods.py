@@ -33,9 +33,9 @@ class Registration:
         train_defaults: Fields of the config that `minipeft train` sets unless told otherwise.
         settings: Settings of a run that the name implies, such as qlora's quantization.
         compare_defaults: Settings of a run of `minipeft compare`, such as lr and method_args.
+        trains: (model, config) -> None: what `minipeft train` makes of a new adapter's config, once it has the model.
         start: (model, token ids) -> a notice for the user or None: gives a new adapter a start from the training data.
-        rows: (adapter, config) -> None: raises ValueError for an adapter that cannot act on some rows of a batch alone.
-            Without it none can (`minipeft/rows.py`).
+        rows: (adapter, config) -> None: ValueError for one that cannot act on some rows; without it none can.
         names: (model, config) -> None: puts what a new adapter's config calls by a name of former times under today's.
         files: (model, config, tensors by name) -> the tensors that a file of former times stands for; fits the config.
         combine: (model, adapters, weights, name, ...): adds an adapter made of others.
@@ -52,6 +52,7 @@ class Registration:
     train_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     compare_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    trains: Any = None
     start: Any = None
     rows: Any = None
     names: Any = None
@@ -90,8 +91,7 @@ def register(name: str, config: Any, attach: Any, peft_type: str | None = None, 
     """Add a method to the table; a second registration of a name replaces the first.
 
     Args:
-        name: Its name on the command line.
-        config, attach, parts: See `Registration`.
+        name, config, attach, parts: See `Registration`.
         peft_type: Its name in `adapter_config.json`; by default `name` in capitals.
     """
     _registered[name] = Registration(name, peft_type or name.upper(), config, attach, **parts)

@@ -89,10 +89,13 @@ def check_unused_names(model: nn.Module, config: Any, targets: list[str]) -> Non
 def _warn_of_experts(model: nn.Module, config: Any, adapted: list[str]) -> None:
     """Warn of names that take layers beside a mixture's routed experts, and not these, which are parameters."""
     targets = getattr(config, "target_modules", None) or ()
+    excluded = getattr(config, "exclude_modules", None) or ()
     for path, module in base_modules(model):
         beside = path.rpartition(".")[0] + "."
         fused = [name for name, p in module._parameters.items() if p is not None and p.dim() == 3]
         if not path or not fused or any(f"{path}.{name}" in adapted for name in fused):
+            continue
+        if any(matches(path, name, excluded) for name in ([excluded] if isinstance(excluded, str) else excluded)):
             continue
         for name in adapted:
             old = f"{path}.{name.rpartition('.')[2]}"  # what an expert's layer of this name would be called

@@ -14,6 +14,7 @@ _LORA = Registration(
     compare_defaults={"lr": 1e-3, "method_args": {"r": 16, "lora_alpha": 32}},
     rows="minipeft.lora.rows:check_rows",
     names="minipeft.lora.old_experts:name_experts",
+    trains="minipeft.lora.old_experts:take_experts",
     files="minipeft.lora.old_files:of_today",
     combine="minipeft.lora.combine:add_weighted_adapter",
     rates="minipeft.lora.rates:lora_plus_groups",

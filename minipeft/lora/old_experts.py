@@ -16,11 +16,13 @@ from torch import nn
 
 from minipeft.adapter import base_modules
 from minipeft.errors import PeftWarning
+from minipeft.experts import has_interface, weight_names
 from minipeft.lora.config import LoraConfig
 from minipeft.lora.experts import check_target_parameters
 from minipeft.lora.find import lora_mixin_for
+from minipeft.mixins import plain_class
 from minipeft.renaming import Fused, converted_like, fused_parameters
-from minipeft.shorter import shortest_names
+from minipeft.shorter import _find_minimal_target_modules, shortest_names
 from minipeft.targets import check_target_module_exists, ends_with, match_targets, matches, plain_module_names
 
 # PEFT converts the configs of families whose checkpoints transformers converts as it does for these.
@@ -87,6 +89,45 @@ def name_experts(model: Any, config: LoraConfig) -> None:
             PeftWarning,
             stacklevel=2,
         )
+
+
+def take_experts(model: Any, config: LoraConfig) -> None:
+    """Let "all-linear" of a new adapter mean the linear layers and the experts of `model`, never its routers, in place.
+
+    Experts whose class does not say how they are computed are left out, and a warning names them.
+    """
+    if config.target_modules != "all-linear" or config.target_parameters:
+        return
+    everywhere, left_out = [], []
+    for path, module in base_modules(model):
+        fused = [name for name in module._parameters if _dims(module, name) == 3]
+        if has_interface(module):
+            everywhere += [(path, name) for name in weight_names(module)]
+        elif fused and "Experts" in plain_class(module).__name__:
+            left_out.append(f"{path!r} ({', '.join(fused)})")
+    if left_out:
+        warnings.warn(
+            f"target_modules='all-linear' leaves out experts of {type(model).__name__}, such as {left_out[-1]}: LoRA "
+            "would form every expert's updated weight in each step. target_parameters takes them",
+            PeftWarning,
+            stacklevel=2,
+        )
+    experts = [one for one in everywhere if _is_wanted(config, one[0]) and _is_wanted(config, ".".join(one))]
+    if not experts:
+        return
+    targets = match_targets(model, config, lambda module: lora_mixin_for(module) is not None)
+    # Names that experts' layers had in former times would mean those in PEFT's families, and these layers no more.
+    old = [f"{path}.{layer}" for path, fused in parameters_of_experts(model) for layer in fused.layers]
+    others = [name for name in plain_module_names(model) if name not in targets]
+    config.target_modules = _find_minimal_target_modules(targets, [*others, *old])
+    config.target_parameters = short_names(experts, everywhere)
+
+
+def _is_wanted(config: LoraConfig, path: str) -> bool:
+    """True unless `exclude_modules` or `layers_to_transform` leave out what is at `path`."""
+    scope = copy.copy(config)
+    scope.target_modules = [_leaf(path)]
+    return bool(check_target_module_exists(scope, path))
 
 
 def _takes(model: Any, config: LoraConfig, path: str, fused: Fused) -> bool:

@@ -73,7 +73,11 @@ class TrainConfig:
     output_dir: str = _setting("directory for checkpoints, logs and the adapter")
     method: str = _setting("fine-tuning method", "lora", known=METHODS)
     method_args: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "arguments of the method's config, such as {r: 8}"}
+        default_factory=dict,
+        metadata={
+            "help": "arguments of the method's config, such as {r: 8}; LoRA's target_modules is all-linear unless "
+            "given: all linear layers and a mixture's experts, never its routers"
+        },
     )
     adapter: str | None = _setting("directory of an adapter to train further, by its own settings", None)
     quantize: str | None = _setting("quantize the base model", None, QUANTIZE_CHOICES)

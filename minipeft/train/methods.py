@@ -115,6 +115,9 @@ def attach(model: Any, adapter_config: Any, adapter: str | None = None) -> Any:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         if adapter is not None:
             return PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
+        complete = method_of(adapter_config.type_name).load("trains")
+        if complete is not None:
+            complete(model, adapter_config)
         return get_peft_model(model, adapter_config)
 
 

@@ -16,7 +16,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 import minipeft
 from minipeft import LoraConfig, get_peft_model
 from minipeft.errors import PeftWarning
+from minipeft.experts import has_interface, weight_names
 from minipeft.lora.old_experts import converted_by_peft
+from minipeft.train.methods import attach
 
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
 _SHARED: dict[str, Any] = {
@@ -197,3 +199,40 @@ def test_what_experts_cannot_have_is_refused_by_name() -> None:
     assert (
         set(config.target_modules) == {"q_proj", *LAYERS} and not config.rank_pattern and not config.target_parameters
     )
+
+
+GPT_OSS = Family("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16})
+
+
+@false_alarm
+@pytest.mark.parametrize("family", [*CONVERTED.values(), QWEN2, GPT_OSS], ids=lambda family: family.model_type)
+def test_training_takes_all_experts_and_no_router(family: Family) -> None:
+    for targets in ({}, {"exclude_modules": ["q_proj"]}):
+        model = attach(family.build(), LoraConfig(r=2, target_modules="all-linear", **targets))
+        experts = [m for m in model.modules() if has_interface(m)]
+        assert experts and all(set(m.parameter_targets("default")) == set(weight_names(m)) for m in experts)
+        layers = {path.rpartition(".")[2] for path in model.targeted_module_names}
+        assert "o_proj" in layers and ("q_proj" in layers) == (not targets), layers
+        assert not {"gate", "router", "shared_expert_gate"} & (layers - {"shared_expert_gate"}), layers
+        assert not any("router" in path or path.endswith("gate.weight") for path in model.targeted_parameter_names)
+
+
+@pytest.mark.filterwarnings("ignore:target_modules takes .* but not the routed experts:UserWarning")
+def test_training_says_which_experts_it_leaves_out() -> None:
+    llama4 = Family("llama4_text", {"num_local_experts": 2, "head_dim": 16, "intermediate_size_mlp": 96})
+    with pytest.warns(
+        PeftWarning, match=r"leaves out experts of Llama4.*\(gate_up_proj, down_proj\).*target_parameters"
+    ):
+        attach(llama4.build(), LoraConfig(r=2, target_modules="all-linear"))
+
+
+def test_training_leaves_a_choice_of_experts_as_it_is() -> None:
+    def targets(**fields: Any) -> set[str]:
+        return set(
+            attach(QWEN2.build(), LoraConfig(r=2, target_modules="all-linear", **fields)).targeted_parameter_names
+        )
+
+    experts = {f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")}
+    assert targets() == experts
+    assert targets(target_parameters=["down_proj"]) == {name for name in experts if "down" in name}
+    assert targets(exclude_modules=["experts"]) == set()

@@ -14,6 +14,7 @@ TEST = [
     # PEFT 0.21.2, which tests compare with, finds no cache in the models of 5.24, which gave it another name.
     "transformers>=5.23,<5.24",
     "bitsandbytes==0.50.2",
+    "trl==1.16.0",
     "ruff==0.17.6",
     "mypy==2.4.1",
     "types-PyYAML",

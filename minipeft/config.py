@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from minipeft.beside_peft import KnownToPeft
 from minipeft.errors import AdapterNotFoundError, NotAnAdapterError, PeftWarning
 from minipeft.files import write_text
 from minipeft.hub import HUB_ARGUMENTS, adapter_folder
@@ -51,7 +52,7 @@ class TaskType(str, enum.Enum):
 
 
 @dataclasses.dataclass
-class PeftConfig:
+class PeftConfig(KnownToPeft):
     """The fields of every method's configuration (PEFT's `PeftConfig`), and the verbs that a method may override.
 
     Raises ValueError for a field value that asks for something minipeft lacks, and for an unknown `task_type`.
@@ -65,6 +66,7 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
+    peft_root: ClassVar[str] = "PeftConfig"
     # True if an adapter of this method can be folded into the base weights.
     mergeable: ClassVar[bool] = False
     # True if the method gives the model virtual tokens (PEFT's word for that).

@@ -15,14 +15,8 @@ from typing import Any
 
 from minipeft import attach, card, disabling, embeddings, merge, paths, preparing, saving, status
 from minipeft.adapter import AdaptedModel
-from minipeft.attach import (
-    add_adapter,
-    base_name,
-    config_of,
-    set_trainable,
-    switch_of,
-    unmerge,
-)
+from minipeft.attach import add_adapter, base_name, config_of, set_trainable, switch_of, unmerge
+from minipeft.beside_peft import KnownToPeft
 from minipeft.config import PeftConfig
 from minipeft.copies import parameter_called
 from minipeft.errors import PeftWarning
@@ -32,7 +26,7 @@ from minipeft.mixins import mix_in
 from minipeft.rows import CallsByRow
 
 
-class PeftModel(CallsByRow):
+class PeftModel(CallsByRow, KnownToPeft):
     """The calls that a model has once adapters are attached (mixed in front of its own class).
 
     Each is a function over the model, or a few lines over some: `attach.py` adds and removes adapters, `merge.py` folds

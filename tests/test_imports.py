@@ -49,7 +49,7 @@ CORE = {
     ),
     *("renaming", "card", *("mixins", "disabling"), "fused"),
     # PEFT's names and small functions, for the scripts that import them.
-    *("public", "errors", "mappings", "wrappers", "utilities", "signatures", "names", "shorter", "meta"),
+    *("public", "beside_peft", "errors", "mappings", "wrappers", "utilities", "signatures", "names", "shorter", "meta"),
     "tying",
     *("compat", "machine"),
     # What accelerate did to a model.

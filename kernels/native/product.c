@@ -242,6 +242,22 @@ static void write_strip(const Product *p, int64_t strip, int64_t m0, int64_t m1,
     }
 }
 
+/* Asks for the codes of the panel from step `first` on while the one before it is multiplied: where rows of W are few
+ * kilobytes apart the processor does not see what comes next, and with few rows of x there is little else to do. */
+INLINE void fetch_panel(const Product *p, int64_t strip, int64_t first, int64_t steps) {
+    const Weight *w = p->w;
+    if (p->backward) {
+        int64_t end = least(w->rows, first + steps);
+        for (int64_t n = first; n < end; n++)
+            _mm_prefetch((const char *)w->codes + (n * w->columns + strip * STRIP) / 2, _MM_HINT_T0);
+    } else if (first < w->columns) {
+        int64_t end = least(w->rows, (strip + 1) * STRIP), last = least(w->columns, first + steps);
+        for (int64_t n = strip * STRIP; n < end; n++)
+            for (int64_t k = first; k < last; k += 128)
+                _mm_prefetch((const char *)w->codes + (n * w->columns + k) / 2, _MM_HINT_T0);
+    }
+}
+
 TARGET_AVX512 void strip_float32(const Product *p, int64_t strip, int64_t m0, int64_t m1) {
     _Alignas(64) float panel[STEPS * STRIP];
     _Alignas(64) float sums[MAX_ROWS * STRIP];
@@ -258,6 +274,7 @@ TARGET_AVX512 void strip_float32(const Product *p, int64_t strip, int64_t m0, in
             block_scales(p->w, strip, first, steps, scales);
             pack_forward_float32(p->w, strip, first, steps, scales, panel);
         }
+        fetch_panel(p, strip, first + STEPS, STEPS);
         rows_float32(m1 - m0, (const float *)p->a + m0 * length + first, length, panel, steps, sums);
     }
     write_strip(p, strip, m0, m1, sums);
@@ -280,6 +297,7 @@ TARGET_BF16 void strip_bfloat16(const Product *p, int64_t strip, int64_t m0, int
             block_scales(p->w, strip, first, steps, scales);
             pack_forward_bfloat16(p->w, strip, first, steps, panel);
         }
+        fetch_panel(p, strip, first + 2 * STEPS, 2 * STEPS);
         for (int64_t m = m0; m < m1; m += TILE) {
             const uint16_t *a = (const uint16_t *)p->a + m * length + first;
             int64_t rows = least(TILE, m1 - m);

@@ -12,6 +12,7 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from minipeft_kernels.experts.op import experts_linear, experts_reference
+from minipeft_kernels.experts.stack import NF4Stack
 from minipeft_kernels.nf4.dequantize import nf4_dequantize
 
 # The interpreter computes in numpy, which warns where a GPU says nothing.
@@ -150,3 +151,35 @@ def test_refuses_what_does_not_fit(case: str, raw: bool) -> None:
             torch.ops.minipeft.experts_linear(x, offsets, lora_A, lora_B, *numbers, *stack)
         else:
             experts_linear(x, offsets, stack, (lora_A, lora_B, 0.5))
+
+
+@pytest.mark.parametrize("chosen", [[5], [0, 0, 5, 21], list(range(32))], ids=["one", "few", "all"])
+def test_gradient_of_B_lies_as_B_does(chosen: list[int]) -> None:
+    """So that the parameter of a file, of which B is a view, takes it without a copy."""
+    x, w, lora_A = torch.randn(len(chosen), 64), torch.randn(32, 48, 64), torch.randn(32, 4, 64)
+    lora_B = torch.randn(48, 4 * 32).unflatten(1, (4, 32)).permute(2, 0, 1).requires_grad_()
+    dy, offsets = torch.randn(len(chosen), 48), offsets_of(chosen, 32)
+    experts_linear(x, offsets, w, (lora_A, lora_B, 0.7)).backward(dy)
+    exact = torch.zeros(32, 48, 4, dtype=torch.float64)
+    for row, d, e in zip(x.double(), dy.double(), chosen, strict=True):
+        exact[e] += torch.outer(d, 0.7 * lora_A[e].double() @ row)
+    assert lora_B.grad is not None and lora_B.grad.stride() == lora_B.stride()
+    torch.testing.assert_close(lora_B.grad.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_one_token_reads_the_bytes_of_the_experts_that_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, chosen = 32, [3, 9, 30]
+    stack, read = stack_of(torch.randn(experts, 48, 64)), dict[int, int]()
+    whole = NF4Stack.expert
+
+    def counted(self: NF4Stack, e: int) -> Any:
+        matrix = whole(self, e)
+        read[e] = sum(t.nbytes for t in (matrix.codes, matrix.absmax, matrix.nested_absmax) if t is not None)
+        return matrix
+
+    monkeypatch.setattr(NF4Stack, "expert", counted)
+    with torch.no_grad():
+        experts_linear(torch.randn(3, 64), offsets_of(chosen, experts), stack)
+    assert sorted(read) == chosen
+    held = sum(t.nbytes for t in (stack.codes, stack.absmax, stack.nested_absmax) if t is not None)
+    assert sum(read.values()) * experts == held * len(chosen)

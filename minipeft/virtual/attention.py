@@ -258,6 +258,7 @@ class ShiftedPositions(AdapterModule):
     _own_attributes: ClassVar[tuple[str, ...]] = ("virtual_tokens",)
 
     num_embeddings: int
+    padding_idx: int | None
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
@@ -281,9 +282,15 @@ class ShiftedPositions(AdapterModule):
         return sum(encoder.length for encoder in acting_encoders(self))
 
     def forward(self, position_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """position_ids (batch, tokens) of the text -> (batch, tokens, hidden), moved up by the virtual tokens."""
+        """position_ids (batch, tokens) of the text -> (batch, tokens, hidden), moved up by the virtual tokens.
+
+        RoBERTa's padding is at one position, which it keeps: a loss over all positions reads what is made of it.
+        """
+        moved = position_ids + self.shift()
+        if self.padding_idx is not None:
+            moved = torch.where(position_ids == self.padding_idx, position_ids, moved)
         with self._fitting():
-            return super().forward(position_ids + self.shift(), *args, **kwargs)
+            return super().forward(moved, *args, **kwargs)
 
     @contextlib.contextmanager
     def _fitting(self) -> Iterator[None]:

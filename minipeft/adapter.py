@@ -40,25 +40,6 @@ class AdaptedModel(Face):
     _row_checks: dict[str, Callable[..., Any]]
 
 
-class PackedLayer(nn.Module):
-    """A linear layer whose frozen weight is packed into fewer bits than its numbers have.
-
-    Attributes:
-        weight: The packed codes, of any shape.
-        weight_dtype: The dtype that the weight had before it was packed, or that the layer was cast to since.
-    """
-
-    in_features: int
-    out_features: int
-    weight: nn.Parameter
-    weight_dtype: torch.dtype
-
-    @classmethod
-    def make_dense(cls, model: nn.Module, dtype: torch.dtype | None) -> None:
-        """Put dense layers in the places of all such layers of `model`; cast it to `dtype`, or leave each its own."""
-        raise NotImplementedError
-
-
 class AdapterModule(LayerCalls, Mixin):
     """A module that holds the tensors of some adapters, and can be asked about them.
 

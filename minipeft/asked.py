@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from minipeft.adapter import PackedLayer
 from minipeft.errors import PeftWarning
+from minipeft.packed import Packed
 
 # They change how a file is fetched or read, and no result.
 _HARMLESS = (
@@ -78,7 +78,7 @@ def _dispatched(model: Any, wanted: Any) -> str | None:
 
 
 def _quantized(model: Any, wanted: Any) -> str | None:
-    packed = getattr(model, "is_quantized", False) or any(isinstance(part, PackedLayer) for part in model.modules())
+    packed = getattr(model, "is_quantized", False) or any(isinstance(part, Packed) for part in model.modules())
     return None if packed or wanted is False else "the base model is not quantized"
 
 

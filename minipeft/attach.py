@@ -19,7 +19,6 @@ from minipeft.adapter import (
     AdaptedModel,
     AdapterModule,
     Method,
-    PackedLayer,
     Part,
     Switch,
     base_modules,
@@ -31,6 +30,7 @@ from minipeft.copies import Replaced, TrainedModule
 from minipeft.fused import CallsItsParts, may_pass_by
 from minipeft.methods import method_of
 from minipeft.mixins import behind_face
+from minipeft.packed import Packed
 from minipeft.targets import modules_to_save, plain_module_names
 from minipeft.unused_names import check_names, check_unused_names
 
@@ -283,7 +283,7 @@ def train_biases(model: nn.Module, adapter: str, switch: Switch, autocast: bool 
 
 def _adapter_dtype(module: nn.Module, autocast: bool) -> torch.dtype:
     """float32 over a 16-bit or 4-bit module, unless `autocast` is off: then the module's own."""
-    packed = next((m for _, m in base_modules(module) if isinstance(m, PackedLayer)), None)
+    packed = next((m for _, m in base_modules(module) if isinstance(m, Packed)), None)
     first = next((p.dtype for p in module.parameters()), torch.float32)
     own = packed.weight_dtype if packed is not None else first
     return torch.float32 if autocast and own in (torch.float16, torch.bfloat16) else own

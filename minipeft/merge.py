@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minipeft.adapter import AdaptedModel, AdapterModule, PackedLayer
+from minipeft.adapter import AdaptedModel, AdapterModule
 from minipeft.attach import adapter_modules, config_of, unmerge
 from minipeft.base_state import one_dtype
 from minipeft.dispatched import follow_class, in_memory
@@ -18,6 +18,7 @@ from minipeft.embeddings import untie_different_embeddings
 from minipeft.errors import NotMergeableError
 from minipeft.meta import recall_adapters
 from minipeft.mixins import Face, mix_out
+from minipeft.packed import Packed
 from minipeft.preparing import tell_quantizer
 
 logger = logging.getLogger("minipeft")
@@ -138,7 +139,7 @@ def merge_and_unload(
     Raises as `merge`.
     """
     merge(model, adapter_names, safe_merge)
-    packed = next((module for module in model.modules() if isinstance(module, PackedLayer)), None)
+    packed = next((module for module in model.modules() if isinstance(module, Packed)), None)
     for _, module in adapter_modules(model) if requantize else ():
         module.requantize_here()
     beside = one_dtype(model)

@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.adapter import AdaptedModel, AdapterModule, PackedLayer, WrappedForward
+from minipeft.adapter import AdaptedModel, AdapterModule, WrappedForward
 from minipeft.attach import adapter_modules
 from minipeft.biases import TrainedBias
 from minipeft.copies import Replaced, TrainedPart, TrainedSequence
 from minipeft.fused import CallsItsParts
 from minipeft.methods import method_of
 from minipeft.mixins import plain_class
+from minipeft.packed import Packed, numbers_of
 
 IRREGULAR = "irregular"
 # The mixins that are no method's, and no module's that is trained whole.
@@ -69,7 +70,7 @@ class ModelStatus:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(parameters with a gradient, all parameters); a packed weight counts all the numbers that it stands for."""
-    packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLayer)}
+    packed = numbers_of(model)
     total = sum(packed.get(id(p), p.numel()) for p in model.parameters())
     return sum(p.numel() for p in model.parameters() if p.requires_grad), total
 
@@ -150,7 +151,7 @@ def _status_of(name: str, module: AdapterModule) -> LayerStatus:
         requires_grad={adapter: _common(flags or [False]) for adapter, flags in trained.items()},
         available_adapters=adapters,
         devices={adapter: sorted({str(t.device) for t in own}) for adapter, own in tensors.items()},
-        quantization_backend="nf4" if isinstance(module, PackedLayer) else None,
+        quantization_backend="nf4" if isinstance(module, Packed) else None,
     )
 
 

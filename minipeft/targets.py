@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.adapter import PackedLayer, base_modules
+from minipeft.adapter import base_modules
 from minipeft.config import TaskType
+from minipeft.packed import PackedLayer
 
 # Heads that start out random in these tasks, so that an adapter without them would be useless: saved whole.
 TASK_HEADS = {

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.adapter import PackedLayer, base_modules
+from minipeft.adapter import base_modules
 from minipeft.errors import PeftWarning
+from minipeft.packed import PackedLayer
 from minipeft.targets import TASK_HEADS, ends_with, is_conv1d, matches, no_match, plain_module_names
 
 

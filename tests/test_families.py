@@ -268,7 +268,7 @@ def row_of(family: str) -> list[str]:
             return "raises"
 
     dense = [n for n, m in base_model(family, "nf4").named_modules() if isinstance(m, torch.nn.Linear)]
-    experts = [n for n, p in base_model(family, "plain").named_parameters() if p.dim() == 3]
+    experts = [n for n, p in base_model(family, "nf4").named_parameters() if p.dim() == 3]
     return [
         family,
         targets(LoraConfig()),

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minipeft.adapter import AdapterModule, Method, PackedLayer, base_modules, become
+from minipeft.adapter import AdapterModule, Method, base_modules, become
 from minipeft.bottleneck.config import BottleneckConfig
 from minipeft.bottleneck.invertible import ACTIVATIONS, Coupling, InThisThread, InverseAtHead, start_as
 from minipeft.bottleneck.places import usual_targets
 from minipeft.copies import TrainedModule
 from minipeft.dispatched import device_of
+from minipeft.packed import PackedLayer
 from minipeft.targets import ends_with, is_conv1d, match_targets
 
 

@@ -215,11 +215,11 @@ def say_data(data: DemoData, say: Callable[[str], None]) -> None:
 
 def say_model(model: Any, is_smollm2: bool, say: Callable[[str], None]) -> tuple[int, int]:
     """Print the sizes of the model; return its bytes in 16 bits and in 4 bits."""
-    from minipeft.nf4 import NF4Linear
+    from minipeft.packed import numbers_of
 
-    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    linear = sum(module.in_features * module.out_features for module in packed)
-    rest = sum(p.numel() for p in model.parameters()) - sum(module.weight.numel() for module in packed)
+    packed = numbers_of(model)
+    linear = sum(packed.values())
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in packed)
     bytes_16bit, bytes_4bit = 2 * (linear + rest), model.get_memory_footprint()
     if is_smollm2:
         say("SmolLM2-135M-Instruct. The file it came from holds weights rounded to 4 bits (Q4_1), so it is a little")

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import PackedLayer
 from minipeft.biases import TrainedBias
 from minipeft.copies import without_mixins
 from minipeft.dispatched import in_memory
 from minipeft.lora.own_forward import merges_alike
 from minipeft.lora.variants import Plain
 from minipeft.mixins import plain_class
+from minipeft.packed import PackedLayer
 from minipeft.targets import is_conv1d
 
 

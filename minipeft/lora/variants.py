@@ -31,12 +31,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import PackedLayer
 from minipeft.dispatched import in_memory
 from minipeft.errors import PeftWarning
 from minipeft.lora.config import LoftQConfig, LoraConfig, is_pissa
 from minipeft.mixins import plain_class
 from minipeft.nf4 import NF4Linear, NF4Weight
+from minipeft.packed import PackedLayer
 from minipeft_kernels.linear.shorthands import lora_update
 
 if TYPE_CHECKING:

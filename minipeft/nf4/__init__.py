@@ -1,4 +1,4 @@
-"""4-bit NormalFloat weights, the linear layer over them, and loading models in 4 bits."""
+"""4-bit NormalFloat weights, the linear layer and the experts over them, and loading models in 4 bits."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from minipeft.packed import Packed
 from minipeft_kernels.linear.op import linear
 
 
@@ -33,6 +34,20 @@ def keep_dense(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = DenseLinear
+
+
+def make_dense(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Put a frozen dense form in the place of each packed module of `model`, and undo `keep_dense`.
+
+    Args:
+        dtype: Of all parameters then; None leaves each its own.
+    """
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Packed):
+            dense = module.to_dense().requires_grad_(False)
+            if dense is not module:
+                model.set_submodule(path, dense)
+    make_plain(model, dtype)
 
 
 def make_plain(model: nn.Module, dtype: torch.dtype | None) -> None:

@@ -50,28 +50,50 @@ def read_fields(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     """
     name = prefix + "weight"
     entries = _read_entries(state, name)
-    shape, blocksize = torch.Size(entries["shape"]), entries["blocksize"]
+    n = torch.Size(entries["shape"]).numel()
+    return _read_tensors(state, name, entries, n, ((n + 1) // 2, 1), ())
+
+
+def read_stack_fields(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+    """The fields of the `NF4ExpertsWeight` that lies in `state` as `name`, as `read_fields`."""
+    entries = _read_entries(state, name, of_experts=True)
+    experts, rows, columns = entries["shape"]
+    n = rows * columns
+    return _read_tensors(state, name, entries, n, (experts, (n + 1) // 2), (experts,))
+
+
+def _read_tensors(
+    state: Mapping[str, Tensor],
+    name: str,
+    entries: dict[str, Any],
+    n: int,
+    codes_shape: tuple[int, ...],
+    experts: tuple[int, ...],
+) -> dict[str, Any]:
+    """The fields of a weight, or of those of `experts` matrices, of n elements each."""
+    blocksize = entries["blocksize"]
     check_blocksize(blocksize)
-    n = shape.numel()
     blocks = -(-n // blocksize)
     # A checkpoint with another `quant_storage` holds the same bytes under another dtype.
     codes = _take(state, name).contiguous().view(torch.uint8).reshape(-1, 1)
-    _check(f"{name} (as bytes)", codes, torch.uint8, ((n + 1) // 2, 1))
+    if codes.numel() == math.prod(codes_shape):
+        codes = codes.reshape(codes_shape)
+    _check(f"{name} (as bytes)", codes, torch.uint8, codes_shape)
     double = "nested_offset" in entries
-    absmax = _take(state, f"{name}.absmax", torch.uint8 if double else torch.float32, (blocks,))
+    absmax = _take(state, f"{name}.absmax", torch.uint8 if double else torch.float32, (*experts, blocks))
     found = {
         "codes": codes,
         "absmax": absmax,
         "quant_map": _take(state, f"{name}.quant_map", torch.float32, (16,)),
         "blocksize": blocksize,
-        "shape": shape,
+        "shape": torch.Size(entries["shape"]),
         "dtype": _DTYPES[entries["dtype"]],
     }
     if not double:
         return found
     nested_blocks = -(-blocks // entries["nested_blocksize"])
     return found | {
-        "nested_absmax": _take(state, f"{name}.nested_absmax", torch.float32, (nested_blocks,)),
+        "nested_absmax": _take(state, f"{name}.nested_absmax", torch.float32, (*experts, nested_blocks)),
         "nested_quant_map": _take(state, f"{name}.nested_quant_map", torch.float32, (256,)),
         "nested_blocksize": entries["nested_blocksize"],
         "offset": torch.tensor(entries["nested_offset"], dtype=torch.float32, device=absmax.device),
@@ -80,6 +102,10 @@ def read_fields(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
 
 def _is_size(value: object) -> bool:
     return type(value) is int and value >= 0
+
+
+def _is_offset(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 # The values that are accepted for each entry of the JSON.
@@ -92,11 +118,16 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
 _NESTED_ENTRIES: dict[str, Callable[[Any], bool]] = {
     "nested_blocksize": lambda value: _is_size(value) and value > 0,
     "nested_dtype": lambda value: value == "float32",
-    "nested_offset": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "nested_offset": _is_offset,
+}
+# Where they differ for the matrices of experts.
+_ENTRIES_OF_EXPERTS: dict[str, Callable[[Any], bool]] = {
+    "shape": lambda value: isinstance(value, list) and len(value) == 3 and all(map(_is_size, value)),
+    "nested_offset": lambda value: isinstance(value, list) and all(map(_is_offset, value)),
 }
 
 
-def _read_entries(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
+def _read_entries(state: Mapping[str, Tensor], name: str, of_experts: bool = False) -> dict[str, Any]:
     """The JSON beside a packed weight, checked."""
     if f"{name}.quant_state.bitsandbytes__fp4" in state:
         raise ValueError(f"{name} is in FP4, which minipeft does not read: quantize the model to NF4 instead")
@@ -114,11 +145,15 @@ def _read_entries(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     needed = _ENTRIES | _NESTED_ENTRIES if double else _ENTRIES
     if missing := sorted(needed.keys() - entries.keys()):
         raise ValueError(f"{key} lacks {', '.join(missing)}: it has {', '.join(entries)}")
+    known = _ENTRIES | _NESTED_ENTRIES | (_ENTRIES_OF_EXPERTS if of_experts else {})
     for entry, value in entries.items():
         # An entry of a later version passes while it asks for nothing.
-        supports = (_ENTRIES | _NESTED_ENTRIES).get(entry, lambda value: value is None)
+        supports = known.get(entry, lambda value: value is None)
         if not supports(value):
             raise ValueError(f"{key} has {entry} = {value!r}, which minipeft does not support")
+    if of_experts and double and len(entries["nested_offset"]) != entries["shape"][0]:
+        offsets = len(entries["nested_offset"])
+        raise ValueError(f"{key} has {offsets} nested offsets for {entries['shape'][0]} experts")
     return entries
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.nf4.dense import make_plain
+from minipeft.nf4.dense import make_dense
 from minipeft.nf4.stored import StoredNF4, zeros
 from minipeft.nf4.weight import NF4Weight
 from minipeft_kernels.linear.op import linear
@@ -161,11 +161,7 @@ class NF4Linear(StoredNF4):
 
     @classmethod
     def make_dense(cls, model: nn.Module, dtype: torch.dtype | None) -> None:
-        """Put a frozen `nn.Linear` in the place of each NF4Linear of `model`, and undo `keep_dense`."""
-        for path, module in list(model.named_modules()):
-            if isinstance(module, NF4Linear):
-                model.set_submodule(path, module.to_dense().requires_grad_(False))
-        make_plain(model, dtype)
+        make_dense(model, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in x's dtype, or under autocast in autocast's."""

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapter import PackedLayer
 from minipeft.nf4.format import STATE_NAMES
 from minipeft.nf4.weight import NF4Weight
+from minipeft.packed import PackedLayer
 from minipeft_kernels.nf4.codebooks import NESTED_BLOCKSIZE, NF4_LEVELS, dynamic_map
 
 

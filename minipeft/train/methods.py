@@ -134,6 +134,6 @@ def start(model: Any, data: Any, say: Callable[[str], None] = print) -> None:
 
 def is_packed(model: Any) -> bool:
     """True if some of the model's weights are in NF4."""
-    from minipeft.nf4 import NF4Linear
+    from minipeft.packed import Packed
 
-    return any(isinstance(module, NF4Linear) for module in model.modules())
+    return any(isinstance(module, Packed) for module in model.modules())

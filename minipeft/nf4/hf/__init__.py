@@ -31,14 +31,16 @@ from transformers.quantizers.auto import (
 )
 
 from minipeft.nf4.dense import keep_dense
+from minipeft.nf4.experts import pack_weights, start_packing
 from minipeft.nf4.hf.config import METHOD, BitsAndBytesConfig, NF4Config
 from minipeft.nf4.hf.modules import (
     dense_weight,
     modules_to_skip,
     nf4_linear_like,
-    nf4_linears,
+    packed_names,
     require_convertible,
     skip_modules_for_file,
+    warn_of_dense_experts,
 )
 from minipeft.nf4.hf.quantizer import NF4HfQuantizer
 from minipeft.nf4.linear import NF4Linear
@@ -65,11 +67,12 @@ def read_bitsandbytes_with(library: Literal["minipeft", "transformers"]) -> None
 
 
 def quantize_model(model: Model, config: NF4Config | None = None) -> Model:
-    """Put the linear layers of a model in memory into NF4, in place, one by one; each dense weight is freed.
+    """Put the linear layers and experts of a model in memory into NF4, in place; each dense weight is freed.
 
     The packed bytes are those `from_pretrained(..., quantization_config=config)` gives. A transformers model can
     afterwards be saved, reloaded and dequantized as if it had been loaded so. Any other module works too: all of
-    its `nn.Linear`s are converted, except those in `config.skip_modules` and those that share their weight.
+    its `nn.Linear`s are converted, except those in `config.skip_modules` and those that share their weight. Of a
+    mixture's experts, whose weights are one 3-D parameter, each expert's matrix is packed by itself.
 
     Args:
         model: weights float32, bfloat16 or float16, on any device; they stay on it.
@@ -85,15 +88,26 @@ def quantize_model(model: Model, config: NF4Config | None = None) -> Model:
     """
     config = NF4Config() if config is None else config
     _check_quantizable(model, config)
-    groups = require_convertible(model, modules_to_skip(model, config.skip_modules))
+    with_experts = config.experts is not False
+    groups, of_experts = require_convertible(model, modules_to_skip(model, config.skip_modules), with_experts)
     for group in groups:
-        _check_weight(group[0], model.get_submodule(group[0]))
+        _check_weight(group[0], "weight", model.get_submodule(group[0]))
+    for name, weights in of_experts:
+        for weight in weights:
+            _check_weight(name, weight, model.get_submodule(name))
+    if with_experts:
+        warn_of_dense_experts(model)
     file_config = copy.deepcopy(config)
+    file_config.experts = True if of_experts else config.experts
     file_config.skip_modules = skip_modules_for_file(model, config.skip_modules)
     for group in groups:
         linear = _pack(model.get_submodule(group[0]), config)
         for name in group:
             model.set_submodule(name, linear)
+    for name, weights in of_experts:
+        experts = start_packing(model.get_submodule(name), config.compute_dtype)
+        for weight in weights:
+            pack_weights(experts, weight, config.blocksize, config.double_quant)
     keep_dense(model)
     if isinstance(model, PreTrainedModel):
         _mark_as_loaded(model, file_config)
@@ -104,7 +118,7 @@ def _check_quantizable(model: nn.Module, config: NF4Config) -> None:
     if not isinstance(config, NF4Config):
         raise TypeError(f"quantize_model takes an NF4Config, not {type(config).__name__}")
     name = type(model).__name__
-    if getattr(model, "is_quantized", False) or next(nf4_linears(model), None) is not None:
+    if getattr(model, "is_quantized", False) or packed_names(model):
         raise ValueError(f"{name} is quantized already: load the original weights, or call model.dequantize() first")
     if getattr(model, "peft_config", None):
         raise ValueError(f"{name} has adapters: quantize the model first and attach them afterwards")
@@ -112,19 +126,18 @@ def _check_quantizable(model: nn.Module, config: NF4Config) -> None:
         raise ValueError("quantize_model replaces the layers inside a model; for one layer use NF4Linear.from_linear")
 
 
-def _check_weight(name: str, module: nn.Module) -> None:
+def _check_weight(name: str, leaf: str, module: nn.Module) -> None:
     """Refuse what cannot be packed before anything is changed."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
+    weight = module.get_parameter(leaf)
     if hasattr(module, "_hf_hook"):
         raise ValueError(f"{name} is spread over devices: load the model with quantization_config=NF4Config() instead")
     if weight.is_meta:
-        raise ValueError(f"{name}.weight is on the meta device: load the model before quantizing it")
+        raise ValueError(f"{name}.{leaf} is on the meta device: load the model before quantizing it")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError(f"{name}.weight is {weight.dtype}; NF4 takes float32, bfloat16 or float16")
+        raise TypeError(f"{name}.{leaf} is {weight.dtype}; NF4 takes float32, bfloat16 or float16")
     # aminmax carries NaN and infinity through, and allocates nothing of the weight's size
     if weight.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight.detach())):
-        raise ValueError(f"{name}.weight holds NaN or infinity: NF4 can hold finite weights only")
+        raise ValueError(f"{name}.{leaf} holds NaN or infinity: NF4 can hold finite weights only")
 
 
 def _pack(module: nn.Module, config: NF4Config) -> NF4Linear:
@@ -139,7 +152,7 @@ def _pack(module: nn.Module, config: NF4Config) -> NF4Linear:
 def _mark_as_loaded(model: PreTrainedModel, config: NF4Config) -> None:
     """Leave on a transformers model what `from_pretrained` leaves on a quantized one."""
     quantizer = NF4HfQuantizer(config, pre_quantized=False)
-    quantizer.record.filled.update(f"{name}.weight" for name, _ in nf4_linears(model))
+    quantizer.record.filled.update(packed_names(model))
     model.is_quantized = True
     model.hf_quantizer = quantizer
     quantizer.postprocess_model(model)

@@ -69,6 +69,8 @@ class NF4Config(QuantizationConfigMixin):
             suffix, or a regular expression). None leaves the output head, tied weights and the last module
             dense; a list takes the place of that default, as in bitsandbytes, save that tied weights and the
             modules the model itself keeps in float32 stay dense in any case.
+        experts: pack the experts of a mixture, each expert's matrices by themselves. False leaves them dense. None
+            packs them, and of a checkpoint that is packed already takes them as they are stored.
 
     The fields and methods of transformers' `BitsAndBytesConfig` are here, too, for code that reads them
     (`load_in_4bit`, `bnb_4bit_compute_dtype`, `quantization_method()`, ...).
@@ -99,12 +101,14 @@ class NF4Config(QuantizationConfigMixin):
         double_quant: bool = True,
         compute_dtype: torch.dtype | str | None = None,
         skip_modules: list[str] | None = None,
+        experts: bool | None = None,
     ) -> None:
         check_blocksize(blocksize)
         self.blocksize = blocksize
         self.double_quant = _flag("double_quant", double_quant)
         self.compute_dtype = _compute_dtype(compute_dtype)
         self.skip_modules = _names(skip_modules)
+        self.experts = None if experts is None else _flag("experts", experts)
 
     def is_quantizable(self) -> bool:
         """True, as for every configuration of bitsandbytes' that quantizes."""
@@ -127,6 +131,7 @@ class NF4Config(QuantizationConfigMixin):
             "llm_int8_skip_modules": None if self.skip_modules is None else list(self.skip_modules),
             **_INT8_DEFAULTS,
             "blocksize": self.blocksize,
+            **({} if self.experts is None else {"experts": self.experts}),
         }
 
     @classmethod
@@ -158,12 +163,14 @@ def BitsAndBytesConfig(
     bnb_4bit_quant_type: str = "fp4",
     bnb_4bit_use_double_quant: bool = False,
     bnb_4bit_quant_storage: torch.dtype | str | None = None,
+    experts: bool | None = None,
     **unknown: Any,
 ) -> NF4Config:
     """`NF4Config` from the arguments of transformers' class of this name, with its defaults.
 
     `bnb_4bit_quant_storage` is accepted and has no effect, which a warning says: the packed bytes are the same
-    under every dtype, and here they are always uint8. The compute dtype defaults to float32, as there.
+    under every dtype, and here they are always uint8. The compute dtype defaults to float32, as there. `experts` is
+    `NF4Config`'s: a mixture's experts are packed, which bitsandbytes leaves dense, unless it is False.
 
     Raises:
         ValueError: an option that asks for something else than NF4; the message says what to do.
@@ -186,6 +193,7 @@ def BitsAndBytesConfig(
         double_quant=bnb_4bit_use_double_quant,
         compute_dtype=torch.float32 if bnb_4bit_compute_dtype is None else bnb_4bit_compute_dtype,
         skip_modules=llm_int8_skip_modules,
+        experts=experts,
     )
 
 
@@ -201,6 +209,7 @@ def _from_bitsandbytes_dict(options: dict[str, Any]) -> NF4Config:
         double_quant=options.pop("bnb_4bit_use_double_quant", False),
         compute_dtype=options.pop("bnb_4bit_compute_dtype", None),
         skip_modules=options.pop("llm_int8_skip_modules", None),
+        experts=options.pop("experts", None),
     )
     unknown = {k: v for k, v in options.items() if k not in _INT8_DEFAULTS and v}
     if unknown:

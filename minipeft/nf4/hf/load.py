@@ -8,7 +8,9 @@ quantizer raises them when loading is over.
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,8 +21,10 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from minipeft.nf4.hf.modules import dense_weight, nf4_linears
+from minipeft.nf4.experts import STATE_SUFFIXES, NF4Experts
+from minipeft.nf4.hf.modules import dense_experts, dense_weight, nf4_linears
 from minipeft.nf4.linear import NF4Linear
+from minipeft.nf4.stack import NF4ExpertsWeight
 from minipeft.nf4.weight import NF4Weight
 
 # The names under which bitsandbytes stores one weight. Longest first: patterns are tried in this order.
@@ -39,6 +43,8 @@ PACKED_NAMES = (
 class LoadRecord:
     """The fates of the weights of one `from_pretrained` call."""
 
+    # the names of experts' weights that are to be packed; those of linear layers are told by their modules
+    experts: set[str] = field(default_factory=set)
     filled: set[str] = field(default_factory=set)
     problems: dict[str, str] = field(default_factory=dict)
     # transformers' own set, which it keeps up to date; read when loading is over
@@ -55,7 +61,7 @@ class LoadRecord:
             self.filled.add(name)
 
     def raise_problems(self, model: nn.Module) -> None:
-        """Raise unless every NF4Linear has its weight and its bias from the checkpoint.
+        """Raise unless every NF4Linear and every packed expert has its weight and its bias from the checkpoint.
 
         Raises:
             ValueError: names each tensor that is missing or was refused, and why.
@@ -66,6 +72,10 @@ class LoadRecord:
                 self.problems.setdefault(f"{name}.weight", absent)
             if linear.bias is not None and f"{name}.bias" in self.missing:
                 self.problems[f"{name}.bias"] = absent
+        beside = {name.rpartition(".")[0] for name in self.experts}
+        missing = {name for name in self.missing if name.rpartition(".")[0] in beside}  # biases, perhaps
+        for name in (self.experts | missing) - self.filled:
+            self.problems.setdefault(name, absent)
         if self.problems:
             lines = "".join(f"\n  {name}: {why}" for name, why in sorted(self.problems.items()))
             raise ValueError(f"{type(model).__name__}: these tensors cannot be loaded in NF4:{lines}")
@@ -80,6 +90,16 @@ def fill(linear: NF4Linear, weight: NF4Weight) -> None:
     linear._is_hf_initialized = True  # type: ignore[assignment]
 
 
+def fill_experts(experts: NF4Experts, name: str, weight: NF4ExpertsWeight) -> None:
+    """As `fill`, for the weights `name` of a module of experts."""
+    experts.set_stack(name, weight)
+    parameter = experts.get_parameter(name)
+    scales = [buffer for buffer_name, buffer in experts._buffers.items() if buffer_name.startswith(f"{name}_")]
+    for tensor in (parameter, *scales):
+        if tensor is not None:
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
 class NF4Quantize(ConversionOps):
     """A dense weight from disk -> the packed weight and its scales, in the module."""
 
@@ -89,33 +109,55 @@ class NF4Quantize(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], model: nn.Module, missing_keys: set[str] | None = None, **_: Any
     ) -> dict[str, torch.Tensor]:
-        """Full names and weights in, the same names out: packed where the module is an `NF4Linear`."""
+        """Full names and weights in, the same names out: packed where the module is to be."""
         self.record.missing = missing_keys if missing_keys is not None else set()
         result: dict[str, torch.Tensor] = {}
         for name in list(input_dict):
             value = _only(input_dict.pop(name))
-            linear, leaf = get_module_from_name(model, name)
-            if not isinstance(linear, NF4Linear) or leaf != "weight":
+            module, leaf = get_module_from_name(model, name)
+            if name in self.record.experts:
+                with self.record.naming(name):
+                    dense = dense_experts(module, leaf, value)
+                    fill_experts(module, leaf, NF4ExpertsWeight.quantize(dense, self.blocksize, self.double_quant))
+                    result[name] = module.get_parameter(leaf)
+            elif isinstance(module, NF4Linear) and leaf == "weight":
+                with self.record.naming(name):
+                    dense = dense_weight(module, value)
+                    fill(module, NF4Weight.quantize(dense, self.blocksize, self.double_quant))
+                    result[name] = module.weight
+            else:
                 result[name] = value
-                continue
-            with self.record.naming(name):
-                dense = dense_weight(linear, value)
-                fill(linear, NF4Weight.quantize(dense, self.blocksize, self.double_quant))
-                result[name] = linear.weight
         return result
 
 
-class NF4Deserialize(ConversionOps):
-    """The stored tensors of one weight, packed or dense, by the names of `PACKED_NAMES` -> the module."""
+class Deserialize(ConversionOps):
+    """The base of the operations that take stored tensors, packed or dense, as they are."""
 
     def __init__(self, record: LoadRecord) -> None:
         self.record = record
         # set by the quantizer for each weight: the dtype a dense one is wanted in
         self.dense_dtype: torch.dtype | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NF4Deserialize:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Deserialize:
         # transformers copies the operation for every tensor; the record must stay the one
-        return NF4Deserialize(self.record)
+        new = copy.copy(self)
+        new.dense_dtype = None
+        return new
+
+    def dense(self, stored: dict[str, torch.Tensor], key: str, name: str) -> dict[str, torch.Tensor]:
+        """{key: the weight `name`}, of a module that is dense; nothing if it is stored packed."""
+        if set(stored) != {key}:
+            self.record.problems[name] = (
+                "it is packed in the checkpoint, but the checkpoint's config leaves this module dense "
+                "(llm_int8_skip_modules in config.json)"
+            )
+            return {}
+        weight = stored[key]
+        return {key: weight.to(self.dense_dtype) if weight.is_floating_point() else weight}
+
+
+class NF4Deserialize(Deserialize):
+    """The stored tensors of one weight by the names of `PACKED_NAMES` -> the module."""
 
     def convert(
         self,
@@ -130,21 +172,56 @@ class NF4Deserialize(ConversionOps):
         stored = {name: _only(value) for name, value in input_dict.items()}
         linear, leaf = get_module_from_name(model, full_layer_name)
         if not isinstance(linear, NF4Linear) or leaf != "weight":
-            return self._dense(stored, full_layer_name)
+            return self.dense(stored, "weight", full_layer_name)
         with self.record.naming(full_layer_name):
             fill(linear, _packed(stored, linear))
             return {"weight": linear.weight}
         return {}
 
-    def _dense(self, stored: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-        if set(stored) != {"weight"}:
-            self.record.problems[name] = (
-                "it is packed in the checkpoint, but the checkpoint's config leaves this module dense "
-                "(llm_int8_skip_modules in config.json)"
-            )
-            return {}
-        weight = stored["weight"]
-        return {"weight": weight.to(self.dense_dtype) if weight.is_floating_point() else weight}
+
+class NF4ExpertsDeserialize(Deserialize):
+    """The stored tensors of the stacked weights of experts -> the module.
+
+    Args:
+        leaf: the end of such weights' names, the experts' module and its parameter: "experts.down_proj".
+    """
+
+    def __init__(self, record: LoadRecord, leaf: str) -> None:
+        super().__init__(record)
+        # The last pattern is the codes', and of dense weights: the end of the name, so that `down_proj.bias` is not it.
+        self.suffixes = {re.escape(leaf + suffix) + ("" if suffix else "$"): suffix for suffix in STATE_SUFFIXES}
+
+    @property
+    def patterns(self) -> list[str]:
+        """Patterns that match the names in the checkpoint."""
+        return list(self.suffixes)
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str,
+        model: nn.Module,
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Stored names, as patterns, and tensors in; {the parameter's full name: codes} out, or nothing if refused."""
+        self.record.missing = missing_keys if missing_keys is not None else set()
+        name = full_layer_name
+        stored = {name + self.suffixes[pattern]: _only(value) for pattern, value in input_dict.items()}
+        if name not in self.record.experts:
+            return self.dense(stored, name, name)
+        experts, leaf = get_module_from_name(model, name)
+        with self.record.naming(name):
+            if set(stored) == {name} and stored[name].is_floating_point():
+                raise ValueError(
+                    "it is dense in the checkpoint, but the checkpoint's config says packed (set experts to false, or "
+                    "add the module to llm_int8_skip_modules, in config.json)"
+                )
+            weight = NF4ExpertsWeight.from_state(stored, name)
+            _check_finite(weight)
+            fill_experts(experts, leaf, weight)
+            return {name: experts.get_parameter(leaf)}
+        return {}
 
 
 def _packed(stored: dict[str, torch.Tensor], linear: NF4Linear) -> NF4Weight:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.utils.quantization_config import QuantizationMethod
 
 from minipeft.mixins import Mixin, mix_in, mix_out
-from minipeft.nf4.hf.modules import nf4_linears
+from minipeft.packed import numbers_of
 
 
 class In4Bits(Mixin):
@@ -51,7 +51,7 @@ class In4Bits(Mixin):
             only_trainable: Count those with a gradient alone.
             exclude_embeddings: Leave out the weights of `nn.Embedding`s.
         """
-        numbers = {id(linear.weight): linear.in_features * linear.out_features for _, linear in nf4_linears(self)}
+        numbers = numbers_of(self)
         left_out = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else ()
         counted = (p for p in self.parameters() if p.requires_grad or not only_trainable)
         return sum(numbers.get(id(p), p.numel()) for p in counted if id(p) not in left_out)

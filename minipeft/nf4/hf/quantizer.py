@@ -21,16 +21,27 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from minipeft.base_state import one_dtype
 from minipeft.nf4.dense import keep_dense, make_plain
+from minipeft.nf4.experts import pack_weights, start_packing
 from minipeft.nf4.hf.config import NF4Config
-from minipeft.nf4.hf.load import PACKED_NAMES, LoadRecord, NF4Deserialize, NF4Quantize
+from minipeft.nf4.hf.load import (
+    PACKED_NAMES,
+    Deserialize,
+    LoadRecord,
+    NF4Deserialize,
+    NF4ExpertsDeserialize,
+    NF4Quantize,
+)
 from minipeft.nf4.hf.model import mark, unmark
 from minipeft.nf4.hf.modules import (
     modules_to_skip,
     names_by_module,
+    nf4_experts,
     nf4_linear_like,
     nf4_linears,
+    packed_names,
     require_convertible,
     skip_modules_for_file,
+    warn_of_dense_experts,
 )
 from minipeft.nf4.linear import NF4Linear
 
@@ -70,9 +81,9 @@ class NF4HfQuantizer(HfQuantizer):
         return {device: size if isinstance(size, str) else int(size * 0.9) for device, size in max_memory.items()}
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """True for the weight of an NF4Linear."""
+        """True for the weight of an NF4Linear, and for those of experts that are packed."""
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, NF4Linear) and name == "weight"
+        return (isinstance(module, NF4Linear) and name == "weight") or param_name in self.record.experts
 
     def get_quantize_ops(self) -> NF4Quantize:
         """transformers asks for the conversion of a dense weight: the one that packs it."""
@@ -80,27 +91,44 @@ class NF4HfQuantizer(HfQuantizer):
         return NF4Quantize(self.record, config.blocksize, config.double_quant)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """For a packed checkpoint: gather the stored tensors of each weight and hand them to `NF4Deserialize`."""
+        """For a packed checkpoint: gather the stored tensors of each weight and hand them to `Deserialize`."""
         if not self.pre_quantized:
             return []
         return [WeightConverter(list(PACKED_NAMES), "weight", [NF4Deserialize(self.record)])]
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """The conversions of names and tensors: those of packed experts before the model's own, which are for dense."""
+        conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+        return self._experts_conversions() + conversions
+
+    def _experts_conversions(self) -> list[WeightConverter]:
+        if not self.pre_quantized:
+            return []
+        leaves = sorted({".".join(name.split(".")[-2:]) for name in self.record.experts})
+        operations = {leaf: NF4ExpertsDeserialize(self.record, leaf) for leaf in leaves}
+        return [WeightConverter(operation.patterns, leaf, [operation]) for leaf, operation in operations.items()]
+
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None (leave as stored) for what goes through our operation: scales must stay float32.
 
-        A dense weight goes through it too; the dtype it is wanted in is noted for `NF4Deserialize`.
+        A dense weight goes through it too; the dtype it is wanted in is noted for the operation.
         """
         for operation in getattr(converter, "operations", ()):
-            if isinstance(operation, NF4Deserialize):
+            if isinstance(operation, Deserialize):
                 operation.dense_dtype = dtype
                 return None
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         config = self.quantization_config
-        groups = require_convertible(model, modules_to_skip(model, config.skip_modules, self.pre_quantized))
+        with_experts = not self.pre_quantized if config.experts is None else config.experts
+        skip = modules_to_skip(model, config.skip_modules, self.pre_quantized)
+        groups, of_experts = require_convertible(model, skip, with_experts)
         if not self.pre_quantized:
             config.skip_modules = skip_modules_for_file(model, config.skip_modules)
+            config.experts = True if of_experts else config.experts
+            if with_experts:
+                warn_of_dense_experts(model)
         for group in groups:
             dense = model.get_submodule(group[0])
             linear = nf4_linear_like(dense, config)
@@ -110,6 +138,14 @@ class NF4HfQuantizer(HfQuantizer):
             self.hooks.append(linear.register_state_dict_post_hook(_hide_scales))
             for name in group:
                 model.set_submodule(name, linear)
+        for name, weights in of_experts:
+            experts = start_packing(model.get_submodule(name), config.compute_dtype)
+            for weight in weights if self.pre_quantized else ():
+                pack_weights(experts, weight, config.blocksize, config.double_quant)
+            # What is missing is refused by name: transformers has no values to start packed experts from.
+            experts._is_hf_initialized = True  # type: ignore[assignment]
+            self.record.experts.update(f"{name}.{weight}" for weight in weights)
+            self.hooks.append(experts.register_state_dict_post_hook(_hide_scales))
         keep_dense(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -145,6 +181,8 @@ class NF4HfQuantizer(HfQuantizer):
             dense = model.get_submodule(group[0]).to_dense(target)
             for name in group:
                 model.set_submodule(name, dense)
+        for _, experts in list(nf4_experts(model)):
+            experts.to_dense(target)
         make_plain(model, target)
         return model
 
@@ -164,7 +202,7 @@ class NF4HfQuantizer(HfQuantizer):
 
 
 def _refuse_adapters(model: nn.Module) -> None:
-    for name, module in nf4_linears(model):
+    for name, module in (*nf4_linears(model), *nf4_experts(model)):
         adapter_names: Any = getattr(module, "adapter_names", set)  # of an adapted layer
         if adapters := adapter_names():
             raise ValueError(
@@ -173,9 +211,10 @@ def _refuse_adapters(model: nn.Module) -> None:
             )
 
 
-def _hide_scales(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+def _hide_scales(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     """While loading, one NF4 weight is one name to transformers; its scales come with it."""
-    for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
+    weights = ("weight",) if isinstance(module, NF4Linear) else tuple(module.stack_sizes)
+    for name in [name for name in state if name.startswith(tuple(f"{prefix}{weight}." for weight in weights))]:
         del state[name]
 
 
@@ -191,12 +230,12 @@ def _drop_conversions_of_packed_weights(model: PreTrainedModel) -> None:
         # a model that was not loaded: saving would take the conversions of its architecture
         every = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [conversion for conversion in every if not isinstance(conversion, PrefixChange)]
-    packed = [f"{name}.weight" for name, _ in nf4_linears(model)]
+    packed = packed_names(model)
 
     def touches_packed(conversion: Any) -> bool:
         if not isinstance(conversion, WeightConverter):
             return False
-        if any(isinstance(operation, NF4Deserialize) for operation in conversion.operations):
+        if any(isinstance(operation, Deserialize) for operation in conversion.operations):
             return True
         back = conversion.reverse_transform()
         return any(back.rename_source_key(name)[1] is not None for name in packed)

@@ -62,10 +62,22 @@ def weight_names(module: nn.Module) -> tuple[str, str]:
     return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
 
 
+def packed(module: nn.Module, name: str) -> Any:
+    """The weights `name` of `module` as they are packed, None for dense ones."""
+    own: Any = getattr(module, "packed_experts", None)
+    return None if own is None else own(name)
+
+
+def is_stack(module: nn.Module, name: str) -> bool:
+    """True if the parameter `name` of `module` is a matrix for each expert, packed or not."""
+    parameter: Any = module._parameters[name]
+    return parameter is not None and (parameter.dim() == 3 or packed(module, name) is not None)
+
+
 def matrices(module: nn.Module, name: str) -> Any:
     """The experts' matrices (experts, out_features, in_features): dense, perhaps a view, or as they are packed."""
-    packed = getattr(module, "packed_experts", None)
-    if packed is not None and (stack := packed(name)) is not None:
+    stack = packed(module, name)
+    if stack is not None:
         return stack
     weight: Any = module._parameters[name]
     return weight.transpose(1, 2) if module.is_transposed else weight

@@ -15,6 +15,7 @@ from torch import nn
 
 from minipeft.adapter import base_modules
 from minipeft.config import TaskType
+from minipeft.experts import packed
 from minipeft.packed import PackedLayer
 
 # Heads that start out random in these tasks, so that an adapter without them would be useless: saved whole.
@@ -176,7 +177,11 @@ def no_match(
     parameters = [(name, p) for name, p in model.named_parameters() if ends_with(name, target)]
     if parameters:
         name, parameter = parameters[0]
-        kind = "a parameter" if parameter.dim() < 3 else f"one parameter {tuple(parameter.shape)} of all the experts"
+        path, _, leaf = name.rpartition(".")
+        stack, shape = packed(model.get_submodule(path), leaf), tuple(parameter.shape)
+        if stack is not None:
+            shape = (stack.experts, stack.rows, stack.columns)
+        kind = "a parameter" if len(shape) < 3 else f"one parameter {shape} of all the experts"
         return f"{message}: {name} is {kind}, not a module: LoRA takes the experts' as target_parameters"
     leaves = dict.fromkeys(name.rpartition(".")[2] for name in names)
     words = [leaf for leaf in leaves if not leaf.isdigit()]

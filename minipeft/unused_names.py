@@ -10,6 +10,7 @@ from torch import nn
 
 from minipeft.adapter import base_modules
 from minipeft.errors import PeftWarning
+from minipeft.experts import is_stack
 from minipeft.packed import PackedLayer
 from minipeft.targets import TASK_HEADS, ends_with, is_conv1d, matches, no_match, plain_module_names
 
@@ -31,7 +32,7 @@ def check_names(model: nn.Module, config: Any) -> None:
         for name, parameter in module._parameters.items()
         if parameter is not None
     }
-    fused = sorted({name.rpartition(".")[2] for name, parameter in parameters.items() if parameter.dim() == 3})
+    fused = sorted({name for _, module in base_modules(model) for name in module._parameters if is_stack(module, name)})
     targets: Any = getattr(config, "target_modules", None) or ()
     own_parameters = getattr(config, "target_parameters", None) or ()
     for target in () if isinstance(targets, str) else sorted(targets):
@@ -93,7 +94,7 @@ def _warn_of_experts(model: nn.Module, config: Any, adapted: list[str]) -> None:
     excluded = getattr(config, "exclude_modules", None) or ()
     for path, module in base_modules(model):
         beside = path.rpartition(".")[0] + "."
-        fused = [name for name, p in module._parameters.items() if p is not None and p.dim() == 3]
+        fused = [name for name in module._parameters if is_stack(module, name)]
         if not path or not fused or any(f"{path}.{name}" in adapted for name in fused):
             continue
         if any(matches(path, name, excluded) for name in ([excluded] if isinstance(excluded, str) else excluded)):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from minipeft.adapter import AdapterModule, WrappedForward
 from minipeft.dispatched import device_of
 from minipeft.errors import NoMatchingPeftModuleError
-from minipeft.experts import Sorted, has_interface, matrices, run_experts, weight_names
+from minipeft.experts import Sorted, has_interface, is_stack, matrices, packed, run_experts, weight_names
 from minipeft.lora.config import LoraConfig
 from minipeft.lora.variants import init_factors
 from minipeft.mixins import plain_class
@@ -76,6 +76,11 @@ class LoraParameters(AdapterModule):
     _own_attributes: ClassVar[tuple[str, ...]] = ("lora_experts",)
 
     lora_experts: Any
+    # Of `NF4Experts`.
+    weight_dtype: torch.dtype
+    stack_sizes: dict[str, Any]
+    dense_experts: Callable[[str, torch.dtype | None], Tensor]
+    set_experts: Callable[[str, Tensor], None]
 
     def attach(self, switch: Any) -> None:
         super().attach(switch)
@@ -89,16 +94,24 @@ class LoraParameters(AdapterModule):
             parameter = self._parameters[name]
             assert parameter is not None
             r, _, scaling = config.settings_for(f"{path}.{name}")
-            experts, *sides = parameter.shape if parameter.dim() == 3 else (1, *parameter.shape)
-            out_features, in_features = reversed(sides) if self._transposed(name) else sides
             like = {"dtype": dtype, "device": device_of(self) if parameter.is_meta else parameter.device}
-            shape, dropout = (experts, out_features, in_features), config.lora_dropout
+            shape, dropout = self._matrices_shape(name), config.lora_dropout
             own[name] = factors = ExpertFactors(shape, r, scaling, dropout, **like).train(self.training)
             if init:
                 init_factors(factors.lora_A, factors.lora_B, config.init_lora_weights)
                 if config.init_lora_weights == "gaussian":  # its spread is 1 / r
                     with torch.no_grad():
-                        factors.lora_A.mul_(experts)
+                        factors.lora_A.mul_(shape[0])
+
+    def _matrices_shape(self, name: str) -> tuple[int, int, int]:
+        """(experts, out_features, in_features)."""
+        stack = packed(self, name)
+        if stack is not None:
+            return stack.experts, stack.rows, stack.columns
+        parameter: Any = self._parameters[name]
+        experts, *sides = parameter.shape if parameter.dim() == 3 else (1, *parameter.shape)
+        out_features, in_features = reversed(sides) if self._transposed(name) else sides
+        return experts, out_features, in_features
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward with the updates of the adapters that act.
@@ -172,8 +185,15 @@ class LoraParameters(AdapterModule):
     def _has(self, adapter: str, name: str) -> bool:
         return name in self.lora_experts[adapter]
 
+    def _dense(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The parameter called `name`, dequantized if it is packed; in `dtype`, or its own."""
+        if packed(self, name) is not None:
+            return self.dense_experts(name, dtype)
+        parameter: Any = self._parameters[name]
+        return parameter if dtype is None else parameter.to(dtype)
+
     def _updated(self, name: str, adapters: list[str]) -> Tensor:
-        weight: Any = self._parameters[name]
+        weight = self._dense(name)
         for adapter in adapters:
             if name in self.lora_experts[adapter]:
                 weight = weight + self.delta_parameter(adapter, name).to(weight.dtype)
@@ -182,12 +202,12 @@ class LoraParameters(AdapterModule):
     def delta_parameter(self, adapter: str, name: str) -> Tensor:
         """The change of the parameter called `name` by merging `adapter`, of its shape."""
         update: Tensor = self.lora_experts[adapter][name].update()
-        update = update.transpose(1, 2) if self._transposed(name) else update
-        return update.reshape(self._parameters[name].shape)  # type: ignore[union-attr]
+        if not is_stack(self, name):
+            return update.reshape(self._parameters[name].shape)  # type: ignore[union-attr]
+        return update.transpose(1, 2) if self._transposed(name) else update
 
     def _transposed(self, name: str) -> bool:
-        parameter: Any = self._parameters[name]
-        return parameter.dim() == 3 and bool(getattr(self, "is_transposed", False))
+        return is_stack(self, name) and bool(getattr(self, "is_transposed", False))
 
     def adapter_names(self) -> set[str]:
         return set(self.lora_experts) | super().adapter_names()
@@ -224,14 +244,21 @@ class LoraParameters(AdapterModule):
         here = [adapter for adapter in adapters if adapter in self.lora_experts]
         merged = {}
         for name in {name for adapter in here for name in self.lora_experts[adapter]}:
-            weight = self._parameters[name]
-            assert weight is not None
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            parameter: Any = self._parameters[name]
+            dtype = parameter.dtype if packed(self, name) is None else self.weight_dtype
+            wide = self._dense(name, torch.promote_types(dtype, torch.float32))
             total = sum(self.delta_parameter(a, name).to(wide.dtype) for a in here if name in self.lora_experts[a])
-            merged[name] = (wide + total).to(weight.dtype)
+            merged[name] = (wide + total).to(dtype)
         super().fold(adapters)
         for name, tensor in merged.items():
             self._install(name, tensor)
+
+    def requantize(self) -> None:
+        for name in list(self._originals) if hasattr(self, "set_experts") else ():
+            if name in self.stack_sizes and packed(self, name) is None:
+                self.set_experts(name, self.get_parameter(name))
+                del self._originals[name]
+        super().requantize()
 
 
 def splits(module: nn.Module) -> bool:
@@ -300,7 +327,7 @@ def find_target_parameters(
             stacklevel=2,
         )
     elif missing and not found:
-        fused = {n for m in modules.values() for n, p in m._parameters.items() if p is not None and p.dim() == 3}
+        fused = {name for module in modules.values() for name in module._parameters if is_stack(module, name)}
         problem = f"target_parameters: {missing[0]!r} matches no parameter; 3-D ones here: {sorted(fused)}"
         raise NoMatchingPeftModuleError(f"No `target_modules` passed but also no `target_parameters` found. {problem}")
     return list(found)
@@ -318,8 +345,8 @@ def _check_target(path: str, name: str, module: nn.Module, taken: bool, never_re
         )
     if never_read:
         raise ValueError(f"target_parameters: {full} may be read without its module being called, past the update")
-    dims = 0 if parameter is None else parameter.dim()
-    if dims not in (2, 3) or not parameter.is_floating_point():  # type: ignore[union-attr]
+    dims = 0 if parameter is None else 3 if is_stack(module, name) else parameter.dim()
+    if dims not in (2, 3) or not (parameter.is_floating_point() or packed(module, name)):  # type: ignore[union-attr]
         shape, dtype = (None, None) if parameter is None else (tuple(parameter.shape), parameter.dtype)
         raise ValueError(
             f"target_parameters: {full} is a {dims} dimensional Parameter (shape {shape}, {dtype}), but only 2d and 3d "

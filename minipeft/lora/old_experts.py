@@ -16,7 +16,7 @@ from torch import nn
 
 from minipeft.adapter import base_modules
 from minipeft.errors import PeftWarning
-from minipeft.experts import has_interface, weight_names
+from minipeft.experts import has_interface, is_stack, weight_names
 from minipeft.lora.config import LoraConfig
 from minipeft.lora.experts import check_target_parameters
 from minipeft.lora.find import lora_mixin_for
@@ -37,7 +37,7 @@ def converted_by_peft(model: Any) -> bool:
 
 def parameters_of_experts(model: Any) -> list[tuple[str, Fused]]:
     """The parameters that hold layers of all experts, each with the dotted name of its module."""
-    held = [(path, name) for path, m in base_modules(model) for name in m._parameters if _dims(m, name) == 3]
+    held = [(path, name) for path, m in base_modules(model) for name in m._parameters if is_stack(m, name)]
     made = {fused.name: fused for fused in fused_parameters(model)} if held else {}
     return [(path, made[name]) for path, name in held if name in made]
 
@@ -100,7 +100,7 @@ def take_experts(model: Any, config: LoraConfig) -> None:
         return
     everywhere, left_out = [], []
     for path, module in base_modules(model):
-        fused = [name for name in module._parameters if _dims(module, name) == 3]
+        fused = [name for name in module._parameters if is_stack(module, name)]
         if has_interface(module):
             everywhere += [(path, name) for name in weight_names(module)]
         elif fused and "Experts" in plain_class(module).__name__:
@@ -205,12 +205,12 @@ def _named(given: Any, path: str) -> bool:
 def routers_of(model: nn.Module) -> list[str]:
     """The modules called `gate` that choose experts by a weight of their own and are no linear layers."""
     gates = [(path, module) for path, module in base_modules(model) if _leaf(path) == "gate"]
-    return [path for path, gate in gates if not isinstance(gate, nn.Linear) and _dims(gate, "weight") == 2]
+    return [path for path, gate in gates if not isinstance(gate, nn.Linear) and _is_matrix(gate)]
 
 
-def _dims(module: nn.Module, name: str) -> int:
-    parameter = module._parameters.get(name)
-    return 0 if parameter is None else parameter.dim()
+def _is_matrix(gate: nn.Module) -> bool:
+    weight = gate._parameters.get("weight")
+    return weight is not None and weight.dim() == 2
 
 
 def _leaf(name: str) -> str:

@@ -63,10 +63,12 @@ class NF4Experts(Mixin, Packed):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As the class's own: (T, hidden), each token's k experts and their weights -> (T, hidden)."""
-        return run_experts(self, self._product, hidden_states, top_k_index, top_k_weights)
 
-    def _product(self, name: str, rows: Tensor, order: Sorted) -> Tensor:
-        return experts_linear(rows, order.offsets, matrices(self, name), compute_dtype=self.compute_dtype)
+        # Not a method: LoRA's mixin, in front of this one, has a product of its own.
+        def product(name: str, rows: Tensor, order: Sorted) -> Tensor:
+            return experts_linear(rows, order.offsets, matrices(self, name), compute_dtype=self.compute_dtype)
+
+        return run_experts(self, product, hidden_states, top_k_index, top_k_weights)
 
     def packed_experts(self, name: str) -> NF4Stack | None:
         """The packed weights `name` as the operations take them, sharing this module's tensors; None for dense ones."""

@@ -69,4 +69,7 @@ def unflatten(arguments: Sequence[Any]) -> Weight | None:
     """The weight that came as arguments of SCHEMA; torch leaves out those at the end that are at their defaults."""
     weight: Any
     weight, *rest = arguments or (None,)
-    return NF4(weight, *rest) if rest and rest[0] is not None else weight
+    return NF4(weight, *rest, *_DEFAULTS[len(rest) :]) if rest and rest[0] is not None else weight
+
+
+_DEFAULTS = (None,) * (TENSORS - 1) + (0,) * 4

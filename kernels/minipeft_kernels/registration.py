@@ -20,6 +20,7 @@ def define_op(
     schema: str,
     run: Callable[..., Any],
     fake: Callable[..., Any],
+    check: Callable[..., None] | None = None,
     autograd: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register an operation, and return it.
@@ -28,14 +29,18 @@ def define_op(
         schema: "name(arguments) -> results", in PyTorch's schema language.
         run: computes it, on any device, without autograd.
         fake: gives empty results of the right shapes, dtypes and strides.
+        check: raises ValueError or TypeError for arguments that do not fit each other, by what is known without their
+            data. Both `run` and `fake` come after it, so neither reads beyond a tensor, and they refuse the same calls.
+            None where `run` does that itself.
         autograd: computes it with a gradient, by an autograd function that calls the operation within
             `below_autograd()`; None if it has no gradient: then it is computed without recording.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"minipeft::{name}", fake, lib=LIBRARY)
-    op: Callable[..., Any] = getattr(torch.ops.minipeft, name).default
+    op = getattr(torch.ops.minipeft, name).default
+    tensors = [(i, a.name) for i, a in enumerate(op._schema.arguments) if str(a.type) == "Tensor"]
+    LIBRARY.impl(name, _after(tensors, check, run), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"minipeft::{name}", _after(tensors, check, fake), lib=LIBRARY)
     LIBRARY.impl(name, _recorded(op, autograd), "Autograd")
     return op
 
@@ -75,6 +80,22 @@ def is_plain_call(x: Tensor, forward_mode_too: bool = False) -> bool:
 def forward_mode() -> bool:
     """True if derivatives are taken forward, as they may be where none is recorded. No operation here has any."""
     return forward_ad._current_level >= 0
+
+
+def _after(
+    tensors: list[tuple[int, str]], check: Callable[..., None] | None, then: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`then` after `check`, and after a look at the arguments that must be tensors: torch lets None pass for one."""
+
+    def run(*args: Any) -> Any:
+        for place, name in tensors:
+            if args[place] is None:
+                raise TypeError(f"{name} must be a tensor, got None")
+        if check is not None:
+            check(*args)
+        return then(*args)
+
+    return run
 
 
 def _recorded(op: Callable[..., Any], autograd: Callable[..., Any] | None) -> Callable[..., Any]:

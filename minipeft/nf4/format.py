@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft_kernels.nf4.quantize import WEIGHT_DTYPES, check_blocksize
+from minipeft_kernels.nf4.checks import WEIGHT_DTYPES, check_blocksize
 
 QUANT_STATE = "weight.quant_state.bitsandbytes__nf4"
 STATE_NAMES = (

@@ -14,7 +14,7 @@ from minipeft.nf4.dense import make_dense
 from minipeft.nf4.stored import StoredNF4, zeros
 from minipeft.nf4.weight import NF4Weight
 from minipeft_kernels.linear.op import linear
-from minipeft_kernels.nf4.quantize import WEIGHT_DTYPES, check_blocksize
+from minipeft_kernels.nf4.checks import WEIGHT_DTYPES, check_blocksize
 from minipeft_kernels.packed import NF4
 
 SCALES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "offset")

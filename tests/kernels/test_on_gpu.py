@@ -17,7 +17,8 @@ from minipeft.nf4 import NF4Config, NF4Weight, quantize_model
 from minipeft_kernels.adamw.eight_bit import initial_state
 from minipeft_kernels.dispatch import interpreting
 from minipeft_kernels.linear.op import linear_reference
-from minipeft_kernels.nf4.quantize import BLOCKSIZES, nf4_quantize_reference, quantize_absmax_reference
+from minipeft_kernels.nf4.checks import BLOCKSIZES
+from minipeft_kernels.nf4.quantize import nf4_quantize_reference, quantize_absmax_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a GPU, uninterpreted")
 

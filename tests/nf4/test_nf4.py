@@ -15,8 +15,8 @@ from nf4_golden import CASES, KEYS, golden
 from torch import Tensor
 
 from minipeft.nf4 import NF4Weight
+from minipeft_kernels.nf4.checks import BLOCKSIZES
 from minipeft_kernels.nf4.codebooks import NF4_BOUNDARIES, NF4_LEVELS, dynamic_map
-from minipeft_kernels.nf4.quantize import BLOCKSIZES
 
 # "nonfinite" is what we refuse; the others are not of a weight alone.
 QUANTIZED = [name for name in CASES if f"{name}.packed" in KEYS and f"{name}.in" in KEYS and name != "nonfinite"]

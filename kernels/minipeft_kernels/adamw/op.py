@@ -45,9 +45,6 @@ def adamw_(
     Raises:
         ValueError, TypeError: the lists do not fit each other; names the position.
     """
-    _check(params, grads, step)
-    for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        _check_state(name, params, states, torch.float32, [tuple(p.shape) for p in params])
     _adamw_op(params, grads, exp_avgs, exp_avg_sqs, step, lr, *betas, eps, weight_decay, maximize)
 
 
@@ -74,22 +71,52 @@ def adamw_8bit_(
         exp_avg_absmax, exp_avg_sq_absmax: float32 (ceil(numel/256),), the scale of each block.
         The rest as `adamw_`.
     """
-    _check(params, grads, step)
-    for name, codes in (("exp_avg_codes", exp_avg_codes), ("exp_avg_sq_codes", exp_avg_sq_codes)):
-        _check_state(name, params, codes, torch.uint8, [tuple(p.shape) for p in params])
-    for name, scales in (("exp_avg_absmax", exp_avg_absmax), ("exp_avg_sq_absmax", exp_avg_sq_absmax)):
-        _check_state(name, params, scales, torch.float32, [(-(-p.numel() // STATE_BLOCKSIZE),) for p in params])
     states = (exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax)
     _adamw_8bit_op(params, grads, *states, step, lr, *betas, eps, weight_decay, maximize)
 
 
-def _check(params: Sequence[Tensor], grads: Sequence[Tensor], step: int) -> None:
+def _check_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: int,
+    *hyper: Any,
+) -> None:
+    _check(params, grads, step, hyper)
+    for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        _check_state(name, params, states, torch.float32, [p.shape for p in params])
+
+
+def _check_adamw_8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avg_codes: list[Tensor],
+    exp_avg_absmax: list[Tensor],
+    exp_avg_sq_codes: list[Tensor],
+    exp_avg_sq_absmax: list[Tensor],
+    step: int,
+    *hyper: Any,
+) -> None:
+    _check(params, grads, step, hyper)
+    for name, codes in (("exp_avg_codes", exp_avg_codes), ("exp_avg_sq_codes", exp_avg_sq_codes)):
+        _check_state(name, params, codes, torch.uint8, [p.shape for p in params])
+    for name, scales in (("exp_avg_absmax", exp_avg_absmax), ("exp_avg_sq_absmax", exp_avg_sq_absmax)):
+        _check_state(name, params, scales, torch.float32, [(-(-p.numel() // STATE_BLOCKSIZE),) for p in params])
+
+
+def _check(params: Sequence[Tensor], grads: Sequence[Tensor], step: int, hyper: Sequence[Any]) -> None:
     if step < 1:
         raise ValueError(f"step counts from 1, got {step}")
+    _, beta1, beta2, *_ = hyper
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"betas must be from 0 up to 1, 1 left out, got {(beta1, beta2)}")
     if len(grads) != len(params):
         raise ValueError(f"{len(params)} params and {len(grads)} grads: one for each is needed")
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         for name, t in (("params", p), ("grads", g)):
+            if t is None:
+                raise TypeError(f"{name}[{i}] must be a tensor, got None")
             if t.dtype not in PARAMETER_DTYPES or t.layout != torch.strided:
                 raise TypeError(f"{name}[{i}] must be dense float32, bfloat16 or float16, got {t.dtype}, {t.layout}")
         if g.shape != p.shape or g.device != p.device or p.device != params[0].device:
@@ -100,14 +127,17 @@ def _check(params: Sequence[Tensor], grads: Sequence[Tensor], step: int) -> None
 
 
 def _check_state(
-    name: str, params: Sequence[Tensor], states: Sequence[Tensor], dtype: torch.dtype, shapes: list[tuple[int, ...]]
+    name: str, params: Sequence[Tensor], states: Sequence[Tensor], dtype: torch.dtype, shapes: Sequence[tuple[int, ...]]
 ) -> None:
     if len(states) != len(params):
         raise ValueError(f"{len(params)} params and {len(states)} {name}: one for each is needed")
     for i, (p, s, shape) in enumerate(zip(params, states, shapes, strict=True)):
-        if s.dtype != dtype or tuple(s.shape) != shape or s.device != p.device:
+        if s is None:
+            raise TypeError(f"{name}[{i}] must be a tensor, got None")
+        if s.dtype != dtype or s.shape != shape or s.device != p.device or s.layout != torch.strided:
             raise ValueError(
-                f"{name}[{i}] should be {dtype} {shape} on {p.device}, and is {s.dtype} {tuple(s.shape)} on {s.device}"
+                f"{name}[{i}] should be {dtype} {tuple(shape)} on {p.device}, and is {s.dtype} {tuple(s.shape)} on "
+                f"{s.device}, {s.layout}"
             )
 
 
@@ -162,10 +192,12 @@ _adamw_op = define_op(
     " -> ()",
     _run_adamw,
     fake=lambda *args: None,
+    check=_check_adamw,
 )
 _adamw_8bit_op = define_op(
     "adamw_8bit_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg_codes, Tensor(c!)[] exp_avg_absmax, "
     f"Tensor(d!)[] exp_avg_sq_codes, Tensor(e!)[] exp_avg_sq_absmax, {_HYPERPARAMETERS}) -> ()",
     _run_adamw_8bit,
     fake=lambda *args: None,
+    check=_check_adamw_8bit,
 )

@@ -28,8 +28,8 @@ from torch import Tensor
 from ..arithmetic import arithmetic_dtype, as_autocast
 from ..linear.low_rank import Lora, update_dtype
 from ..linear.op import Numbers
+from ..nf4.checks import WEIGHT_DTYPES
 from ..nf4.dequantize import nf4_dequantize_reference
-from ..nf4.quantize import WEIGHT_DTYPES
 from ..packed import SCHEMA, TENSORS
 from ..registration import below_autograd, define_op, is_plain_call, without_autocast
 from . import loop

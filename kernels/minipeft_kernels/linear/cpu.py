@@ -99,11 +99,14 @@ def product(a: Tensor, weight: NF4, dtype: torch.dtype, backward: bool = False) 
         (..., N) or backward (..., K).
 
     Raises:
-        ValueError: a tensor of `weight` is too small for its sizes, or of another dtype or device; or a block is empty.
+        ValueError: a tensor of `weight` is too small for its sizes, or of another dtype or device; or a block is empty;
+            or a has another last dimension.
     """
     if not _fits(a.dtype, weight, dtype, backward) or not _has_memory(a):
         return None
     to, of = (weight.columns, weight.rows) if backward else (weight.rows, weight.columns)
+    if a.shape[-1] != of:
+        raise ValueError(f"the last dimension of {tuple(a.shape)} must be {of}, as the NF4 weight has it")
     if not backward and 0 < a.numel() <= THIN_ROWS * of:
         return _thin_product(a, weight, dtype, a.numel() // of)
     out = torch.empty((*a.shape[:-1], to), dtype=dtype)

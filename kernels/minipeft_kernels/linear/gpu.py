@@ -19,8 +19,10 @@ import triton
 from torch import Tensor
 
 from ..dispatch import capability, emulating, interpreting, multiprocessors, on_device
+from ..nf4.checks import check_for_kernel
 from ..nf4.dequantize_triton import dequantize_into
 from ..packed import NF4
+from .checks import check_addends
 from .direct import _nf4_matmul_direct_kernel
 from .low_rank import LowRank
 from .staged import _nf4_matmul_staged_kernel
@@ -139,7 +141,11 @@ def _launch(x: Tensor, weight: NF4, bias: Tensor | None, update: LowRank | None,
         raise ValueError(f"the fused NF4 kernels cannot run: {obstacle}")
     m, n, k = x.shape[0], weight.rows, weight.columns
     width, depth = (k, n) if grad else (n, k)
-    assert x.shape == (m, depth), (x.shape, depth)
+    low, up = update or (None, None)
+    if x.shape != (m, depth):
+        raise ValueError(f"x must be ({m}, {depth}), as the NF4 weight has it, got {tuple(x.shape)}")
+    check_for_kernel(weight, x.device)
+    check_addends(m, width, x.device, bias, low, up.T if up is not None and grad else up)
     y = torch.empty(m, width, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -158,7 +164,7 @@ def _launch(x: Tensor, weight: NF4, bias: Tensor | None, update: LowRank | None,
     low, up = update or (x, x)
     arguments: tuple[Any, ...] = (
         *(x, *_pointers(weight)),
-        *(x if bias is None else bias, low.contiguous(), up.contiguous(), y),
+        *(x if bias is None else bias.contiguous(), low.contiguous(), up.contiguous(), y),
         *_workspace(x.device, tiles, split, size),
         *(m, n, chunks, x.stride(0), low.shape[1]),
     )

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from ..arithmetic import arithmetic_dtype, as_autocast
 from ..dispatch import runs_native, use_triton
+from ..nf4.checks import WEIGHT_DTYPES
 from ..nf4.dequantize import nf4_dequantize_reference
-from ..nf4.quantize import WEIGHT_DTYPES
 from ..packed import NF4, SCHEMA, TENSORS, Weight, flatten, unflatten
 from ..registration import below_autograd, define_op, is_plain_call, without_autocast
 from . import cpu, dense, twice
+from .checks import check_backward, check_forward
 from .low_rank import Lora, LowRank, grad_of_A, grad_of_B, project, project_back, update_dtype
 
 Numbers = tuple[float, torch.dtype, torch.dtype]
@@ -324,6 +325,7 @@ _linear_op = define_op(
     f"linear(Tensor x, Tensor? bias, Tensor? lora_A, Tensor? lora_B, {_NUMBERS}, {SCHEMA}) -> (Tensor y, Tensor low)",
     _run_op,
     fake=_fake,
+    check=check_forward,
     autograd=_recorded,
 )
 _linear_backward_op = define_op(
@@ -331,4 +333,5 @@ _linear_backward_op = define_op(
     f"{SCHEMA}) -> (Tensor dx, Tensor dA, Tensor dB)",
     _run_backward_op,
     fake=_fake_backward,
+    check=check_backward,
 )

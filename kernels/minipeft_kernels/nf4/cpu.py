@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import native
 from ..packed import NF4
+from .checks import misfit, needed_of
 
 
 def decode_range(out: Tensor, weight: NF4, first: int, last: int) -> Tensor:
@@ -39,17 +40,12 @@ def as_numbers(weight: NF4) -> tuple[list[Tensor], list[int]]:
         ValueError: as `decode_range`.
     """
     *tensors, rows, columns, blocksize, nested_blocksize = weight
-    if blocksize < 1 or nested_blocksize < 1:
-        raise ValueError(f"blocksize ({blocksize}) and nested_blocksize ({nested_blocksize}) must be at least 1")
-    blocks = -(-rows * columns // blocksize)
-    counts = ((rows * columns + 1) // 2, blocks, 16, -(-blocks // nested_blocksize), 256, 1)
-    dtypes = _DTYPES if weight.nested_absmax is None else _NESTED_DTYPES
+    counts, dtypes = needed_of(weight)
     kept: list[Tensor] = []
     numbers: list[int] = []
     for name, tensor, count, dtype in zip(NF4._fields, tensors, counts, dtypes):  # noqa: B905, the shortest decides
         if tensor is None or tensor.dtype != dtype or tensor.numel() < count or not tensor.is_cpu:
-            got = "None" if tensor is None else f"{tensor.numel()} of {tensor.dtype} on {tensor.device}"
-            raise ValueError(f"{name} of the NF4 weight must be {count} of {dtype} on the CPU, got {got}")
+            raise misfit(name, tensor, count, dtype, torch.device("cpu"))
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
         kept.append(tensor)
@@ -61,7 +57,3 @@ def as_numbers(weight: NF4) -> tuple[list[Tensor], list[int]]:
         numbers += (0, 0, 0)
     numbers += (rows, columns, blocksize, nested_blocksize)
     return kept, numbers
-
-
-_DTYPES = (torch.uint8, torch.float32, torch.float32)
-_NESTED_DTYPES = (torch.uint8, torch.uint8, torch.float32, torch.float32, torch.float32, torch.float32)

@@ -10,6 +10,7 @@ from .. import native
 from ..dispatch import use_native, use_triton
 from ..packed import NF4, SCHEMA, unflatten
 from ..registration import define_op
+from .checks import check_dequantize
 from .codebooks import NF4_LEVELS
 from .cpu import decode_range
 
@@ -35,15 +36,20 @@ def nf4_dequantize(weight: NF4, dtype: torch.dtype) -> Tensor:
 def nf4_dequantize_reference(weight: NF4, dtype: torch.dtype) -> Tensor:
     """`nf4_dequantize` in PyTorch, a chunk at a time: (rows, columns)."""
     n, blocksize = weight.rows * weight.columns, weight.blocksize
-    all_scales, pairs, codes = scales_of(weight), level_pairs(weight.quant_map), weight.codes.reshape(-1)
+    all_scales, pairs, codes = (
+        scales_of(weight),
+        level_pairs(weight.quant_map),
+        weight.codes.reshape(-1)[: (n + 1) // 2],
+    )
     # An odd end decodes its padding too; it is cut off below.
     out = torch.empty(codes.numel() * 2, dtype=dtype, device=codes.device)
-    size = min(CHUNK, out.numel())
+    step = max(1, CHUNK // blocksize) * blocksize
+    size = min(step, out.numel())
     index = torch.empty(size // 2, dtype=torch.int32, device=codes.device)
     buffer = None if dtype == torch.float32 else torch.empty(size, dtype=torch.float32, device=codes.device)
-    for start in range(0, out.numel(), CHUNK):
-        target = out[start : start + CHUNK]
-        part = codes[start // 2 : (start + CHUNK) // 2]
+    for start in range(0, out.numel(), step):
+        target = out[start : start + step]
+        part = codes[start // 2 : (start + step) // 2]
         scales = all_scales[start // blocksize :]
         if buffer is None:
             decode_blocks(target, part, scales, pairs, blocksize, index)
@@ -119,7 +125,7 @@ def dequantize_absmax(
         float32 (blocks,).
     """
     scales = nested_map.index_select(0, codes.int())
-    scales *= nested_absmax.repeat_interleave(nested_blocksize)[: codes.numel()]
+    scales *= nested_absmax.repeat_interleave(min(nested_blocksize, codes.numel()))[: codes.numel()]
     scales += offset
     return scales
 
@@ -142,4 +148,6 @@ def _fake(dtype: torch.dtype, *flat_weight: Any) -> Tensor:
     return torch.empty(weight.rows, weight.columns, dtype=dtype, device=weight.codes.device)
 
 
-_nf4_dequantize_op = define_op(f"nf4_dequantize(ScalarType dtype, {SCHEMA}) -> Tensor", _run, fake=_fake)
+_nf4_dequantize_op = define_op(
+    f"nf4_dequantize(ScalarType dtype, {SCHEMA}) -> Tensor", _run, fake=_fake, check=check_dequantize
+)

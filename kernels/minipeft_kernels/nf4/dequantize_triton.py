@@ -14,6 +14,7 @@ from torch import Tensor
 from ..dispatch import on_device
 from ..packed import NF4
 from ..rounding_triton import _round_to
+from .checks import check_for_kernel
 
 # Bytes a program writes: 16 a thread at 4 warps, in one access, neighbouring threads neighbouring bytes. (With more,
 # the values would go through shared memory to be stored in this order.) Of a 16-bit dtype that is 1024 weights.
@@ -80,6 +81,7 @@ def dequantize_into(out: Tensor, weight: NF4) -> Tensor:
     if n == 0:
         return out
     assert out.is_contiguous()
+    check_for_kernel(weight, out.device)
     tile = TILE_BYTES // out.element_size()
     columns = min(weight.blocksize, tile)
     constants = {

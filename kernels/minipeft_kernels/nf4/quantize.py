@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..dispatch import use_triton
 from ..registration import define_op
+from .checks import check_blocksize, check_quantize, check_quantize_absmax
 from .codebooks import (
     MIN_ABSMAX,
     NESTED_BLOCKSIZE,
@@ -24,8 +25,6 @@ from .codebooks import (
     upper_half_tables,
 )
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Weights quantized at a time. 4096x4096 float32, one thread: 49 ms at 2^15, 41 at 2^17, 53 at 2^19.
 CHUNK = 1 << 17
 
@@ -48,11 +47,6 @@ def nf4_quantize(w: Tensor, blocksize: int = 64) -> tuple[Tensor, Tensor]:
         TypeError: another dtype. ValueError: another blocksize, or a weight that is not finite (names the first).
     """
     check_blocksize(blocksize)
-    if w.dtype not in WEIGHT_DTYPES:
-        raise TypeError(
-            f"NF4 quantizes float32, bfloat16 and float16 weights, got {w.dtype}: convert the weight first, "
-            "for example with .float()"
-        )
     codes, absmax = _nf4_quantize_op(w, blocksize)
     return codes, absmax
 
@@ -86,12 +80,6 @@ def _run_nf4_quantize(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
         codes, absmax = nf4_quantize_reference(w, blocksize)
     _check_finite(w, absmax, blocksize)
     return codes, absmax
-
-
-def check_blocksize(blocksize: int) -> None:
-    """Raise ValueError unless `blocksize` is a power of two from 32 to 4096."""
-    if type(blocksize) is not int or blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize must be a power of two from 32 to 4096, got {blocksize!r}")
 
 
 def _scale_blocks(chunk: Tensor, scales: Tensor, blocksize: int) -> Tensor:
@@ -205,10 +193,14 @@ def _fake_quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 _nf4_quantize_op = define_op(
-    "nf4_quantize(Tensor w, int blocksize) -> (Tensor codes, Tensor absmax)", _run_nf4_quantize, fake=_empty_codes
+    "nf4_quantize(Tensor w, int blocksize) -> (Tensor codes, Tensor absmax)",
+    _run_nf4_quantize,
+    fake=_empty_codes,
+    check=check_quantize,
 )
 _quantize_absmax_op = define_op(
     "quantize_absmax(Tensor absmax) -> (Tensor codes, Tensor nested_absmax, Tensor offset)",
     _run_quantize_absmax,
     fake=_fake_quantize_absmax,
+    check=check_quantize_absmax,
 )

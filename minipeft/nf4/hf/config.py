@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from minipeft_kernels.nf4.quantize import check_blocksize
+from minipeft_kernels.nf4.checks import check_blocksize
 
 logger = logging.getLogger("minipeft")
 

@@ -9,10 +9,10 @@ from nf4_golden import golden
 from torch import Tensor
 
 from minipeft.nf4 import NF4Weight
+from minipeft_kernels.nf4.checks import BLOCKSIZES
 from minipeft_kernels.nf4.codebooks import NF4_LEVELS, dynamic_map
 from minipeft_kernels.nf4.dequantize import nf4_dequantize, nf4_dequantize_reference
 from minipeft_kernels.nf4.dequantize_triton import dequantize_into
-from minipeft_kernels.nf4.quantize import BLOCKSIZES
 from minipeft_kernels.packed import NF4
 
 # The interpreter computes in numpy, which warns where a GPU says nothing.

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from largest_tensor import LargestTensor
 from numpy.typing import NDArray
 
+from minipeft_kernels.nf4.checks import BLOCKSIZES
 from minipeft_kernels.nf4.codebooks import NF4_BOUNDARIES, NF4_LEVELS, dynamic_map
-from minipeft_kernels.nf4.quantize import BLOCKSIZES, nf4_quantize, nf4_quantize_reference, quantize_absmax
+from minipeft_kernels.nf4.quantize import nf4_quantize, nf4_quantize_reference, quantize_absmax
 
 module = importlib.import_module("minipeft_kernels.nf4.quantize")
 TINY = np.float32(1e-38)

@@ -83,6 +83,7 @@ IMPORT_TRANSFORMERS = {
         "nf4.hf",
         "nf4.hf.config",
         "nf4.hf.load",
+        "nf4.hf.merging",
         "nf4.hf.model",
         "nf4.hf.modules",
         "nf4.hf.quantizer",

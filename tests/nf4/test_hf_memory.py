@@ -7,9 +7,10 @@ import sys
 import torch
 from processes import run_process
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCAB = 1024, 4096, 12, 1024
+EXPERTS = 16
 MIB = 2**20
 
 # What is measured: anonymous memory (RssAnon), sampled every millisecond by a thread while the model loads, so
@@ -52,7 +53,7 @@ done.set()
 thread.join()
 final = anonymous()
 nbytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-layer = str(model.model.layers[3].mlp.up_proj)
+layer = str(model.model.layers[3].mlp)
 del model
 before = anonymous()
 dense = load(large, None)
@@ -75,14 +76,45 @@ def write_llama(folder, layers, hidden, intermediate, vocab):
     )
     config.save_pretrained(folder)
 
-    def random(*shape):
-        return torch.randn(shape, dtype=torch.bfloat16) * 0.02
-
     shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
     shapes |= {f"mlp.{name}_proj": (intermediate, hidden) for name in ("gate", "up")}
     shapes |= {"mlp.down_proj": (hidden, intermediate)}
+    shapes |= {f"{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
+    return write_shards(folder, layers, shapes, vocab, hidden)
+
+
+def write_mixture(folder, layers, hidden, intermediate, vocab):
+    """A bfloat16 Qwen3-MoE checkpoint with its experts one by one, as on the hub; returns its number of parameters."""
+    folder.mkdir()
+    config = Qwen3MoeConfig(
+        hidden_size=hidden,
+        moe_intermediate_size=intermediate,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=hidden // 8,
+        vocab_size=vocab,
+        dtype="bfloat16",
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+    config.save_pretrained(folder)
+    shapes = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
+    shapes |= {f"self_attn.{name}_norm": (hidden // 8,) for name in "qk"} | {"mlp.gate": (EXPERTS, hidden)}
+    for e in range(EXPERTS):
+        shapes |= {f"mlp.experts.{e}.{name}_proj": (intermediate, hidden) for name in ("gate", "up")}
+        shapes |= {f"mlp.experts.{e}.down_proj": (hidden, intermediate)}
+    shapes |= {f"{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
+    return write_shards(folder, layers, shapes, vocab, hidden)
+
+
+def random(*shape):
+    return torch.randn(shape, dtype=torch.bfloat16) * 0.02
+
+
+def write_shards(folder, layers, shapes, vocab, hidden):
     layer = {f"{name}.weight": random(*shape) for name, shape in shapes.items()}
-    layer |= {f"{name}_layernorm.weight": random(hidden) for name in ("input", "post_attention")}
     shards = [{f"model.layers.{i}.{name}": t for name, t in layer.items()} for i in range(layers)]
     names = ("model.embed_tokens.weight", "lm_head.weight")
     shards.append({**{name: random(vocab, hidden) for name in names}, "model.norm.weight": random(hidden)})
@@ -95,11 +127,10 @@ def write_llama(folder, layers, hidden, intermediate, vocab):
     return sum(t.numel() for shard in shards for t in shard.values())
 
 
-def test_peak_is_the_packed_model_and_one_dense_weight(tmp_path):
+def measure(tmp_path, write, layers, hidden, intermediate):
     torch.manual_seed(0)
-    write_llama(tmp_path / "small", layers=1, hidden=64, intermediate=64, vocab=64)
-    parameters = write_llama(tmp_path / "large", LAYERS, HIDDEN, INTERMEDIATE, VOCAB)
-    assert parameters >= 200e6
+    write(tmp_path / "small", layers=1, hidden=64, intermediate=64, vocab=64)
+    parameters = write(tmp_path / "large", layers, hidden, intermediate, VOCAB)
     done = run_process(
         [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")],
         env={
@@ -112,9 +143,24 @@ def test_peak_is_the_packed_model_and_one_dense_weight(tmp_path):
     )
     measured = json.loads(done.stdout.splitlines()[-1])
     print({k: f"{v / MIB:.1f} MiB" for k, v in measured.items() if k in ("peak", "final", "model", "dense")})
-    assert measured["layer"].startswith("NF4Linear") and measured["samples"] > 100
+    assert measured["samples"] > 100
     assert measured["dense"] > 0.95 * 4 * parameters, "the measure must see a dense model"
-    # 4 bits, not 32; and beside the model itself, one weight in float32 and 8 MiB for everything else
+    # 4 bits, not 32
     assert measured["model"] < 4 * parameters / 7
     assert measured["final"] < measured["model"] + 8 * MIB
+    return parameters, measured
+
+
+def test_peak_is_the_packed_model_and_one_dense_weight(tmp_path):
+    parameters, measured = measure(tmp_path, write_llama, LAYERS, HIDDEN, INTERMEDIATE)
+    assert parameters >= 200e6 and "up_proj): NF4Linear" in measured["layer"]
+    # Beside the model itself, one weight in float32 and 8 MiB for everything else.
     assert measured["peak"] < measured["final"] + 4 * HIDDEN * INTERMEDIATE + 8 * MIB
+
+
+def test_peak_of_a_mixture_is_the_packed_model_and_the_dense_experts_of_one_layer(tmp_path):
+    hidden, intermediate, layers = 512, 1024, 8
+    parameters, measured = measure(tmp_path, write_mixture, layers, hidden, intermediate)
+    assert parameters >= 200e6 and "experts): NF4Qwen3MoeExperts" in measured["layer"]
+    # gate_up_proj of all experts of a layer, in float32, is the most that is dense at a time.
+    assert measured["peak"] < measured["final"] + 4 * EXPERTS * 2 * hidden * intermediate + 8 * MIB

@@ -31,6 +31,7 @@ from minipeft.nf4.hf.load import (
     NF4ExpertsDeserialize,
     NF4Quantize,
 )
+from minipeft.nf4.hf.merging import without_copies
 from minipeft.nf4.hf.model import mark, unmark
 from minipeft.nf4.hf.modules import (
     modules_to_skip,
@@ -99,11 +100,11 @@ class NF4HfQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """The conversions of names and tensors: those of packed experts before the model's own, which are for dense."""
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+        if not self.pre_quantized:
+            return [without_copies(conversion) for conversion in conversions]
         return self._experts_conversions() + conversions
 
     def _experts_conversions(self) -> list[WeightConverter]:
-        if not self.pre_quantized:
-            return []
         leaves = sorted({".".join(name.split(".")[-2:]) for name in self.record.experts})
         operations = {leaf: NF4ExpertsDeserialize(self.record, leaf) for leaf in leaves}
         return [WeightConverter(operation.patterns, leaf, [operation]) for leaf, operation in operations.items()]

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -167,6 +169,8 @@ class Pager:
         self._closed = False
         self._wake = threading.Condition()
         self._threads: list[threading.Thread] = []
+        self._lost_by_fork = False
+        _PAGERS.add(self)
 
     def grow(self, pages: int) -> None:
         """Have so many pages in all; new ones are zeros."""
@@ -248,6 +252,15 @@ class Pager:
         for tier in self.tiers:
             tier.close()
 
+    def leave_parent(self) -> None:
+        """Called in a process that was just forked. Pages in host memory are its own; others stay the parent's.
+
+        The movers are not here, and one of them may have held the lock; a spill file is shared with the parent, and a
+        page may have been on its way.
+        """
+        self._wake, self._threads = threading.Condition(), []
+        self._lost_by_fork = len(self.tiers) > 1
+
     # The thread that computes.
 
     def _enter(self, page: int) -> Place:
@@ -283,6 +296,11 @@ class Pager:
             self._wake.notify_all()
 
     def _check(self) -> None:
+        if self._lost_by_fork:
+            raise PagingError(
+                "this process was forked, and optimizer state that moves between memories (device_budget, spill_dir, "
+                "CUDA) stays its parent's: make the optimizer after forking, or load a checkpoint into a new one"
+            )
         if self._error is not None:
             raise PagingError(
                 f"optimizer state is incomplete since a page could not be moved ({self._error}); "
@@ -427,3 +445,15 @@ class Pager:
             yield
         finally:
             self._wake.acquire()
+
+
+_PAGERS: weakref.WeakSet[Pager] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for pager in list(_PAGERS):
+        pager.leave_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -113,7 +113,9 @@ class MemoryTier(Tier):
             return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
         # Straight from the operating system: aligned to its pages for direct files, zero until it is first touched,
         # which is when it begins to count, and given back whole.
-        memory = mmap.mmap(-1, size + HUGE_PAGE)
+        # Private: a process that is forked has a copy of its own, as of any tensor; what Python maps is shared with it.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        memory = mmap.mmap(-1, size + HUGE_PAGE, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
@@ -189,7 +191,8 @@ class CudaDevice(MemoryTier):
             self.view(slot).copy_(buffer, non_blocking=True)
 
     def close(self) -> None:
-        torch.cuda.synchronize(self._device)
+        if not torch.cuda._is_in_bad_fork():
+            torch.cuda.synchronize(self._device)
         super().close()
 
     @contextlib.contextmanager

@@ -322,10 +322,13 @@ def _add_kernels(commands: argparse._SubParsersAction) -> None:
         "--profile",
         metavar="OPERATION",
         help="run one operation's compiled kernels on the CPU instead, and count what they do: nf4_matmul, "
-        "nf4_matmul_input_grad, lora_matmul, lora_matmul_input_grad, nf4_dequantize, nf4_quantize, adamw or adamw_8bit",
+        "nf4_matmul_input_grad, lora_matmul, lora_matmul_input_grad, experts, experts_input_grad, nf4_dequantize, "
+        "nf4_quantize, adamw or adamw_8bit",
     )
     parser.add_argument(
-        "--shape", metavar="N,..", help="of the profiled operation: M,N,K of a product, N,K of a weight"
+        "--shape",
+        metavar="N,..",
+        help="of the profiled operation: M,N,K of a product, ROWS,EXPERTS,N,K of experts', N,K of a weight",
     )
     parser.add_argument("--plot", metavar="FILE", help="also write the profile as a picture (PNG)")
 

@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from stacks import stack_of
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -17,6 +18,7 @@ from minipeft.kernels import adamw_, adamw_8bit_, lora_matmul, nf4_dequantize, n
 from minipeft.nf4 import NF4Weight
 from minipeft_kernels import dispatch
 from minipeft_kernels.adamw.eight_bit import initial_state
+from minipeft_kernels.experts.op import experts_linear
 from minipeft_kernels.lab.sass import read_cubin
 
 SHARED_MEMORY = 232448  # bytes a program may have on an H100
@@ -72,6 +74,16 @@ def train_step(rows: int, dtype: torch.dtype, double: bool, features: tuple[int,
     nf4_dequantize(w.packed(), dtype)
 
 
+def experts_step(dtype: torch.dtype) -> None:
+    """Forward and backward of a few rows that go to two of three experts."""
+    with patch.dict("os.environ", MINIPEFT_BACKEND="reference"):
+        stack = stack_of(torch.randn(3, 48, 128))
+    x = torch.randn(5, 128, dtype=dtype, requires_grad=True)
+    lora_A, lora_B = torch.randn(3, 8, 128, requires_grad=True), torch.randn(3, 48, 8, requires_grad=True)
+    offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+    experts_linear(x, offsets, stack, (lora_A, lora_B, 0.5)).sum().backward()
+
+
 def quantize(dtype: torch.dtype) -> None:
     from minipeft_kernels.nf4.quantize_triton import quantize_absmax_into, quantize_into
 
@@ -99,6 +111,8 @@ def main() -> None:
             quantize(dtype)
             optimize(dtype)
             train_step(1, dtype, double=dtype == torch.bfloat16, features=(48, 128))
+            launches.append({"kernel": "experts"})
+            experts_step(dtype)
         launches.append({"kernel": "many rows"})
         train_step(300, torch.bfloat16, True, (48, 128))
         launches.append({"kernel": "ragged"})

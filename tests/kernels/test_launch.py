@@ -40,6 +40,12 @@ def test_many_rows_and_ragged_weights_are_decoded_first(launches: list[dict[str,
     assert rest == ["many rows", *["_nf4_dequantize_kernel"] * 5, "ragged", *["_nf4_dequantize_kernel"] * 5]
 
 
+def test_experts_are_one_launch_forward_and_one_backward(launches: list[dict[str, Any]]) -> None:
+    names = [launch["kernel"] for launch in launches]
+    for at in (i for i, name in enumerate(names) if name == "experts"):
+        assert names[at + 1 : at + 3] == ["_nf4_matmul_direct_kernel", "_nf4_matmul_staged_kernel"]
+
+
 def codes_of(launches: list[dict[str, Any]], kernel: str) -> list[set[str]]:
     """The kinds of instructions of each launch of a kernel."""
     return [set(launch["code"].split()) for launch in launches if launch["kernel"] == kernel]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stacks import stack_of
 from tiny import randomize, some_ids, tiny_llama
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -16,8 +17,10 @@ from minipeft.kernels import adamw_, adamw_8bit_, lora_matmul, nf4_quantize
 from minipeft.nf4 import NF4Config, NF4Weight, quantize_model
 from minipeft_kernels.adamw.eight_bit import initial_state
 from minipeft_kernels.dispatch import interpreting
+from minipeft_kernels.experts.op import experts_linear, experts_reference
 from minipeft_kernels.linear.op import linear_reference
 from minipeft_kernels.nf4.checks import BLOCKSIZES
+from minipeft_kernels.nf4.dequantize import nf4_dequantize_reference
 from minipeft_kernels.nf4.quantize import nf4_quantize_reference, quantize_absmax_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a GPU, uninterpreted")
@@ -81,6 +84,31 @@ def test_products_equal_float64(rows: int, n: int, k: int, double: bool, dtype: 
     gradients = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(y64, exact, dy.double())
     for ours, right in zip((y, *gradients[0]), (y64, *gradients[1]), strict=True):
         tolerance = TOLERANCES[dtype]
+        size = max(1.0, float(right.detach().abs().max()))
+        torch.testing.assert_close(ours.double(), right, rtol=tolerance["rtol"], atol=tolerance["atol"] * size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adapters", DTYPES[:2])
+@pytest.mark.parametrize("kind", ["nf4", "dense", "none"])
+@pytest.mark.parametrize("counts", [[1, 0, 0, 1], [9, 0, 40, 3], [300, 1, 500, 0]])
+def test_experts_equal_float64(counts: list[int], kind: str, adapters: torch.dtype, dtype: torch.dtype) -> None:
+    stack = stack_of(torch.randn(4, 96, 256, device=DEVICE) / 16)
+    w = torch.stack([nf4_dequantize_reference(stack.expert(e), torch.float64) for e in range(4)]).view(4, 96, 256)
+    weight: Any = {"dense": w.to(dtype), "none": None}.get(kind, stack)
+    exact_w: Any = {"dense": w.to(dtype).double(), "none": 0 * w}.get(kind, w)
+    x = torch.randn(sum(counts) + 5, 256).to(DEVICE, dtype).requires_grad_()
+    lora_A = (torch.randn(4, 8, 256) / 16).to(DEVICE, adapters).requires_grad_()
+    lora_B = torch.randn(96, 8 * 4).to(DEVICE, adapters).unflatten(1, (8, 4)).permute(2, 0, 1).requires_grad_()
+    offsets = torch.tensor(counts, device=DEVICE).cumsum(0).int()
+    inputs = [x, lora_A, lora_B]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    y = experts_linear(x, offsets, weight, (lora_A, lora_B, 0.5))
+    y64 = experts_reference(exact[0], offsets, exact_w, (*exact[1:], 0.5))
+    dy = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(y64, exact, dy.double())
+    for ours, right in zip((y, *gradients[0]), (y64, *gradients[1]), strict=True):
+        tolerance = TOLERANCES[min(dtype, adapters, key=lambda d: torch.finfo(d).bits)]
         size = max(1.0, float(right.detach().abs().max()))
         torch.testing.assert_close(ours.double(), right, rtol=tolerance["rtol"], atol=tolerance["atol"] * size)
 

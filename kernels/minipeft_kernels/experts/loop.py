@@ -45,8 +45,8 @@ def forward(
         low = x.new_zeros(x.shape[0], lora_A.shape[1], dtype=adapter_dtype)
     width = _rows_of(weight, lora_B)
     y = x.new_zeros(x.shape[0], width, dtype=adapter_dtype if weight is None else x.dtype)
-    chosen = list(_groups_within(offsets, x))
-    lora_B = _expert_by_expert(lora_B, len(chosen))
+    chosen = list(groups_within(offsets, x))
+    lora_B = None if lora_B is None else expert_by_expert(lora_B, len(chosen))
     for e, start, stop in chosen:
         rows, matrix = x[start:stop], _matrix_of(weight, e)
         update = None
@@ -80,8 +80,8 @@ def backward(
     dA = torch.zeros_like(lora_A) if needs_A and lora_A is not None else nothing
     # In the strides of B, which is a view of the parameter: so the parameter's gradient is this tensor, not a copy.
     dB = torch.zeros_like(lora_B) if needs_B and lora_B is not None else nothing
-    chosen = list(_groups_within(offsets, dy))
-    lora_B = _expert_by_expert(lora_B, len(chosen))
+    chosen = list(groups_within(offsets, dy))
+    lora_B = None if lora_B is None else expert_by_expert(lora_B, len(chosen))
     each_dB = torch.zeros_like(lora_B) if needs_B and lora_B is not None and _is_scattered(dB, len(chosen)) else dB
     for e, start, stop in chosen:
         rows, update = dy[start:stop], None
@@ -125,7 +125,7 @@ def run_backward_twice(
     dx = dy.new_zeros(dy.shape[0], _columns_of(weight, lora_A)) if needs_x else None
     As: list[Tensor] = [] if lora_A is None else [torch.zeros_like(a) for a in lora_A]
     Bs: list[Tensor] = [] if lora_B is None else [torch.zeros_like(b) for b in lora_B]
-    for e, start, stop in _groups_within(offsets, dy):
+    for e, start, stop in groups_within(offsets, dy):
         own = (lora_A[e], lora_B[e], low[start:stop]) if lora_A is not None else (None, None, None)  # type: ignore[index]
         rows = None if x is None else x[start:stop]
         numbers = (scaling, compute_dtype, adapter_dtype, needed)
@@ -139,7 +139,8 @@ def run_backward_twice(
     return dx, torch.stack(As) if needs_A else None, torch.stack(Bs) if needs_B else None
 
 
-def _groups_within(offsets: Tensor, rows: Tensor) -> Iterator[tuple[int, int, int]]:
+def groups_within(offsets: Tensor, rows: Tensor) -> Iterator[tuple[int, int, int]]:
+    """As `groups`. Raises ValueError for an expert that ends beyond the rows, too."""
     for e, start, stop in groups(offsets):
         if stop > rows.shape[0]:
             raise ValueError(f"offsets: expert {e} ends at row {stop}, and there are {rows.shape[0]}")
@@ -161,9 +162,9 @@ def _flat(lora_B: Tensor) -> Tensor:
     return lora_B.permute(1, 2, 0).view(-1, lora_B.shape[0])
 
 
-def _expert_by_expert(lora_B: Tensor | None, chosen: int) -> Tensor | None:
+def expert_by_expert(lora_B: Tensor, chosen: int) -> Tensor:
     """B (experts, N, r) so that each expert's numbers lie together, where that pays: see `_is_scattered`."""
-    if lora_B is None or not _is_scattered(lora_B, chosen):
+    if not _is_scattered(lora_B, chosen):
         return lora_B
     return _flat(lora_B).T.contiguous().view(lora_B.shape)
 

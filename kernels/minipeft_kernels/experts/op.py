@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import arithmetic_dtype, as_autocast
+from ..dispatch import use_triton
 from ..linear.low_rank import Lora, update_dtype
 from ..linear.op import Numbers
 from ..nf4.checks import WEIGHT_DTYPES
@@ -186,7 +187,16 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     """y (S, N), and low (S, r), which is empty without an update."""
     with without_autocast():
-        return loop.forward(x, offsets, lora_A, lora_B, scaling, compute_dtype, adapter_dtype, weight)
+        return _form_for(x).forward(x, offsets, lora_A, lora_B, scaling, compute_dtype, adapter_dtype, weight)
+
+
+def _form_for(rows: Tensor) -> Any:
+    """The module that computes it on the device of `rows`: `gpu` or `loop`."""
+    if use_triton(rows):
+        from . import gpu
+
+        return gpu
+    return loop
 
 
 def _run_op(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -199,7 +209,7 @@ def _run_backward_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """dx (S, K) in dy's dtype, dA and dB; one that is not needed is empty."""
     dy, offsets, x, lora_A, lora_B, low, scaling, compute_dtype, dtype, needed, *weight = arguments
     with without_autocast():
-        return loop.backward(
+        return _form_for(dy).backward(
             dy, offsets, x, lora_A, lora_B, low, scaling, compute_dtype, dtype, needed, unflatten_stack(weight)
         )
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..nf4.checks import check_for_kernel, needed_of
 from ..packed import NF4
 
 
@@ -75,3 +77,27 @@ def unflatten_stack(arguments: Sequence[Any]) -> Stack | None:
     weight: Any
     weight, *rest = arguments or (None,)
     return NF4Stack(weight, *rest) if rest and rest[0] is not None else weight
+
+
+def check_stack_for_kernel(stack: NF4Stack, offsets: Tensor | None, up: Tensor | None, device: torch.device) -> None:
+    """Raise ValueError unless the kernels can read a stack, offsets and an update's factors by the stack's sizes.
+
+    Args:
+        offsets: int32 (experts,). up: (experts, any, any), or None. Both, and the stack, on `device`.
+    """
+    experts = stack.experts
+    if not experts:
+        raise ValueError("a stack for the Triton kernels must have an expert at least")
+    check_for_kernel(stack.expert(0), device)
+    for name in ("codes", "absmax", "nested_absmax", "offset"):
+        tensor = getattr(stack, name)
+        count = 1 if name == "offset" else needed_of(stack.expert(0))[0][NF4._fields.index(name)]
+        if tensor is not None and tensor.numel() != experts * count:
+            raise ValueError(f"{name} of {experts} experts must be {experts} x {count}, got {tuple(tensor.shape)}")
+    if offsets is None or offsets.shape != (experts,) or offsets.dtype != torch.int32 or offsets.device != device:
+        got = "None" if offsets is None else f"{tuple(offsets.shape)} of {offsets.dtype} on {offsets.device}"
+        raise ValueError(f"offsets must be int32 ({experts},) on {device}, got {got}")
+    if up is not None and (up.dim() != 3 or up.shape[0] != experts):
+        raise ValueError(
+            f"the update's factors must be one matrix for each of {experts} experts, got {tuple(up.shape)}"
+        )

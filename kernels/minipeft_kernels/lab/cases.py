@@ -93,6 +93,25 @@ def _matmul(shape: tuple[int, ...], dtype: torch.dtype, grad: bool, rank: int = 
     )
 
 
+def _experts(shape: tuple[int, ...], dtype: torch.dtype, grad: bool) -> Case:
+    from ..experts.stack import NF4Stack
+    from ..linear.gpu import launch
+
+    rows, experts, n, k = shape
+    chosen, (depth, width) = min(rows, experts), (n, k) if grad else (k, n)
+    one = _packed(n, k)
+    each = zip(NF4._fields, one.tensors(), strict=False)
+    own = {name: t if t is None or "map" in name else torch.stack([t.squeeze()] * experts) for name, t in each}
+    stack = NF4Stack(**own, rows=n, columns=k, blocksize=BLOCKSIZE)  # type: ignore[arg-type]
+    # As evenly as it goes; of few rows the first experts have one each.
+    counts = torch.tensor([rows // experts + (e < rows % experts) for e in range(experts)])
+    offsets = counts.cumsum(0).int()
+    x = torch.randn(rows, depth).to(dtype)
+    least = chosen * _bytes(*one.tensors()) + _bytes(x, offsets) + rows * width * x.element_size()
+    run = lambda: launch(x, stack, None, None, grad, offsets)  # noqa: E731
+    return Case(run, chosen * n * k, 2 * rows * n * k, least)
+
+
 def _dequantize(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
     from ..nf4.dequantize_triton import dequantize_into
 
@@ -135,6 +154,8 @@ OPERATIONS: dict[str, tuple[str, Callable[[tuple[int, ...], torch.dtype], Case]]
     "nf4_matmul_input_grad": ("M,N,K", lambda s, d: _matmul(s, d, grad=True)),
     "lora_matmul": (f"M,N,K,R={RANK}", lambda s, d: _matmul(s, d, grad=False, rank=(*s, RANK)[3])),
     "lora_matmul_input_grad": (f"M,N,K,R={RANK}", lambda s, d: _matmul(s, d, grad=True, rank=(*s, RANK)[3])),
+    "experts": ("ROWS,EXPERTS,N,K", lambda s, d: _experts(s, d, grad=False)),
+    "experts_input_grad": ("ROWS,EXPERTS,N,K", lambda s, d: _experts(s, d, grad=True)),
     "nf4_dequantize": ("N,K", _dequantize),
     "nf4_quantize": ("N,K", _quantize),
     "adamw": ("PARAMETERS", lambda s, d: _adamw(s, d, eight_bits=False)),

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import triton.language as tl
+from triton import next_power_of_2
 
 from ..adamw.triton import CHUNK as ADAMW_CHUNK
 from ..adamw.triton import CHUNK_8BIT, STATE_BLOCKSIZE, _adamw_8bit_kernel, _adamw_kernel
 from ..adamw.triton import NUM_WARPS as ADAMW_WARPS
 from ..emulator.lanes import WARP
+from ..linear.decode import UNSPECIALIZED
 from ..linear.direct import _nf4_matmul_direct_kernel
 from ..linear.gpu import NESTED_BLOCKSIZE, RANK_TILE, constants_of
 from ..linear.staged import _nf4_matmul_staged_kernel
@@ -64,29 +66,44 @@ def shipped(capability: int, dtype: str = "bf16") -> list[Kernel]:
 
 
 def matmul_kernels(
-    capability: int, dtype: str = "bf16", double: bool = True, rank: int = 0, blocksize: int = BLOCKSIZE
+    capability: int,
+    dtype: str = "bf16",
+    double: bool = True,
+    rank: int = 0,
+    blocksize: int = BLOCKSIZE,
+    experts: int = 0,
 ) -> list[Kernel]:
-    """The products with a packed weight, forward and backward, in each tile that is shipped for a capability."""
+    """The products with a packed weight, or with those of `experts` experts, forward and backward.
+
+    In each tile that is shipped for a capability.
+    """
     kernels = []
     for grad in (False, True):
         tiles = {tile_for(m, grad, capability, dtype == "fp32", blocksize): None for m in (1, 16, 32, 64, 128)}
-        kernels += [matmul_kernel(tile, grad, dtype, double, rank, blocksize) for tile in tiles]
+        kernels += [matmul_kernel(tile, grad, dtype, double, rank, blocksize, experts) for tile in tiles]
     return kernels
 
 
 def matmul_kernel(
-    tile: Tile, grad: bool, dtype: str = "bf16", double: bool = True, rank: int = 0, blocksize: int = BLOCKSIZE
+    tile: Tile,
+    grad: bool,
+    dtype: str = "bf16",
+    double: bool = True,
+    rank: int = 0,
+    blocksize: int = BLOCKSIZE,
+    experts: int = 0,
 ) -> Kernel:
     """One product in one tile, for a weight whose shape the tile divides, four programs to a tile."""
     constants: dict[str, Any] = dict(constants_of(tile, TYPICAL_N, TYPICAL_K // CHUNK, blocksize, 4, grad))
     constants |= {"RT": RANK_TILE if rank else 0, "DOUBLE": double, "HAS_BIAS": False}
-    constants |= {"PRMT": dtype != "fp32", "UPCAST": False}
+    constants |= {"PRMT": dtype != "fp32", "UPCAST": False, "EXPERTS": next_power_of_2(experts + 1) if experts else 0}
     floats = ("levels", "nested_absmax", "nested_map", "offset", "low", "up", "workspace")
     types = dict.fromkeys(("x", "bias", "y"), f"*{dtype}") | dict.fromkeys(floats, "*fp32")
     types |= {"codes": "*u8", "absmax": "*u8" if double else "*fp32", "counters": "*i32"}
-    types |= dict.fromkeys(("M", "N", "row_chunks", "x_stride", "rank"), "i32")
+    types |= {"offsets": "*i32"} | dict.fromkeys(("N", "row_chunks", "x_stride", *UNSPECIALIZED), "i32")
     name = f"{'dy W' if grad else 'x W^T'} {dtype} {tile.rows}x{tile.bn}x{CHUNK * tile.nb} {tile.kernel}"
     name += (f" r={rank}" if rank else "") + ("" if double else " single")
+    name += f" {experts} experts" if experts else ""
     name += "" if blocksize == BLOCKSIZE else f" blocks of {blocksize}"
     return Kernel(
         name,

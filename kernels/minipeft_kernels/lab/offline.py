@@ -20,6 +20,7 @@ from .. import native
 from ..dispatch import interpreting
 from ..emulator.lanes import WARP
 from ..emulator.targets import capability_of
+from ..linear.decode import UNSPECIALIZED
 from ..linear.gpu import grid_of
 from ..linear.tiles import CHUNK, split_for, tile_for
 from .catalogue import Kernel, shipped
@@ -73,7 +74,7 @@ def compile_kernel(kernel: Kernel, target: str) -> Any:
     signature, aligned = {}, {}
     for i, argument in enumerate(kernel.function.arg_names):
         signature[argument] = "constexpr" if argument in kernel.constants else kernel.types[argument]
-        if argument not in kernel.constants and argument not in ("M", "rank"):
+        if argument not in kernel.constants and argument not in UNSPECIALIZED:
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel.function, signature, kernel.constants, attrs=aligned)
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages, **kernel.options}
@@ -119,7 +120,7 @@ def floors(reports: Iterable[Report], target: str) -> list[Floor]:
         _, n, k = shape
         tile = tile_for(m, grad, capability, wide=False)
         report = products[grad, tile.rows]
-        tiles, steps = grid_of(tile, m, n, k // CHUNK, grad)
+        tiles, steps = grid_of(tile, -(-m // tile.rows), n, k // CHUNK, grad)
         split = split_for(tiles, steps, m, n if grad else k, tile.warps, gpu.multiprocessors)
         counts = (report.per_element, report.integer_per_element)
         found.append(floor(gpu, shape, m, *counts, tiles=-(-m // tile.rows), split=split, grad=grad))

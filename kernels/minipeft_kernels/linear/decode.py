@@ -15,6 +15,8 @@ import triton.language as tl
 
 from ..rounding_triton import _round_to
 
+# Arguments of the products that must not choose the compiled kernel.
+UNSPECIALIZED = ("M", "rank", "experts", "up_expert", "up_row", "up_rank")
 # A selector nibble of prmt is three bits of a byte's index and a mode bit that must be zero.
 INDEX_MASK = 0x77777777
 # The bit that is left over chooses between the two half-tables: byte j of the first, or byte 4 + j, the second's.
@@ -196,6 +198,32 @@ def _block_scales(stored, nested, nested_map, offset, DOUBLE: tl.constexpr):
         return tl.load(nested_map + stored.to(tl.int32)) * nested + offset
     else:
         return stored
+
+
+@triton.jit
+def _rows_of_tile(offsets, tile, rows, experts, BM: tl.constexpr, EXPERTS: tl.constexpr):
+    """The expert of a tile of BM rows or fewer, the tile's first row, and where the expert's rows end.
+
+    Each expert's rows are cut into tiles, and after the last expert's those of nobody, whose number is `experts`:
+
+        rows of x  [ 0 0 0 | 0 0 | 2 | 3 3 3 | nobody's ]        BM = 3: expert 1, without rows, has no tile
+        tile         0       1     2   3       4                 later tiles: a number above `experts`
+
+    Found by adding up how many tiles come before, in every program again: a few hundred clocks, no launch before this
+    one, and nothing that the CPU must know. EXPERTS: a power of two above `experts`.
+    """
+    e = tl.arange(0, EXPERTS)
+    stop = tl.load(offsets + e, mask=e < experts, other=rows)
+    start = tl.load(offsets + e - 1, mask=(e > 0) & (e <= experts), other=0)
+    start = tl.where(e > experts, rows, start)
+    # Nobody has looked at the offsets: whatever they are, no row outside x is reached.
+    start = tl.minimum(tl.maximum(start, 0), rows)
+    stop = tl.minimum(tl.maximum(stop, start), rows)
+    ends = tl.cumsum((stop - start + BM - 1) // BM, 0)
+    expert = tl.sum((ends <= tile).to(tl.int32), 0)
+    before = tl.max(tl.where(ends <= tile, ends, 0), 0)
+    first = tl.sum(tl.where(e == expert, start, 0), 0) + (tile - before) * BM
+    return expert, first, tl.sum(tl.where(e == expert, stop, 0), 0)
 
 
 @triton.jit

@@ -11,12 +11,14 @@ import triton.language as tl
 
 from ..rounding_triton import _round_to
 from .decode import (
+    UNSPECIALIZED,
     _add_low_rank,
     _block_scales,
     _byte_planes,
     _dot,
     _pairs_from_bytes,
     _portable_levels,
+    _rows_of_tile,
     _store_or_reduce,
     _unpack_pairs,
 )
@@ -71,7 +73,7 @@ def _stored_scales(
 
 
 # The number of rows changes from call to call: it must not choose the compiled kernel.
-@triton.jit(do_not_specialize=["M", "rank"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _nf4_matmul_direct_kernel(
     x,
     codes,
@@ -86,11 +88,16 @@ def _nf4_matmul_direct_kernel(
     y,
     workspace,
     counters,
+    offsets,
     M,
     N,
     row_chunks,
     x_stride,
     rank,
+    experts,
+    up_expert,
+    up_row,
+    up_rank,
     BM: tl.constexpr,
     BN: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -103,6 +110,7 @@ def _nf4_matmul_direct_kernel(
     EVEN: tl.constexpr,
     PRMT: tl.constexpr,
     UPCAST: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """y = x W^T + bias + low up^T for few rows: packed bytes go to the tensor core's registers and are decoded there.
 
@@ -117,13 +125,31 @@ def _nf4_matmul_direct_kernel(
     its CHUNK weights: BM / CHUNK operations a weight, and the weight is the level itself rounded to 16 bits.
     Bytes: N K / 2 + N K / blocksize once, x once per column of tiles, y. Operations: 2 M N K.
     SPLIT programs share a tile's K. EVEN: row_chunks divides by NB.
+    EXPERTS above 0: x has the rows of many experts, sorted, and W, up and the scales one matrix an expert; a tile of
+    rows is one expert's (`_rows_of_tile`), and the rows of nobody become zeros.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     tiles_n = tl.cdiv(N, BN)
     tile = tl.program_id(0)
     part = tl.program_id(1)
     n = (tile % tiles_n) * BN + tl.arange(0, BN)
-    m = (tile // tiles_n) * BM + tl.arange(0, BM)
+    first_row = (tile // tiles_n) * BM
+    depth = row_chunks
+    if EXPERTS > 0:
+        expert, first_row, M = _rows_of_tile(offsets, tile // tiles_n, M, experts, BM, EXPERTS)
+        if expert > experts:
+            return
+        depth = tl.where(expert == experts, 0, depth)
+        rank = tl.where(expert == experts, 0, rank)
+        expert = tl.minimum(expert, experts - 1).to(tl.int64)
+        blocks = N * (row_chunks >> SHIFT)
+        codes += expert * N * row_chunks * (CHUNK // 2)
+        absmax += expert * blocks
+        up += expert * up_expert
+        if DOUBLE:
+            nested_absmax += expert * ((blocks + 255) >> 8)
+            offset += expert
+    m = first_row + tl.arange(0, BM)
     in_n = n < N
     in_m = m < M
 
@@ -132,11 +158,11 @@ def _nf4_matmul_direct_kernel(
         acc += tl.load(bias + n, mask=n < tl.where(part == 0, N, 0), other=0.0).to(tl.float32)[:, None]
     if RT > 0:
         ranks = tl.where(part == 0, rank, 0)
-        acc = _add_low_rank(acc, up, n.to(tl.int64) * rank, 1, low, m, in_n, in_m, ranks, dtype, RT, UPCAST)
+        acc = _add_low_rank(acc, up, n.to(tl.int64) * up_row, up_rank, low, m, in_n, in_m, ranks, dtype, RT, UPCAST)
 
     share = tl.cdiv(tl.cdiv(row_chunks, NB), SPLIT) * NB
     first = part * share
-    last = tl.minimum(first + share, row_chunks)
+    last = tl.minimum(first + share, depth)
     q_at = codes + n[:, None].to(tl.int64) * (row_chunks * (CHUNK // 2)) + first * (CHUNK // 2)
     q_at += tl.arange(0, CHUNK // 2)[None, :]
     x_at = x + m[None, :].to(tl.int64) * x_stride + first * CHUNK + tl.arange(0, CHUNK)[:, None]

@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from ..dispatch import capability, emulating, interpreting, multiprocessors, on_device
+from ..experts.stack import NF4Stack, check_stack_for_kernel
 from ..nf4.checks import check_for_kernel
 from ..nf4.dequantize_triton import dequantize_into
 from ..packed import NF4
@@ -26,7 +27,7 @@ from .checks import check_addends
 from .direct import _nf4_matmul_direct_kernel
 from .low_rank import LowRank
 from .staged import _nf4_matmul_staged_kernel
-from .tiles import CHUNK, PORTABLE_ROWS, Tile, fused_max_rows, portable, split_for, tile_for
+from .tiles import CHUNK, PORTABLE_ROWS, Tile, fused_max_rows, portable, rows_each, split_for, tile_for
 
 NESTED_BLOCKSIZE = 256
 # Ranks of the update multiplied at a time: what the tensor core takes at once. With more, registers spill.
@@ -104,7 +105,7 @@ def launch_forward(x: Tensor, weight: NF4, bias: Tensor | None = None, update: L
     Raises:
         ValueError: the kernel does not take such a product (see `fused_obstacle`).
     """
-    return _launch(x, weight, bias, update, grad=False)
+    return launch(x, weight, bias, update, grad=False)
 
 
 def launch_input_gradient(dy: Tensor, weight: NF4, update: LowRank | None = None) -> Tensor:
@@ -119,22 +120,31 @@ def launch_input_gradient(dy: Tensor, weight: NF4, update: LowRank | None = None
     Raises:
         ValueError: as `launch_forward`.
     """
-    return _launch(dy, weight, None, update, grad=True)
+    return launch(dy, weight, None, update, grad=True)
 
 
-def _launch(x: Tensor, weight: NF4, bias: Tensor | None, update: LowRank | None, grad: bool) -> Tensor:
+def launch(
+    x: Tensor,
+    weight: NF4 | NF4Stack,
+    bias: Tensor | None,
+    update: LowRank | None,
+    grad: bool,
+    offsets: Tensor | None = None,
+) -> Tensor:
     """Choose the tile for the rows and the GPU, divide the work among programs, and launch the fused kernel.
 
     Args:
         x: (M, in_features), or for the input gradient (`grad`) dy (M, out_features).
         weight: the kernels read its bytes in words of four: codes that start elsewhere are copied.
         bias, update: as in `launch_forward` and `launch_input_gradient`.
+        offsets: of a stack, int32 (experts,) on x's device, where each expert's rows end; up is one matrix an expert.
 
     Returns:
         (M, out_features), or for the input gradient (M, in_features), in x's dtype.
 
     The grid is (tiles of the output, programs that share a tile). Programs of one tile add up their partial sums in a
-    workspace, and the last of them, found by a counter, writes the tile: so few large tiles still fill the GPU.
+    workspace, and the last of them, found by a counter, writes the tile: so few large tiles still fill the GPU. How
+    many tiles the rows of experts take only the GPU knows: the grid has as many as there can be.
     """
     obstacle = fused_obstacle(x.dtype, weight.columns, weight.blocksize)
     if obstacle:
@@ -144,8 +154,13 @@ def _launch(x: Tensor, weight: NF4, bias: Tensor | None, update: LowRank | None,
     low, up = update or (None, None)
     if x.shape != (m, depth):
         raise ValueError(f"x must be ({m}, {depth}), as the NF4 weight has it, got {tuple(x.shape)}")
-    check_for_kernel(weight, x.device)
-    check_addends(m, width, x.device, bias, low, up.T if up is not None and grad else up)
+    each_up = up
+    if isinstance(weight, NF4Stack):
+        check_stack_for_kernel(weight, offsets, up, x.device)
+        each_up = None if up is None else up[0]
+    else:
+        check_for_kernel(weight, x.device)
+    check_addends(m, width, x.device, bias, low, each_up.T if each_up is not None and grad else each_up)
     y = torch.empty(m, width, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -153,20 +168,27 @@ def _launch(x: Tensor, weight: NF4, bias: Tensor | None, update: LowRank | None,
         x = x.contiguous()
 
     chunks = k // CHUNK
+    experts = 0 if offsets is None else offsets.shape[0]
+    each = rows_each(m, experts) if experts else m
     foreign = x.device.type not in ("cuda", "cpu") or torch.version.hip is not None
-    rows = max(m, PORTABLE_ROWS) if foreign else m
+    rows = max(each, PORTABLE_ROWS) if foreign else each
     tile = tile_for(rows, grad, capability(x.device), x.dtype == torch.float32, weight.blocksize)
     tile = portable(tile) if foreign else tile
-    tiles, steps = grid_of(tile, m, n, chunks, grad)
-    split = split_for(tiles, steps, m, depth, tile.warps, multiprocessors(x.device))
+    # Each expert with rows, and nobody, may end in a tile that is not full.
+    parts = min(experts + 1, m) if experts else 1
+    row_tiles = parts + (m - parts) // tile.rows
+    tiles, steps = grid_of(tile, row_tiles, n, chunks, grad)
+    split = split_for(tiles, steps, each, depth, tile.warps, multiprocessors(x.device))
     size = tile.rows * (CHUNK if grad else tile.bn)
     # A bias, update or nested scale that is missing is not read; the kernel must be given some pointer all the same.
     low, up = update or (x, x)
+    up = up.contiguous() if grad else up
     arguments: tuple[Any, ...] = (
         *(x, *_pointers(weight)),
-        *(x if bias is None else bias.contiguous(), low.contiguous(), up.contiguous(), y),
+        *(x if bias is None else bias.contiguous(), low.contiguous(), up, y),
         *_workspace(x.device, tiles, split, size),
-        *(m, n, chunks, x.stride(0), low.shape[1]),
+        *(x if offsets is None else offsets.contiguous(), m, n, chunks, x.stride(0), low.shape[1]),
+        *(experts, up.stride(0) if experts else 0, up.stride(-2), up.stride(-1)),
     )
     constants = constants_of(tile, n, chunks, weight.blocksize, split, grad)
     constants.update(
@@ -175,6 +197,7 @@ def _launch(x: Tensor, weight: NF4, bias: Tensor | None, update: LowRank | None,
         HAS_BIAS=bias is not None,
         PRMT=can_permute(x),
         UPCAST=interpreting(),
+        EXPERTS=triton.next_power_of_2(experts + 1) if experts else 0,
     )
     kernel = _nf4_matmul_direct_kernel if tile.kernel == "direct" else _nf4_matmul_staged_kernel
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
@@ -183,7 +206,7 @@ def _launch(x: Tensor, weight: NF4, bias: Tensor | None, update: LowRank | None,
     return y
 
 
-def _pointers(weight: NF4) -> list[Tensor]:
+def _pointers(weight: NF4 | NF4Stack) -> list[Tensor]:
     """The weight's six tensors as the kernels take them: contiguous, the codes at a multiple of four bytes."""
     codes, *others = (None if t is None else t.contiguous() for t in weight.tensors())
     assert codes is not None
@@ -198,11 +221,11 @@ def can_permute(x: Tensor) -> bool:
     return nvidia and x.element_size() == 2 and not interpreting()
 
 
-def grid_of(tile: Tile, rows: int, out_features: int, chunks: int, grad: bool) -> tuple[int, int]:
+def grid_of(tile: Tile, row_tiles: int, out_features: int, chunks: int, grad: bool) -> tuple[int, int]:
     """(tiles of the output, steps of the loop in one tile)."""
     columns = chunks if grad else triton.cdiv(out_features, tile.bn)
     steps = triton.cdiv(out_features, tile.bn) if grad else triton.cdiv(chunks, tile.nb)
-    return columns * triton.cdiv(rows, tile.rows), steps
+    return columns * row_tiles, steps
 
 
 def constants_of(

@@ -10,12 +10,14 @@ import triton.language as tl
 
 from ..rounding_triton import _round_to
 from .decode import (
+    UNSPECIALIZED,
     _add_low_rank,
     _block_scales,
     _byte_planes,
     _dot,
     _pairs_from_words,
     _portable_levels,
+    _rows_of_tile,
     _scale_pairs,
     _store_or_reduce,
     _unpack_pairs,
@@ -44,7 +46,7 @@ def _scaled_tile(
 
 
 # The number of rows changes from call to call: it must not choose the compiled kernel.
-@triton.jit(do_not_specialize=["M", "rank"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _nf4_matmul_staged_kernel(
     x,
     codes,
@@ -59,11 +61,16 @@ def _nf4_matmul_staged_kernel(
     y,
     workspace,
     counters,
+    offsets,
     M,
     N,
     row_chunks,
     x_stride,
     rank,
+    experts,
+    up_expert,
+    up_row,
+    up_rank,
     BM: tl.constexpr,
     BN: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -76,6 +83,7 @@ def _nf4_matmul_staged_kernel(
     GRAD: tl.constexpr,
     PRMT: tl.constexpr,
     UPCAST: tl.constexpr,
+    EXPERTS: tl.constexpr,
 ):
     """x W^T (many rows), or with GRAD dy W, where x is dy and y is dx: a decoded tile goes through shared memory.
 
@@ -92,7 +100,7 @@ def _nf4_matmul_staged_kernel(
     is: product (tile from the last step), decode (words from the last step), load (for the next but one).
     Each weight is scaled: a scale belongs to a row, which in GRAD is summed over.
     Bytes: N K / 2 + N K / blocksize once, x once per column of tiles, y. Operations: 2 M N K.
-    EVEN: N divides by BN.
+    EVEN: N divides by BN. EXPERTS: as in the kernel for few rows.
     """
     dtype: tl.constexpr = x.dtype.element_ty
     # Weights in one element of q.
@@ -104,12 +112,28 @@ def _nf4_matmul_staged_kernel(
     else:
         tiles = tl.cdiv(N, BN)
     column = tile % tiles
-    m = (tile // tiles) * BM + tl.arange(0, BM)
+    first_row = (tile // tiles) * BM
+    depth = N if GRAD else row_chunks
+    if EXPERTS > 0:
+        expert, first_row, M = _rows_of_tile(offsets, tile // tiles, M, experts, BM, EXPERTS)
+        if expert > experts:
+            return
+        depth = tl.where(expert == experts, 0, depth)
+        rank = tl.where(expert == experts, 0, rank)
+        expert = tl.minimum(expert, experts - 1).to(tl.int64)
+        blocks = N * (row_chunks >> SHIFT)
+        codes += expert * N * row_chunks * (CHUNK // 2)
+        absmax += expert * blocks
+        up += expert * up_expert
+        if DOUBLE:
+            nested_absmax += expert * ((blocks + 255) >> 8)
+            offset += expert
+    m = first_row + tl.arange(0, BM)
     in_m = m < M
     if GRAD:
         share = tl.cdiv(tl.cdiv(N, BN), SPLIT) * BN
         first = part * share
-        last = tl.minimum(first + share, N)
+        last = tl.minimum(first + share, depth)
         row = first + tl.arange(0, BN)
         in_row = row < last
         b = column
@@ -119,7 +143,7 @@ def _nf4_matmul_staged_kernel(
     else:
         share = tl.cdiv(row_chunks, SPLIT)
         first = part * share
-        last = tl.minimum(first + share, row_chunks)
+        last = tl.minimum(first + share, depth)
         row = column * BN + tl.arange(0, BN)
         in_row = row < N
         b = first
@@ -136,7 +160,7 @@ def _nf4_matmul_staged_kernel(
         if GRAD:
             acc = _add_low_rank(acc, up, o, width, low, m, in_o, in_m, ranks, dtype, RT, UPCAST)
         else:
-            acc = _add_low_rank(acc, up, o.to(tl.int64) * rank, 1, low, m, in_o, in_m, ranks, dtype, RT, UPCAST)
+            acc = _add_low_rank(acc, up, o.to(tl.int64) * up_row, up_rank, low, m, in_o, in_m, ranks, dtype, RT, UPCAST)
 
     if PRMT:
         q_at = codes.to(tl.pointer_type(tl.int32))

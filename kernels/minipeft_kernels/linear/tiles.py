@@ -111,6 +111,15 @@ def tile_for(rows: int, grad: bool, capability: int, wide: bool, blocksize: int 
     return tile
 
 
+def rows_each(rows: int, experts: int) -> int:
+    """The rows that most experts have no more of, when `rows` go to `experts` by chance: a tile for so many fits most.
+
+    The counts are about Poisson's: the mean and two of its roots. Of experts without rows there is nothing to fit.
+    """
+    mean = rows / max(1, min(rows, experts))
+    return min(rows, int(mean + 2 * mean**0.5)) if mean > 1 else 1
+
+
 def split_for(tiles: int, steps: int, rows: int, depth: int, warps: int, multiprocessors: int) -> int:
     """The number of programs that share a tile: enough to fill the GPU, while each keeps two steps or more.
 

@@ -31,6 +31,9 @@ result = json.load(open(sys.argv[2]))
 variants = [*matmul_kernels(80, "bf16", rank=64)[::3], matmul_kernels(80, "fp16", double=False)[0]]
 variants.append(matmul_kernels(80, "bf16", blocksize=128)[1])
 result["variants"] = [asdict(inspect(k, "sm_80")) for k in variants] if sys.argv[3] == "variants" else []
+capability = int(sys.argv[1].removeprefix("sm_"))
+grouped = matmul_kernels(capability, "bf16", rank=16, experts=128)
+result["experts"] = [asdict(inspect(k, sys.argv[1])) for k in grouped]
 json.dump(result | {"text": text}, open(sys.argv[2], "w"))
 """
 
@@ -55,22 +58,23 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_shipped_kernel_spills_registers(target: str, report: Any) -> None:
-    kernels = report(target)["kernels"] + report(target)["variants"]
+    kernels = report(target)["kernels"] + report(target)["variants"] + report(target)["experts"]
     assert {k["name"]: k["spilled_bytes"] for k in kernels if k["spilled_bytes"]} == {}
-    assert len(kernels) >= 13
+    assert len(kernels) >= 21
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_shared_memory_fits_the_smallest_gpu_with_the_same_tiles(target: str, report: Any) -> None:
     """Tiles of sm_80 also run on sm_86 and sm_89, whose blocks have 99 KB."""
     room = min(MULTIPROCESSORS[c].shared_block for c in ((80, 86, 89) if target == "sm_80" else (90,)))
-    for kernel in report(target)["kernels"]:
+    for kernel in report(target)["kernels"] + report(target)["experts"]:
         assert kernel["shared_bytes"] <= room and kernel["resident_warps"] >= 8, kernel["name"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_products_use_tensor_cores_and_decode_each_weight_once(target: str, report: Any) -> None:
-    products = [k for k in report(target)["kernels"] + report(target)["variants"] if k["rows"]]
+    found = report(target)
+    products = [k for k in found["kernels"] + found["variants"] + found["experts"] if k["rows"]]
     assert len(products) >= 8
     for kernel in products:
         assert kernel["tensor_instructions"], kernel["name"]
@@ -85,6 +89,14 @@ def test_products_use_tensor_cores_and_decode_each_weight_once(target: str, repo
 def test_products_stay_within_their_instructions_a_weight(target: str, report: Any) -> None:
     counted = {(k["grad"], k["rows"]): k["per_element"] for k in report(target)["kernels"] if k["rows"]}
     assert {key: counted[key] <= limit for key, limit in BUDGETS.items()} == dict.fromkeys(BUDGETS, True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_finding_its_expert_costs_a_product_nothing_a_weight(target: str, report: Any) -> None:
+    dense = {(k["grad"], k["rows"]): k["per_element"] for k in report(target)["kernels"] if k["rows"]}
+    ratios = {k["name"]: k["per_element"] / dense[k["grad"], k["rows"]] for k in report(target)["experts"]}
+    assert len(ratios) == len(dense) == 8
+    assert {name: ratio for name, ratio in ratios.items() if ratio > 1.05} == {}
 
 
 def test_the_report_has_the_peer_beside_us(report: Any) -> None:

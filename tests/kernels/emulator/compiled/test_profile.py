@@ -14,6 +14,8 @@ SHAPES = {
     "nf4_matmul_input_grad": "16,512,1024",
     "lora_matmul": "8,512,512,8",
     "lora_matmul_input_grad": "8,512,512",
+    "experts": "8,16,256,512",
+    "experts_input_grad": "40,4,256,512",
     "nf4_dequantize": "256,512",
     "nf4_quantize": "256,512",
     "adamw": "20000",

@@ -92,14 +92,14 @@ class PeftModel(CallsByRow, KnownToPeft):
     create_or_update_model_card = card.create_or_update_model_card
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As `nn.Module.load_state_dict`; with `strict=False`, a state of adapters alone lacks nothing.
+        """As `nn.Module.load_state_dict`; with `strict=False`, a state of adapters alone lacks nothing of the base's.
 
         Raises ValueError when such a state is not of the adapters that are attached.
         """
-        adapters_alone = not strict and saving.check_adapters_alone(self, state_dict)
+        left_out = None if strict else saving.left_out_of_adapters(self, state_dict)
         result = super().load_state_dict(state_dict, strict, assign)
-        if adapters_alone:
-            result.missing_keys.clear()
+        if left_out is not None:
+            result.missing_keys[:] = left_out
         return result
 
     # The list of adapters, and those that act

@@ -206,21 +206,22 @@ def push_to_hub(
         )
 
 
-def check_adapters_alone(model: AdaptedModel, state_dict: Mapping[str, Any]) -> bool:
-    """True if `state_dict`, by names of `model.state_dict()`, holds adapters and nothing of the base model.
+def left_out_of_adapters(model: AdaptedModel, state_dict: Mapping[str, Any]) -> list[str] | None:
+    """The trained tensors that `state_dict` lacks, if it holds adapters, or parts, and nothing of the base model.
 
-    Tensors that are frozen now may be left out: a checkpoint of what is trained lacks them.
+    Names are those of `model.state_dict()`. Frozen tensors are not counted: a checkpoint of what is trained lacks them.
+    None for a state that holds something of the base model, and for an empty one.
 
-    Raises ValueError when such a state is not of the adapters that are attached: Trainer, which resumes from it,
-    would go on with an optimizer that belongs to other parameters.
+    Raises ValueError when such a state holds what is not of the adapters that are attached: Trainer, which resumes from
+    it, would go on with an optimizer that belongs to other parameters.
     """
     own = _adapter_state_in_memory(model)
     base = model.state_dict().keys() - own.keys()
     if not state_dict or state_dict.keys() & base:
-        return False
-    needed = {name: tensor.detach() for name, tensor in own.items() if tensor.requires_grad or name in state_dict}
-    load_tensors(needed, state_dict, "the state of adapters", {})
-    return True
+        return None
+    given = {name: tensor.detach() for name, tensor in own.items() if name in state_dict}
+    load_tensors(given, state_dict, "the state of adapters", {})
+    return [name for name, tensor in own.items() if tensor.requires_grad and name not in given]
 
 
 def _config_to_save(model: AdaptedModel, adapter: str) -> PeftConfig:

@@ -467,9 +467,23 @@ def test_a_checkpoint_of_what_is_trained_is_loaded() -> None:
     assert all(torch.equal(p, state[name]) for name, p in model.named_parameters() if name in state)
     frozen = {name: p for name, p in model.named_parameters() if name not in state}
     assert all(torch.equal(p, dict(two_adapters(tiny_llama()).named_parameters())[name]) for name, p in frozen.items())
-    del state[next(iter(state))]
-    with pytest.raises(ValueError, match="missing tensors"):
-        model.load_state_dict(state, strict=False)
+    left_out = next(iter(state))
+    del state[left_out]
+    assert model.load_state_dict(state, strict=False).missing_keys == [left_out]
+
+
+def test_a_part_of_an_adapter_is_loaded_and_the_rest_told() -> None:
+    source, model = two_adapters(tiny_llama()), two_adapters(tiny_llama())
+    randomize(source)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    part = {name: p.detach() for name, p in source.named_parameters() if "lora_A.default" in name and "v_proj" in name}
+    result = model.load_state_dict(part, strict=False)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert set(result.missing_keys) == trained - part.keys() and not result.unexpected_keys
+    for name, p in model.named_parameters():
+        assert torch.equal(p, part.get(name, before[name])), name
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(part)
 
 
 def test_status_tells_what_is_attached() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _DATA: Any = vars(torch._C.TensorBase)["data"]
 # Far less than the step between two codes, far more than the rounding of an average of equal ones in float32.
@@ -84,12 +84,12 @@ class PackedCodes(Tensor):
     def _alike(self, data: Tensor) -> Any:
         """`data` as codes; a parameter if this is one."""
         codes = data.as_subclass(PackedCodes)
-        return torch.nn.Parameter(codes, requires_grad=False) if getattr(self, "_is_param", False) else codes
+        return nn.Parameter(codes, requires_grad=False) if getattr(self, "_is_param", False) else codes
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = self.as_subclass(Tensor)
         if getattr(self, "_is_param", False):
-            plain = torch.nn.Parameter(plain, requires_grad=False)
+            plain = nn.Parameter(plain, requires_grad=False)
         return plain.__reduce_ex__(protocol)
 
 
@@ -108,11 +108,38 @@ for _name in ("add", "sub", "mul", "truediv", "pow"):
     setattr(PackedCodes, f"__i{_name}__", _refusing(f"__i{_name}__"))
 
 
-def keep_codes(tensors: dict[str, Any], name: str) -> None:
-    """Let the tensor that a module holds as `tensors[name]` be `PackedCodes`, if it is uint8 (scales may be float).
+class HoldsCodes(nn.Module):
+    """A module whose own uint8 tensors are codes: it holds them as `PackedCodes`.
 
-    It is a parameter, also among buffers: compiled functions take a parameter of any class.
+    They are parameters, also among the buffers: compiled functions take a parameter of any class.
     """
-    held = tensors.get(name)
-    if held is not None and held.dtype == torch.uint8 and not isinstance(held, PackedCodes):
-        tensors[name] = torch.nn.Parameter(held.detach().as_subclass(PackedCodes), requires_grad=False)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's."""
+        super().register_parameter(name, param)
+        _keep(self._parameters, (name,))
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """As nn.Module's."""
+        super().register_buffer(name, tensor, persistent)
+        _keep(self._buffers, (name,))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._keep_codes()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep_codes()
+
+    def _keep_codes(self) -> None:
+        _keep(self._parameters, tuple(self._parameters))
+        _keep(self._buffers, tuple(self._buffers))
+
+
+def _keep(held: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        tensor = held[name]
+        if tensor is not None and tensor.dtype == torch.uint8 and not isinstance(tensor, PackedCodes):
+            held[name] = nn.Parameter(tensor.detach().as_subclass(PackedCodes), requires_grad=False)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from minipeft.experts import Sorted, has_interface, matrices, run_experts, weight_names
 from minipeft.mixins import Mixin, mix_in, mix_out
+from minipeft.nf4.codes import HoldsCodes
 from minipeft.nf4.dense import make_dense
 from minipeft.nf4.stack import NF4ExpertsWeight
 from minipeft.packed import Packed
@@ -45,7 +46,7 @@ class StackSizes(NamedTuple):
     nested_blocksize: int
 
 
-class NF4Experts(Mixin, Packed):
+class NF4Experts(Mixin, HoldsCodes, Packed):
     """In front of a class of experts whose weights are packed.
 
     Attributes:
@@ -202,7 +203,7 @@ class NF4Experts(Mixin, Packed):
                 destination.pop(f"{prefix}{name}_{scale}", None)
             # The codes are there already, as the variable where that was asked for.
             state = self.stack(name).state(prefix + name) if name in self.packed_names() else {}
-            destination.update({key: tensor for key, tensor in state.items() if key != prefix + name})
+            destination.update({key: tensor.detach() for key, tensor in state.items() if key != prefix + name})
 
     def _load_from_state_dict(
         self,

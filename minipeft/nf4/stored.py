@@ -1,21 +1,20 @@
 """An NF4 layer's tensors in state dictionaries, under bitsandbytes' names: written, read and checked."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.nf4.codes import keep_codes
+from minipeft.nf4.codes import HoldsCodes
 from minipeft.nf4.format import STATE_NAMES
 from minipeft.nf4.weight import NF4Weight
 from minipeft.packed import PackedLayer
 from minipeft_kernels.nf4.codebooks import NESTED_BLOCKSIZE, NF4_LEVELS, dynamic_map
 
 
-class StoredNF4(PackedLayer):
-    """The part of `NF4Linear` that holds its tensors, and answers `state_dict` and `load_state_dict`."""
+class StoredNF4(HoldsCodes, PackedLayer):
+    """The part of `NF4Linear` that answers `state_dict` and `load_state_dict`."""
 
     bias: nn.Parameter | None
 
@@ -32,29 +31,6 @@ class StoredNF4(PackedLayer):
 
     def _set_sizes(self, w: NF4Weight) -> None:
         raise NotImplementedError
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module; the packed weight is held as `PackedCodes`."""
-        super().register_parameter(name, param)
-        keep_codes(self._parameters, "weight")
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """As nn.Module; scales of 8 bits are held as `PackedCodes`."""
-        super().register_buffer(name, tensor, persistent)
-        keep_codes(self._buffers, "absmax")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        self._keep_codes()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._keep_codes()
-
-    def _keep_codes(self) -> None:
-        keep_codes(self._parameters, "weight")
-        keep_codes(self._buffers, "absmax")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # Not super()'s: the buffers have other names on disk.

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from tiny import randomize, some_ids, tiny_llama
+from tiny_experts import experts_classes, tiny_experts
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, get_swa_avg_fn
 
 from minipeft import LoraConfig, NF4Config, get_peft_model, quantize_model
+from minipeft.nf4.experts import expert_parameters, pack_weights, start_packing
 from minipeft.nf4.linear import NF4Linear
 
 DECAY = 0.9
@@ -139,6 +141,18 @@ def test_averages_of_models(recipe: str, double: bool) -> None:
         torch.testing.assert_close(tensor, DECAY * start[name] + (1 - DECAY) * now[name], rtol=1e-5, atol=1e-7)
     with torch.no_grad(), model.disable_adapter(), ema.disable_adapter():
         torch.testing.assert_close(ema(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_averages_of_packed_experts(recipe: str) -> None:
+    experts: Any = start_packing(tiny_experts(experts_classes()["gpt_oss.GptOssExperts"]), None)
+    for name in expert_parameters(experts):
+        pack_weights(experts, name, 64, True)
+    twin = copy.deepcopy(experts)
+    before = packed_bytes(experts)
+    assert len(before) == 4
+    RECIPES[recipe](twin, experts)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in packed_bytes(twin).items())
 
 
 def test_stochastic_weight_averaging_of_many_steps() -> None:

@@ -30,6 +30,17 @@ def test_the_lesson_about_lora_names_every_kind_of_combination() -> None:
     assert all(f"`{kind}`" in text for kind in KINDS)
 
 
+def test_the_table_of_memory_is_what_its_code_computes() -> None:
+    text = (DOCS / "distributed.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    session: dict[str, Any] = {}
+    exec(block, session)
+    rows = {
+        name: [float(a), float(b)] for name, a, b in re.findall(r"^\| (\S+) \| ([\d.]+) GB \| ([\d.]+) GB", text, re.M)
+    }
+    assert rows == session["table"] and len(rows) == 3
+
+
 def test_names_of_minipeft_in_the_lessons_exist() -> None:
     for page in DOCS.glob("*.md"):
         for name in re.findall(r"\bminipeft\.(\w+)\(", page.read_text()):

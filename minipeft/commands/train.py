@@ -3,18 +3,65 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
+import os
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minipeft.commands.arguments import check_device, check_output_path
 from minipeft.methods import METHODS
 from minipeft.train.config import TrainConfig, config_values
-from minipeft.train.errors import ConfigError, as_user_error
+from minipeft.train.errors import ConfigError, TrainingError, as_user_error
 from minipeft.train.methods import AdapterError, attach, check_settings, start
 
+if TYPE_CHECKING:
+    from minipeft.train.processes import Processes
 
-def train(args: argparse.Namespace) -> None:
-    """`minipeft train`: fine-tune on a JSONL file and save the adapter."""
-    config = train_config(args)
+# The exit code of bad input (`cli.USER_ERROR`).
+FAILED = 2
+
+
+def train(args: argparse.Namespace) -> int:
+    """`minipeft train`: fine-tune on a JSONL file and save the adapter; with torchrun in several processes.
+
+    Returns the exit code: of several processes, those that have nothing more to say about an error end in silence.
+    """
+    try:
+        config = train_config(args)
+    except TrainingError:
+        if int(os.environ.get("RANK", 0)) > 0:
+            return FAILED  # the first process was given the same settings, and says so
+        raise
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        _train(config, args, None)
+        return 0
+    # Before torch is imported: of each step its C++ code would say that all of an adapter was reached.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from minipeft.train.processes import join, own_device
+
+    processes = join(config.process_timeout)
+    if config.device == "auto":
+        config.device = own_device()
+    try:
+        with contextlib.ExitStack() as quiet:
+            if not processes.first:
+                quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
+                quiet.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                logging.disable(logging.WARNING)
+            _train(config, args, processes)
+    except Exception as error:
+        if processes.speaks(str(error)):
+            raise
+        return getattr(error, "exit_code", FAILED)
+    finally:
+        processes.leave()
+    return 0
+
+
+def _train(config: TrainConfig, args: argparse.Namespace, processes: Processes | None) -> None:
     resume = args.resume
     check_output_path(Path(config.output_dir), may_exist=True)
     check_device(config.device)
@@ -31,8 +78,9 @@ def train(args: argparse.Namespace) -> None:
     from minipeft.train.models import text_positions, without_bars
     from minipeft.train.run import check_not_running
 
-    check_not_running(Path(config.output_dir))
-    check_output_dir(config.output_dir, resume)
+    if processes is None or processes.first:
+        check_not_running(Path(config.output_dir))
+        check_output_dir(config.output_dir, resume)
     adapter_config = check_settings(config)
     tokenizer = load_tokenizer(config.model, config.chat_template)
     data, eval_data = prepare_data(config, tokenizer, *text_positions(config.model, adapter_config))
@@ -51,7 +99,7 @@ def train(args: argparse.Namespace) -> None:
     if config.adapter is None:
         start(model, data)
     model.print_trainable_parameters()
-    trainer = Trainer(model, data, config, eval_data=eval_data, pad_id=pad_id_of(tokenizer))
+    trainer = Trainer(model, data, config, eval_data=eval_data, pad_id=pad_id_of(tokenizer), processes=processes)
     result = trainer.train(resume=resume)
     print(f"trained {result.steps} steps, {result.tokens:,} tokens, in {result.seconds:.0f} s; loss {result.loss:.4f}")
     if result.eval_end is not None:

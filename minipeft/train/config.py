@@ -91,8 +91,9 @@ class TrainConfig:
     max_length: int | None = _setting("longest sequence in tokens (default: 1024 or the model's limit)", None)
     too_long: str = _setting("what to do with longer records", "error", TOO_LONG_CHOICES)
     packing: bool = _setting("pack several records into a row, each isolated from the others", False)
-    batch_size: int = _setting("rows in a micro-batch", 8)
-    gradient_accumulation: int = _setting("micro-batches in an optimizer step", 1)
+    batch_size: int = _setting("rows in a micro-batch, of each process", 8)
+    gradient_accumulation: int = _setting("micro-batches in an optimizer step, of each process", 1)
+    process_timeout: float = _setting("seconds that processes wait for one another (torchrun)", 600.0)
 
     # Optimization.
     epochs: float = _setting("passes over the data (ignored when max_steps is given)", 1.0)

@@ -63,6 +63,10 @@ class NonFiniteError(TrainingError, ArithmeticError):
         super().__init__(message)
 
 
+class OtherProcessError(TrainingError):
+    """The first of several processes could not go on, and has said why; the others end in silence."""
+
+
 class TrainingInterrupted(TrainingError):
     """SIGINT or SIGTERM arrived; the run was saved and can be resumed.
 

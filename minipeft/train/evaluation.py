@@ -15,6 +15,7 @@ from minipeft.train.batches import Batch, collate, pad_id_of
 from minipeft.train.encoding import IGNORE, Example, encode_pair
 from minipeft.train.loss import autocast, logits_at, token_loss_sum
 from minipeft.train.models import eval_mode
+from minipeft.train.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def evaluate_loss(
     *,
     precision: str = "none",
     should_stop: Callable[[], bool] = lambda: False,
+    processes: Processes | None = None,
 ) -> EvalResult:
     """Token-weighted loss: every learned token counts once, whatever batch it is in. Dropout is off.
 
@@ -52,19 +54,24 @@ def evaluate_loss(
         batches: for instance a `Batches`.
         precision: "none" or "bf16" (autocast).
         should_stop: asked between batches; when true, what has been seen is the result.
+        processes: those among which the batches are shared out; the result is that of all. None for this one alone.
 
     Raises:
         ValueError: no learned token in any batch.
     """
     device = next(model.parameters()).device
+    processes = processes or Processes()
     total, tokens = 0.0, 0
     with eval_mode(model):
-        for batch in batches:
+        for batch, counts in processes.share(list(batches)) if processes.count > 1 else ((b, True) for b in batches):
             with autocast(device, precision):
-                total += token_loss_sum(model, batch.to(device)).item()
-            tokens += batch.loss_tokens
+                loss = token_loss_sum(model, batch.to(device)).item()
+            if counts:
+                total, tokens = total + loss, tokens + batch.loss_tokens
             if should_stop():
                 break
+    total, all_tokens = processes.sum(total, tokens)
+    tokens = int(all_tokens)
     if not tokens:
         raise ValueError("nothing to evaluate: no batch holds a learned token")
     return EvalResult(total / tokens, tokens)

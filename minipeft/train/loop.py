@@ -32,8 +32,9 @@ from minipeft.train.config import TrainConfig
 from minipeft.train.encoding import EncodedDataset, check_vocabulary
 from minipeft.train.errors import NonFiniteError, TrainingInterrupted
 from minipeft.train.evaluation import EvalResult, evaluate_loss
-from minipeft.train.loss import autocast, training_loss_sum
+from minipeft.train.loss import autocast
 from minipeft.train.models import training_mode, vocabulary_of
+from minipeft.train.processes import Processes
 from minipeft.train.report import (
     Reporter,
     RunLog,
@@ -62,6 +63,8 @@ class Trainer:
         pad_id: token id for padding.
         progress_bar: show one on stderr.
         on_log: called with every log row.
+        processes: those that train together, each with a Trainer of its own over the same data (`processes.join`); the
+            batch size and the accumulation are each one's. None for this one alone.
     """
 
     def __init__(
@@ -74,8 +77,11 @@ class Trainer:
         pad_id: int = 0,
         progress_bar: bool = True,
         on_log: Callable[[dict[str, Any]], None] = lambda row: None,
+        processes: Processes | None = None,
     ) -> None:
         self.model, self.data, self.config = model, data, config
+        self.processes = processes or Processes()
+        self.group_size = config.gradient_accumulation * self.processes.count
         self.output_dir = Path(config.output_dir)
         self.device = next(model.parameters()).device
         self.parameters = list(trainable_parameters(model).values())
@@ -91,7 +97,7 @@ class Trainer:
             size = config.eval_batch_size or config.batch_size
             layout["max_length"] = max(data.max_length, eval_data.max_length)
             self.eval_batches = Batches(eval_data.examples, size, **layout)
-        self.total_steps = total_steps(len(self.batches), config)
+        self.total_steps = self._steps_of(config)
         self.optimizer = make_optimizer(model, config)
         self.schedule = make_schedule(self.optimizer, config, self.total_steps)
         if config.warmup_steps is not None and config.warmup_steps >= self.total_steps:
@@ -100,7 +106,8 @@ class Trainer:
                 *(config.warmup_steps, self.total_steps, config.lr),
             )
         self.progress = Progress()
-        self._progress_bar, self._on_log = progress_bar, on_log
+        self._stopping = False
+        self._progress_bar, self._on_log = progress_bar and self.processes.first, on_log
 
     def train(self, resume: bool | str | Path = False) -> TrainResult:
         """Run to the end.
@@ -118,28 +125,46 @@ class Trainer:
             TrainingInterrupted: SIGINT or SIGTERM; the run is saved.
         """
         self._check_extras()
-        check_output_dir(self.output_dir, resume)
+        self.processes.by_first(lambda: check_output_dir(self.output_dir, resume))
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        with hold_run(self.output_dir):
+        with hold_run(self.output_dir) if self.processes.first else contextlib.nullcontext():
             return self._train(resume)
 
+    def _steps_of(self, config: TrainConfig) -> int:
+        """The optimizer steps of a run over this data with such settings."""
+        return total_steps(len(self.batches), config, self.processes.count)
+
     def _train(self, resume: bool | str | Path) -> TrainResult:
-        identity = run_identity(self.model, self.data, self.config)
-        checkpoint, shorter = open_run(
-            self.output_dir, resume, self.config, identity, lambda config: total_steps(len(self.batches), config)
-        )
-        torch.manual_seed(self.config.seed)
+        identity = run_identity(self.model, self.data, self.config, self.processes.count)
+        checkpoint, shorter = self.processes.by_first(lambda: self._open(resume, identity))
+        # Dropout differs from process to process; one alone draws as it always has.
+        torch.manual_seed(self.config.seed + (self.processes.rank << 32))
         if checkpoint is not None:
-            self.progress, random_state = load_checkpoint(checkpoint, self.model, self.optimizer, self.schedule)
-            restore_random(random_state)
+            self.progress, random_state = load_checkpoint(Path(checkpoint), self.model, self.optimizer, self.schedule)
+            self._restore_random(random_state)
         if shorter is not None:
             self._prolong(shorter)
         self._random = capture_random()
         self._identity = identity
+        self._loss_of = self.processes.loss_of(self.model)
         self._report = self._reporter()
         mode = training_mode(self.model, self.config.gradient_checkpointing)
         with contextlib.closing(self._report), StopSignal() as self._stop, mode:
             return self._run()
+
+    def _open(self, resume: bool | str | Path, identity: dict[str, Any]) -> tuple[str | None, int | None]:
+        checkpoint, shorter = open_run(self.output_dir, resume, self.config, identity, self._steps_of)
+        return None if checkpoint is None else str(checkpoint), shorter
+
+    def _restore_random(self, state: dict[str, torch.Tensor]) -> None:
+        """Put torch's generators back into this process's stored state; another number of processes starts new ones."""
+        stored = 1 + len({name.split("/")[0] for name in state if name.startswith("rank")})
+        start = f"rank{self.processes.rank}/" if self.processes.rank else ""
+        own = {name.removeprefix(start): t for name, t in state.items() if name.startswith(start or ("cpu", "cuda."))}
+        if stored == self.processes.count:
+            restore_random(own)
+        elif self.processes.count > 1 or stored > 1:
+            torch.manual_seed(self.config.seed + (self.processes.rank << 32) + (self.progress.step << 16))
 
     def _prolong(self, shorter: int) -> None:
         """Go over from the learning rates of a run of `shorter` steps, in which the checkpoint was made, to this one's.
@@ -162,7 +187,17 @@ class Trainer:
         """Loss on the evaluation data as the model is now; None without evaluation data."""
         if self.eval_batches is None:
             return None
-        return evaluate_loss(self.model, self.eval_batches, precision=self.config.precision)
+        return self._evaluate()
+
+    def _evaluate(self, should_stop: Callable[[], bool] = lambda: False) -> EvalResult:
+        assert self.eval_batches is not None
+        return evaluate_loss(
+            self.model,
+            self.eval_batches,
+            precision=self.config.precision,
+            should_stop=should_stop,
+            processes=self.processes,
+        )
 
     def _run(self) -> TrainResult:
         config, progress = self.config, self.progress
@@ -177,7 +212,7 @@ class Trainer:
                 end = self._evaluate_and_log()
             if last or (config.save_every and progress.step % config.save_every == 0):
                 self._save()
-            if self._stop.requested:
+            if self._stopping:
                 self._save_and_stop()
         return self._finish(start, end)
 
@@ -187,7 +222,7 @@ class Trainer:
         while progress.step < self.total_steps:
             batches = self.batches.epoch(progress.epoch, progress.batch)
             while progress.step < self.total_steps:
-                group = list(itertools.islice(batches, self.config.gradient_accumulation))
+                group = list(itertools.islice(batches, self.group_size))
                 if not group:
                     break
                 yield group
@@ -202,18 +237,23 @@ class Trainer:
 
         # 1. Forward and backward. Each micro-batch adds its share of the mean over all tokens of the step.
         losses: list[torch.Tensor] = []
-        for index, batch in enumerate(group):
-            if index and self._stop.requested:
+        own, count = self.processes.share(group), self.processes.count
+        for index, (batch, counts) in enumerate(own):
+            if index and self._stop.requested and count == 1:
                 # Nothing of a half-done step is kept: the whole step is taken when the run is resumed.
                 self._save_and_stop()
-            with autocast(self.device, self.config.precision):
-                loss = training_loss_sum(self.model, batch.to(self.device))
-            (loss / tokens).backward()
-            losses.append(loss.detach())
+            with autocast(self.device, self.config.precision), self.processes.meeting():
+                loss = self._loss_of(batch.to(self.device), index == len(own) - 1)
+                # The gradients are averaged over the processes, and the loss is to be added up over them.
+                (loss * (count * counts / tokens)).backward()
+            if counts:
+                losses.append(loss.detach())
 
         # 2. Check before the update: a step with a non-finite gradient would ruin the parameters for good.
         # Reading a loss waits for the device, so all are read here, once a step.
-        loss_sum = sum(loss.item() for loss in losses)
+        stop = float(self._stop.requested)
+        loss_sum, stopping = self.processes.sum(sum(loss.item() for loss in losses), stop)
+        self._stopping = stopping > 0
         mean_loss = loss_sum / tokens
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf).item()
         self._check_finite(step, mean_loss, norm)
@@ -247,48 +287,40 @@ class Trainer:
         if self.eval_batches is None:
             return None
         with self._report.paused():
-            result = evaluate_loss(
-                self.model,
-                self.eval_batches,
-                precision=self.config.precision,
-                should_stop=lambda: self._stop.requested,
-            )
+            alone = self.processes.count == 1
+            # Several processes stop together: between two steps, or here at the end of the evaluation.
+            result = self._evaluate(lambda: alone and self._stop.requested)
+            self._stopping = self.processes.sum(float(self._stop.requested))[0] > 0
         # A stopped evaluation saw only a part of the texts, so it is not logged; the caller then stops the run.
-        if not self._stop.requested:
+        if not (alone and self._stopping):
             self._report.log_evaluation(result)
         return result
 
     def _save(self) -> Path:
         self.progress.seconds = self._report.seconds
-        path = save_checkpoint(
-            self.output_dir,
-            self.model,
-            self.optimizer,
-            self.schedule,
-            self.progress,
-            self._random,
-            self._identity,
-        )
+        random_state = self.processes.gather(self._random)
+        return Path(self.processes.by_first(lambda: self._write_checkpoint(random_state)))
+
+    def _write_checkpoint(self, random_state: dict[str, torch.Tensor]) -> str:
+        state = (self.model, self.optimizer, self.schedule, self.progress, random_state, self._identity)
+        path = save_checkpoint(self.output_dir, *state)
         prune_checkpoints(self.output_dir, self.config.keep_last)
-        return path
+        return str(path)
 
     def _save_and_stop(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         path = self._save()
-        assert self._stop.received is not None
-        message = f"stopped by {self._stop.received.name} after step {self.progress.step} of {self.total_steps}"
+        name = "a signal to another process" if self._stop.received is None else self._stop.received.name
+        message = f"stopped by {name} after step {self.progress.step} of {self.total_steps}"
         raise TrainingInterrupted(f"{message}; saved {path}, go on with --resume", path, self.progress.step)
 
     def _finish(self, start: EvalResult | None, end: EvalResult | None) -> TrainResult:
         log_path, adapter_dir = self._report.log_path, self.output_dir / "adapter"
         end = end or logged_evaluation(read_log(log_path), self.progress.step) or self._evaluate_and_log()
         seconds = self._report.seconds
-        with atomic_directory(adapter_dir) as temporary:
-            self.model.save_pretrained(str(temporary))
+        self.processes.by_first(lambda: self._write_adapter(adapter_dir))
         rows = read_log(log_path)
-        plot_path = None
-        if self.config.plot:
-            plot_path = plot_loss_curve(rows, self.output_dir / "loss_curve.png")
+        plot_path = self.output_dir / "loss_curve.png" if self.config.plot else None
         losses = [row["loss"] for row in rows if "loss" in row]
         return TrainResult(
             steps=self.progress.step,
@@ -303,6 +335,12 @@ class Trainer:
             peak_memory=peak_memory_bytes(self.device),
         )
 
+    def _write_adapter(self, folder: Path) -> None:
+        with atomic_directory(folder) as temporary:
+            self.model.save_pretrained(str(temporary))
+        if self.config.plot:
+            plot_loss_curve(read_log(self._report.log_path), self.output_dir / "loss_curve.png")
+
     def _check_extras(self) -> None:
         if self.config.plot:
             check_matplotlib()
@@ -314,7 +352,8 @@ class Trainer:
     def _reporter(self) -> Reporter:
         log = RunLog(
             self.output_dir / "log.jsonl",
-            self.output_dir / "tensorboard" if self.config.tensorboard else None,
+            self.output_dir / "tensorboard" if self.config.tensorboard and self.processes.first else None,
+            writes=self.processes.first,
         )
         # A run that starts over at step 0 does its first evaluation again, so its row is dropped too.
         log.rewind(self.progress.step or -1)
@@ -329,8 +368,8 @@ class Trainer:
         )
 
 
-def total_steps(batches: int, config: TrainConfig) -> int:
+def total_steps(batches: int, config: TrainConfig, processes: int = 1) -> int:
     """Optimizer steps of a run over `batches` micro-batches an epoch."""
     if config.max_steps is not None:
         return config.max_steps
-    return max(1, math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation)))
+    return max(1, math.ceil(config.epochs * math.ceil(batches / (config.gradient_accumulation * processes))))

@@ -31,18 +31,23 @@ FEW_ROWS, REACH = 20, 2
 class RunLog:
     """`log.jsonl`: one JSON object a line, each with its `step`; on request TensorBoard events beside it.
 
+    Args:
+        writes: False in a process beside the one that writes: then it is read alone.
+
     Rows with `loss` are training rows, rows with `eval_loss` evaluation rows.
 
     Raises:
         MissingExtraError: TensorBoard was asked for and is not installed.
     """
 
-    def __init__(self, path: Path, tensorboard_dir: Path | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, tensorboard_dir: Path | None = None, writes: bool = True) -> None:
+        self.path, self._writes = path, writes
         self._writer = None if tensorboard_dir is None else _tensorboard_writer(tensorboard_dir)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row. Numbers that JSON cannot hold are written as null."""
+        if not self._writes:
+            return
         clean = {key: _json_number(value) for key, value in row.items()}
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(clean, allow_nan=False) + "\n")
@@ -53,7 +58,7 @@ class RunLog:
 
     def rewind(self, step: int) -> None:
         """Drop rows after `step` (a killed run logs further than it saves) and a half-written last line."""
-        if not self.path.exists():
+        if not self._writes or not self.path.exists():
             return
         rows = [row for row in read_log(self.path) if row["step"] <= step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -23,6 +23,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -62,6 +63,7 @@ _SETTINGS = (
     "precision",
     "seed",
 )
+_ACCUMULATION = "setting 'gradient_accumulation'"
 # Of these, those that say how long a run is.
 _LENGTH = ("setting 'epochs'", "setting 'max_steps'")
 # Adapter settings that do not decide the numbers: places of files, versions, the way of the last use. The tokenizer is
@@ -239,9 +241,13 @@ def _read_run(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory / 'run.json'} is damaged: not valid JSON") from None
 
 
-def run_identity(model: Any, data: EncodedDataset, config: TrainConfig) -> dict[str, Any]:
-    """The identity of a run as a flat JSON-serializable mapping."""
+def run_identity(model: Any, data: EncodedDataset, config: TrainConfig, processes: int = 1) -> dict[str, Any]:
+    """The identity of a run as a flat JSON-serializable mapping.
+
+    Micro-batches are counted over all processes: how many share them does not matter.
+    """
     identity: dict[str, Any] = {f"setting {name!r}": getattr(config, name) for name in _SETTINGS}
+    identity[_ACCUMULATION] *= processes
     if config.packing:
         identity["setting 'max_length'"] = data.max_length
     identity["training data (sha256)"] = data.content_hash()
@@ -262,6 +268,9 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], source: str
     different = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
     if not different:
         return
+    if _ACCUMULATION in different:
+        # It counts the micro-batches of all processes.
+        source = f"{source} (gradient_accumulation times the number of processes must stay as it was)"
     details = "; ".join(f"{key} was {_short(saved.get(key))}, is now {_short(now.get(key))}" for key in different)
     raise CheckpointError(f"cannot resume from {source}, it belongs to a different run: {details}")
 
@@ -307,6 +316,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._at = 0.0
         self._previous: dict[signal.Signals, object] = {}
 
     @property
@@ -328,8 +338,10 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
-            self.received = signal.Signals(number)
+            self.received, self._at = signal.Signals(number), time.monotonic()
             return
+        if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._at < 1:
+            return  # Ctrl-C reaches a process of torchrun's twice: from the terminal, and from torchrun
         # Nothing is cleaned up on the way out, as after kill -9: what is on disk is always whole.
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

@@ -50,6 +50,14 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")[:2])
 
 
+def changes_conversions(quantizer: Any) -> bool:
+    """True if transformers hands its quantizers, of the base class `quantizer`, a model's conversions to change.
+
+    Until 5.6 it only asks them for more, which act after the model's own.
+    """
+    return hasattr(quantizer, "update_weight_conversions")
+
+
 def causality(attention: Any) -> bool | None:
     """True for an attention module whose tokens see what stands before them, None for a module that does not say.
 

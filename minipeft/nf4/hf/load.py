@@ -212,7 +212,7 @@ class NF4ExpertsDeserialize(Deserialize):
             return self.dense(stored, name, name)
         experts, leaf = get_module_from_name(model, name)
         with self.record.naming(name):
-            if set(stored) == {name} and stored[name].is_floating_point():
+            if set(stored) == {name} and stored[name].dim() == 3:
                 raise ValueError(
                     "it is dense in the checkpoint, but the checkpoint's config says packed (set experts to false, or "
                     "add the module to llm_int8_skip_modules, in config.json)"

@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from minipeft.base_state import one_dtype
+from minipeft.compat import changes_conversions
 from minipeft.nf4.dense import keep_dense, make_plain
 from minipeft.nf4.experts import pack_weights, start_packing
 from minipeft.nf4.hf.config import NF4Config
@@ -95,7 +96,8 @@ class NF4HfQuantizer(HfQuantizer):
         """For a packed checkpoint: gather the stored tensors of each weight and hand them to `Deserialize`."""
         if not self.pre_quantized:
             return []
-        return [WeightConverter(list(PACKED_NAMES), "weight", [NF4Deserialize(self.record)])]
+        own = [] if changes_conversions(HfQuantizer) else self._experts_conversions()
+        return [*own, WeightConverter(list(PACKED_NAMES), "weight", [NF4Deserialize(self.record)])]
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """The conversions of names and tensors: those of packed experts before the model's own, which are for dense."""

@@ -55,6 +55,7 @@ class NF4ExpertsWeight(NF4Weight):
         blocksize: int,
         double_quant: bool,
         device: torch.device | str | None,
+        nested_blocksize: int = NESTED_BLOCKSIZE,
     ) -> "NF4ExpertsWeight":
         """Packed zeros, without going through float matrices."""
         experts, rows, columns = shape
@@ -68,9 +69,10 @@ class NF4ExpertsWeight(NF4Weight):
             blocksize=blocksize,
             shape=torch.Size(shape),
             dtype=dtype,
+            nested_blocksize=nested_blocksize,
         )
         if double_quant:
-            nested = -(-blocks // NESTED_BLOCKSIZE)
+            nested = -(-blocks // nested_blocksize)
             new.nested_absmax = torch.zeros(experts, nested, dtype=torch.float32, device=device)
             new.nested_quant_map = dynamic_map().to(device, copy=True)
             new.offset = torch.zeros(experts, dtype=torch.float32, device=device)

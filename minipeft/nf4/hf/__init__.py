@@ -11,8 +11,8 @@ A GGUF file is read by transformers, dequantized, and then goes through `quantiz
 Importing this module registers the quantizer, and makes transformers read 4-bit bitsandbytes checkpoints with
 it, so that no bitsandbytes is needed; `read_bitsandbytes_with("transformers")` hands them back. (A
 `transformers.BitsAndBytesConfig` that quantizes a dense checkpoint still goes to bitsandbytes.) The files:
-`config.py` configuration, `modules.py` which modules, `load.py` one weight, `model.py` what the model answers,
-`quantizer.py` the rest.
+`config.py` configuration, `modules.py` which modules, `load.py` one weight, `merging.py` and `one_by_one.py` files that
+hold experts one by one, `model.py` what the model answers, `quantizer.py` the rest.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from minipeft.nf4.dense import keep_dense
 from minipeft.nf4.experts import pack_weights, start_packing
 from minipeft.nf4.hf.config import METHOD, BitsAndBytesConfig, NF4Config
 from minipeft.nf4.hf.modules import (
+    convertible_experts,
     dense_weight,
     modules_to_skip,
     nf4_linear_like,
@@ -89,7 +90,9 @@ def quantize_model(model: Model, config: NF4Config | None = None) -> Model:
     config = NF4Config() if config is None else config
     _check_quantizable(model, config)
     with_experts = config.experts is not False
-    groups, of_experts = require_convertible(model, modules_to_skip(model, config.skip_modules), with_experts)
+    skip = modules_to_skip(model, config.skip_modules)
+    of_experts = convertible_experts(model, skip) if with_experts else []
+    groups = require_convertible(model, skip, of_experts)
     for group in groups:
         _check_weight(group[0], "weight", model.get_submodule(group[0]))
     for name, weights in of_experts:

@@ -113,7 +113,7 @@ class NF4Quantize(ConversionOps):
         self.record.missing = missing_keys if missing_keys is not None else set()
         result: dict[str, torch.Tensor] = {}
         for name in list(input_dict):
-            value = _only(input_dict.pop(name))
+            value = only(input_dict.pop(name))
             module, leaf = get_module_from_name(model, name)
             if name in self.record.experts:
                 with self.record.naming(name):
@@ -169,7 +169,7 @@ class NF4Deserialize(Deserialize):
     ) -> dict[str, torch.Tensor]:
         """Stored names (relative to the module) and tensors in; {"weight": ...} out, or nothing if refused."""
         self.record.missing = missing_keys if missing_keys is not None else set()
-        stored = {name: _only(value) for name, value in input_dict.items()}
+        stored = {name: only(value) for name, value in input_dict.items()}
         linear, leaf = get_module_from_name(model, full_layer_name)
         if not isinstance(linear, NF4Linear) or leaf != "weight":
             return self.dense(stored, "weight", full_layer_name)
@@ -207,7 +207,7 @@ class NF4ExpertsDeserialize(Deserialize):
         """Stored names, as patterns, and tensors in; {the parameter's full name: codes} out, or nothing if refused."""
         self.record.missing = missing_keys if missing_keys is not None else set()
         name = full_layer_name
-        stored = {name + self.suffixes[pattern]: _only(value) for pattern, value in input_dict.items()}
+        stored = {name + self.suffixes[pattern]: only(value) for pattern, value in input_dict.items()}
         if name not in self.record.experts:
             return self.dense(stored, name, name)
         experts, leaf = get_module_from_name(model, name)
@@ -225,22 +225,28 @@ class NF4ExpertsDeserialize(Deserialize):
 
 
 def _packed(stored: dict[str, torch.Tensor], linear: NF4Linear) -> NF4Weight:
-    """The stored tensors of one packed weight as an `NF4Weight`; ValueError names what is wrong."""
-    if "weight.quant_state.bitsandbytes__fp4" in stored:
-        raise ValueError("it is packed as fp4, and minipeft reads nf4 only: quantize the original model again")
+    """The stored tensors of the packed weight of `linear` as an `NF4Weight`; ValueError names what is wrong."""
     expected = (linear.out_features, linear.in_features)
     if set(stored) == {"weight"} and tuple(stored["weight"].shape) == expected:
         raise ValueError(
             "it is dense in the checkpoint, but the checkpoint's config says packed "
             "(add the module to llm_int8_skip_modules in config.json)"
         )
+    weight = read_packed(stored)
+    if tuple(weight.shape) != expected:
+        raise ValueError(f"the packed weight is {tuple(weight.shape)}, the module expects {expected}")
+    return weight
+
+
+def read_packed(stored: dict[str, torch.Tensor]) -> NF4Weight:
+    """The stored tensors of one packed weight, called "weight", as an `NF4Weight`; ValueError names what is wrong."""
+    if "weight.quant_state.bitsandbytes__fp4" in stored:
+        raise ValueError("it is packed as fp4, and minipeft reads nf4 only: quantize the original model again")
     needed = {"weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"}
     absent = sorted(needed - set(stored))
     if absent:
         raise ValueError(f"the checkpoint lacks {', '.join(absent)} of it")
     weight = NF4Weight.from_state(_with_float32_scales(stored))
-    if tuple(weight.shape) != expected:
-        raise ValueError(f"the packed weight is {tuple(weight.shape)}, the module expects {expected}")
     _check_finite(weight)
     return weight
 
@@ -285,5 +291,6 @@ def _with_float32_scales(stored: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {**kept, "weight.absmax": absmax.float(), PACKED_NAMES[0]: packed.to(codes.device)}
 
 
-def _only(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+def only(value: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """The tensor, alone or in a list of one."""
     return value[0] if isinstance(value, list) else value

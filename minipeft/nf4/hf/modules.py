@@ -129,12 +129,9 @@ def names_by_module(model: nn.Module, kind: type[nn.Module] | tuple[type[nn.Modu
     return list(names.values())
 
 
-def require_convertible(
-    model: nn.Module, skip: list[str], experts: bool
-) -> tuple[list[list[str]], list[tuple[str, list[str]]]]:
-    """`convertible_modules` and, if `experts`, `convertible_experts`; ValueError when there is neither."""
+def require_convertible(model: nn.Module, skip: list[str], of_experts: list[tuple[str, list[str]]]) -> list[list[str]]:
+    """`convertible_modules`; ValueError when there is none and there are no experts to convert either."""
     groups = convertible_modules(model, skip)
-    of_experts = convertible_experts(model, skip) if experts else []
     if not groups and not of_experts:
         special = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear}
         stays = f"; its {', '.join(sorted(special))} stays dense, as with bitsandbytes" if special else ""
@@ -142,7 +139,7 @@ def require_convertible(
             f"{type(model).__name__} has nothing to put into NF4: no nn.Linear or Conv1D (subclasses do not count) "
             f"besides those left dense: {', '.join(skip) or 'none'}{stays}"
         )
-    return groups, of_experts
+    return groups
 
 
 def nf4_linear_like(module: nn.Module, config: NF4Config) -> NF4Linear:

@@ -8,6 +8,7 @@ operation of `load.py`; `_process_model_after_weight_loading` checks that nothin
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from minipeft.nf4.hf.load import (
 from minipeft.nf4.hf.merging import without_copies
 from minipeft.nf4.hf.model import mark, unmark
 from minipeft.nf4.hf.modules import (
+    convertible_experts,
     modules_to_skip,
     names_by_module,
     nf4_experts,
@@ -45,6 +47,7 @@ from minipeft.nf4.hf.modules import (
     skip_modules_for_file,
     warn_of_dense_experts,
 )
+from minipeft.nf4.hf.one_by_one import for_packed, layers_of_unsloth, names_in, packed_in
 from minipeft.nf4.linear import NF4Linear
 
 
@@ -61,6 +64,9 @@ class NF4HfQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.record = LoadRecord()
         self.hooks: list[RemovableHandle] = []
+        # Of a packed checkpoint: the experts' weights that are packed one by one, and conversions of unsloth's names.
+        self.one_by_one: set[str] = set()
+        self.unsloths: list[Any] = []
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise ValueError for a device_map with "disk"."""
@@ -104,10 +110,12 @@ class NF4HfQuantizer(HfQuantizer):
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
         if not self.pre_quantized:
             return [without_copies(conversion) for conversion in conversions]
-        return self._experts_conversions() + conversions
+        own = self._experts_conversions()
+        return own + [for_packed(one, self.one_by_one, self.record) for one in (*self.unsloths, *conversions)]
 
     def _experts_conversions(self) -> list[WeightConverter]:
-        leaves = sorted({".".join(name.split(".")[-2:]) for name in self.record.experts})
+        stacked = self.record.experts - self.one_by_one
+        leaves = sorted({".".join(name.split(".")[-2:]) for name in stacked})
         operations = {leaf: NF4ExpertsDeserialize(self.record, leaf) for leaf in leaves}
         return [WeightConverter(operation.patterns, leaf, [operation]) for leaf, operation in operations.items()]
 
@@ -126,7 +134,10 @@ class NF4HfQuantizer(HfQuantizer):
         config = self.quantization_config
         with_experts = not self.pre_quantized if config.experts is None else config.experts
         skip = modules_to_skip(model, config.skip_modules, self.pre_quantized)
-        groups, of_experts = require_convertible(model, skip, with_experts)
+        of_experts = convertible_experts(model, skip) if with_experts else []
+        if self.pre_quantized:
+            of_experts = self._find_packed_experts(model, kwargs.get("checkpoint_files"), of_experts)
+        groups = require_convertible(model, skip, of_experts)
         if not self.pre_quantized:
             config.skip_modules = skip_modules_for_file(model, config.skip_modules)
             config.experts = True if of_experts else config.experts
@@ -150,6 +161,28 @@ class NF4HfQuantizer(HfQuantizer):
             self.record.experts.update(f"{name}.{weight}" for weight in weights)
             self.hooks.append(experts.register_state_dict_post_hook(_hide_scales))
         keep_dense(model)
+
+    def _find_packed_experts(
+        self, model: PreTrainedModel, files: Any, expected: list[tuple[str, list[str]]]
+    ) -> list[tuple[str, list[str]]]:
+        """The experts that a packed checkpoint holds packed, told by its names where its config does not say.
+
+        Raises ValueError for packed experts that the config says are dense, or that this transformers cannot gather.
+        """
+        names = names_in(files)
+        packed = packed_in(names, model) if names is not None else {}
+        if packed and self.quantization_config.experts is False:
+            raise ValueError(
+                f"{sorted(packed)[0]} is packed in the checkpoint, but the checkpoint's config leaves experts dense "
+                "(experts in config.json)"
+            )
+        self.one_by_one = {goal for goal, parts in packed.items() if any(part.endswith(".weight") for part in parts)}
+        if self.one_by_one and not changes_conversions(HfQuantizer):
+            raise ValueError(f"{sorted(self.one_by_one)[0]} is packed one by one: a newer transformers can read it")
+        self.unsloths = layers_of_unsloth(names, model)
+        if self.quantization_config.experts:
+            return expected
+        return [(path, weights) for path, weights in _by_module(packed).items()]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.record.raise_problems(model)
@@ -212,6 +245,15 @@ def _refuse_adapters(model: nn.Module) -> None:
                 f"{name} has adapters {sorted(adapters)}, which dequantize() would lose: merge_and_unload() "
                 "dequantizes and keeps what they do, unload() removes them"
             )
+
+
+def _by_module(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of parameters by that of their module."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        path, _, leaf = name.rpartition(".")
+        found.setdefault(path, []).append(leaf)
+    return found
 
 
 def _hide_scales(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:

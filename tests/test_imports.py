@@ -86,6 +86,7 @@ IMPORT_TRANSFORMERS = {
         "nf4.hf.merging",
         "nf4.hf.model",
         "nf4.hf.modules",
+        "nf4.hf.mxfp4",
         "nf4.hf.one_by_one",
         "nf4.hf.quantizer",
     ),  # a quantizer of transformers'

@@ -59,6 +59,8 @@ def load_base_model(
     elif quantize:
         options["quantization_config"] = _nf4_config(double_quant)
     with _loading("model", path), _without_gap_report():
+        if quantize and "gguf_file" not in options:
+            options |= _plain_config(source)
         # Without ignore_mismatched_sizes transformers names the tensors in its log only.
         model, info = AutoModelForCausalLM.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -70,6 +72,18 @@ def load_base_model(
         # The config says GGUF and dequantized; what is quantized below is an ordinary model.
         model = quantize_model(model, _nf4_config(double_quant))
     return model.to(resolve_device(device)).eval()
+
+
+def _plain_config(source: str) -> dict[str, Any]:
+    """The argument that lets a checkpoint in MXFP4 (gpt-oss) be quantized to NF4; nothing for others."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    stored = getattr(config, "quantization_config", None)
+    if not isinstance(stored, dict) or stored.get("quant_method") != "mxfp4":
+        return {}
+    del config.quantization_config
+    return {"config": config}
 
 
 def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> Any:

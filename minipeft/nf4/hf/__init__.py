@@ -11,8 +11,8 @@ A GGUF file is read by transformers, dequantized, and then goes through `quantiz
 Importing this module registers the quantizer, and makes transformers read 4-bit bitsandbytes checkpoints with
 it, so that no bitsandbytes is needed; `read_bitsandbytes_with("transformers")` hands them back. (A
 `transformers.BitsAndBytesConfig` that quantizes a dense checkpoint still goes to bitsandbytes.) The files:
-`config.py` configuration, `modules.py` which modules, `load.py` one weight, `merging.py` and `one_by_one.py` files that
-hold experts one by one, `model.py` what the model answers, `quantizer.py` the rest.
+`config.py` configuration, `modules.py` which modules, `load.py` one weight, `merging.py`, `one_by_one.py` and
+`mxfp4.py` other layouts of experts, `model.py` what the model answers, `quantizer.py` the rest.
 """
 
 from __future__ import annotations

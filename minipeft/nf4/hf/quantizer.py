@@ -47,6 +47,7 @@ from minipeft.nf4.hf.modules import (
     skip_modules_for_file,
     warn_of_dense_experts,
 )
+from minipeft.nf4.hf.mxfp4 import mxfp4_conversions
 from minipeft.nf4.hf.one_by_one import for_packed, layers_of_unsloth, names_in, packed_in
 from minipeft.nf4.linear import NF4Linear
 
@@ -67,6 +68,8 @@ class NF4HfQuantizer(HfQuantizer):
         # Of a packed checkpoint: the experts' weights that are packed one by one, and conversions of unsloth's names.
         self.one_by_one: set[str] = set()
         self.unsloths: list[Any] = []
+        # Of a checkpoint in MXFP4.
+        self.mxfp4: list[Any] = []
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raise ValueError for a device_map with "disk"."""
@@ -101,7 +104,7 @@ class NF4HfQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         """For a packed checkpoint: gather the stored tensors of each weight and hand them to `Deserialize`."""
         if not self.pre_quantized:
-            return []
+            return [] if changes_conversions(HfQuantizer) else self.mxfp4
         own = [] if changes_conversions(HfQuantizer) else self._experts_conversions()
         return [*own, WeightConverter(list(PACKED_NAMES), "weight", [NF4Deserialize(self.record)])]
 
@@ -109,7 +112,7 @@ class NF4HfQuantizer(HfQuantizer):
         """The conversions of names and tensors: those of packed experts before the model's own, which are for dense."""
         conversions: list[Any] = super().update_weight_conversions(weight_conversions, *model)
         if not self.pre_quantized:
-            return [without_copies(conversion) for conversion in conversions]
+            return [*self.mxfp4, *map(without_copies, conversions)]
         own = self._experts_conversions()
         return own + [for_packed(one, self.one_by_one, self.record) for one in (*self.unsloths, *conversions)]
 
@@ -139,6 +142,7 @@ class NF4HfQuantizer(HfQuantizer):
             of_experts = self._find_packed_experts(model, kwargs.get("checkpoint_files"), of_experts)
         groups = require_convertible(model, skip, of_experts)
         if not self.pre_quantized:
+            self.mxfp4 = mxfp4_conversions(names_in(kwargs.get("checkpoint_files")), model, self.record)
             config.skip_modules = skip_modules_for_file(model, config.skip_modules)
             config.experts = True if of_experts else config.experts
             if with_experts:

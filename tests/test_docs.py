@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_experts import experts_classes
 
 import minipeft
 
@@ -45,3 +46,16 @@ def test_names_of_minipeft_in_the_lessons_exist() -> None:
     for page in DOCS.glob("*.md"):
         for name in re.findall(r"\bminipeft\.(\w+)\(", page.read_text()):
             assert hasattr(minipeft, name), f"{page.name}: minipeft.{name}"
+
+
+def test_the_page_about_experts_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "experts.md").read_text(), re.DOTALL)
+    assert len(blocks) > 5
+    session: dict[str, Any] = {"__name__": "experts"}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"docs/experts.md, block {number}", "exec"), session)
+
+
+def test_the_page_about_experts_counts_the_classes() -> None:
+    text = (DOCS / "experts.md").read_text()
+    assert f"`use_experts_implementation`), {len(experts_classes())} in 5.23" in " ".join(text.split())

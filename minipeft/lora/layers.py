@@ -79,7 +79,11 @@ class LoraNF4Linear(LoraLayer):
     def attach(self, switch: Any) -> None:
         super().attach(switch)
         if not hasattr(self, "dense_merged"):
-            self.register_buffer("dense_merged", None, persistent=False)
+            self._hold_dense(None)
+
+    def _hold_dense(self, merged: Tensor | None) -> None:
+        # accelerate moves whatever is called a buffer outside of the state, and None is not.
+        self.register_buffer("dense_merged", merged, persistent=merged is None)
 
     def frozen_weight(self, x: Tensor) -> NF4 | None:
         return self.packed() if self._is_plain and self._buffers["dense_merged"] is None else None
@@ -94,7 +98,7 @@ class LoraNF4Linear(LoraLayer):
 
     def unmerge(self) -> None:
         super().unmerge()
-        self.dense_merged = None
+        self._hold_dense(None)
 
     def dense_form(self) -> nn.Module | None:
         return None if self.dense_merged is None else self.to_dense(weight=self.dense_merged)
@@ -102,7 +106,7 @@ class LoraNF4Linear(LoraLayer):
     def requantize(self) -> None:
         if self.dense_merged is not None:
             old, dense = self.nf4_weight(), self.dense_merged
-            self.dense_merged = None
+            self._hold_dense(None)
             self.set_weight(NF4Weight.quantize(dense, old.blocksize, old.double_quant))
             put(self, "weight", self.get_parameter("weight"))
 
@@ -113,7 +117,7 @@ class LoraNF4Linear(LoraLayer):
         return matrix
 
     def _install_weight(self, weight: Tensor) -> None:
-        self.dense_merged = weight.to(self.nf4_weight().dtype)
+        self._hold_dense(weight.to(self.nf4_weight().dtype))
 
     def _lora_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features

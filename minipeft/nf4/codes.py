@@ -8,11 +8,13 @@ say nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+
+from minipeft.nf4.format import read_scale
 
 _DATA: Any = vars(torch._C.TensorBase)["data"]
 # Far less than the step between two codes, far more than the rounding of an average of equal ones in float32.
@@ -114,6 +116,19 @@ class HoldsCodes(nn.Module):
     They are parameters, also among the buffers: compiled functions take a parameter of any class.
     """
 
+    def stored_scales(self) -> dict[str, tuple[str, str]]:
+        """The name of each buffer of scales -> the parameter in whose state it is stored, and its name there."""
+        raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
+        super().__setattr__(name, value)
+        if name == "_hf_hook":
+            # accelerate offloads buffers, where that is asked for, by a state dict, and looks for them by their names.
+            hook: Any
+            for hook in getattr(value, "hooks", (value,)):
+                if getattr(hook, "offload_buffers", False) and hook.weights_map is not None:
+                    hook.weights_map = _ByBuffer(hook.weights_map, self.stored_scales())
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's."""
         super().register_parameter(name, param)
@@ -136,6 +151,27 @@ class HoldsCodes(nn.Module):
     def _keep_codes(self) -> None:
         _keep(self._parameters, tuple(self._parameters))
         _keep(self._buffers, tuple(self._buffers))
+
+
+class _ByBuffer(Mapping[str, Tensor]):
+    """The weights of a hook of accelerate's, where scales are found by the names of their buffers, too."""
+
+    def __init__(self, under: Mapping[str, Tensor], scales: Mapping[str, tuple[str, str]]) -> None:
+        self.under, self.scales = under, scales
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            return self.under[name]
+        except KeyError:
+            if name not in self.scales:
+                raise
+            return read_scale(self.under, *self.scales[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.under)
+
+    def __len__(self) -> int:
+        return len(self.under)
 
 
 def _keep(held: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -109,6 +109,9 @@ class NF4Experts(Mixin, HoldsCodes, Packed):
             **scales,
         )
 
+    def stored_scales(self) -> dict[str, tuple[str, str]]:
+        return {f"{name}_{scale}": (name, scale) for name in self.stack_sizes for scale in SCALES}
+
     def set_stack(self, name: str, w: NF4ExpertsWeight) -> None:
         """Take the tensors of `w` as those of the packed weights `name`, with its block sizes.
 

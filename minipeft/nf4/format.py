@@ -62,6 +62,17 @@ def read_stack_fields(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     return _read_tensors(state, name, entries, n, (experts, (n + 1) // 2), (experts,))
 
 
+def read_scale(state: Mapping[str, Tensor], name: str, scale: str) -> Tensor:
+    """The tensor that a module calls `scale` ("absmax", "offset", ...) of the weight that lies in `state` as `name`.
+
+    Raises KeyError if it is not there.
+    """
+    if scale != "offset":
+        return state[f"{name}.{scale}"]
+    entries = bytes(state[f"{name}.quant_state.bitsandbytes__nf4"].cpu().tolist())
+    return torch.tensor(json.loads(entries)["nested_offset"], dtype=torch.float32)
+
+
 def _read_tensors(
     state: Mapping[str, Tensor],
     name: str,

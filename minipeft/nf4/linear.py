@@ -112,6 +112,9 @@ class NF4Linear(StoredNF4):
             nested_blocksize=self.nested_blocksize,
         )
 
+    def stored_scales(self) -> dict[str, tuple[str, str]]:
+        return {name: ("weight", name) for name in SCALES}
+
     def set_weight(self, w: NF4Weight) -> None:
         """Take a packed weight's tensors as this module's own, with its block sizes.
 

@@ -42,7 +42,7 @@ _PUBLIC: dict[str, tuple[str, ...]] = {
         "PEFT_TYPE_TO_TUNER_MAPPING",
     ),
     "minipeft.model": ("PeftModel", *(f"PeftModelFor{task}" for task in _TASKS), "get_peft_model"),
-    "minipeft.nf4": ("BitsAndBytesConfig", "NF4Config", "quantize_model"),
+    "minipeft.nf4": ("BitsAndBytesConfig", "NF4Config", "quantize_model", "quantized_sizes"),
     "minipeft.optim": ("PagedAdamW",),
     "minipeft.preparing": ("inject_adapter_in_model", "prepare_model_for_kbit_training"),
     "minipeft.state": ("get_peft_model_state_dict", "set_peft_model_state_dict"),

@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"core", "nf4", "optim", "kernels"},
     "demo": {"core", "lora", "train", "kernels"},
     "compare": {"core", "train", "demo", "kernels"},
-    "commands": {"core", "train", "demo", "compare", "kernels", "lab", "emulator"},
+    "commands": {"core", "nf4", "train", "demo", "compare", "kernels", "lab", "emulator"},
     "__main__": {"commands"},
     "kernels": set(),
     "lab": {"kernels", "emulator"},

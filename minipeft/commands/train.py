@@ -66,6 +66,7 @@ def _train(config: TrainConfig, args: argparse.Namespace, processes: Processes |
     check_output_path(Path(config.output_dir), may_exist=True)
     check_device(config.device)
 
+    from minipeft import quantized_sizes
     from minipeft.train import (
         Trainer,
         check_output_dir,
@@ -94,6 +95,8 @@ def _train(config: TrainConfig, args: argparse.Namespace, processes: Processes |
         return
     with without_bars():
         model = load_base_model(config.model, quantize=config.quantize, dtype=config.dtype, device=config.device)
+    if config.quantize:
+        print(quantized_sizes(model))
     seed_everything(config.seed)
     model = attach(model, adapter_config, config.adapter)
     if config.adapter is None:

@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from .linear import NF4Linear
+from .sizes import quantized_sizes
 from .weight import NF4Weight
 
 if TYPE_CHECKING:
     from .hf import BitsAndBytesConfig, NF4Config, quantize_model
 
-__all__ = ["BitsAndBytesConfig", "NF4Config", "NF4Linear", "NF4Weight", "quantize_model"]
+__all__ = ["BitsAndBytesConfig", "NF4Config", "NF4Linear", "NF4Weight", "quantize_model", "quantized_sizes"]
 
 
 def __getattr__(name: str) -> Any:

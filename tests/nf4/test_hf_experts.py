@@ -13,7 +13,7 @@ from tiny_families import FAMILIES, OTHERS, Family
 from transformers import AutoModelForCausalLM
 
 from minipeft.errors import PeftWarning
-from minipeft.nf4 import NF4Weight
+from minipeft.nf4 import NF4Linear, NF4Weight, quantized_sizes
 from minipeft.nf4.experts import NF4Experts
 from minipeft.nf4.hf import BitsAndBytesConfig, NF4Config, quantize_model
 
@@ -216,3 +216,34 @@ def test_training_goes_through_packed_experts() -> None:
         gradients.append([p.grad for p in trained])
     for got, wanted in zip(*gradients, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+@every_mixture
+def test_what_is_printed_of_the_sizes_is_counted(family: str) -> None:
+    dense = MIXTURES[family].build().bfloat16()
+    linear = {n for n, m in quantize_model(copy.deepcopy(dense)).named_modules() if isinstance(m, NF4Linear)}
+    model = quantize_model(copy.deepcopy(dense))
+    sizes = quantized_sizes(model)
+    experts = weights_of_experts(dense)
+    assert sizes.experts.weights == len(experts) and sizes.experts.numbers == sum(w.numel() for w in experts.values())
+    assert sizes.experts.before == 2 * sizes.experts.numbers
+    # 4.127 bits a number, and two tables a stack; small ones have more nested scales a number.
+    state = model.state_dict()
+    stored = {key: t for key, t in state.items() if any(key == w or key.startswith(f"{w}.") for w in experts)}
+    held = sum(t.nbytes for key, t in stored.items() if "quant_state" not in key)
+    offsets = 4 * sum(w.shape[0] for w in experts.values())
+    assert sizes.experts.after == held + offsets
+    assert sizes.layers.weights == len(linear)
+    assert sizes.dense.numbers + sizes.layers.numbers + sizes.experts.numbers == dense.num_parameters()
+    assert sizes.dense.after + sizes.layers.after + sizes.experts.after == sum(
+        t.nbytes
+        for t in (*model.parameters(), *(b for m in model.modules() for b in m._buffers.values() if packs(m, b)))
+    )
+    lines = str(sizes).splitlines()
+    assert lines[1].startswith(f"{len(experts)} stacks of experts in 4 bits: {sizes.experts.numbers:,} numbers, ")
+    assert " kB -> " in lines[1] and len(lines) == 3
+    assert str(quantized_sizes(dense)).startswith("the rest stays as it is")
+
+
+def packs(module: Any, buffer: Any) -> bool:
+    return buffer is not None and isinstance(module, NF4Linear | NF4Experts)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.lora.config import LoraConfig
+from minipeft.lora.own_forward import unchanged
 from minipeft.lora.rows import add_row_updates, rows_through
 from minipeft.lora.store import AdapterStore
 from minipeft.lora.variants import init_factors, variant_for, wide
@@ -78,6 +79,8 @@ class LoraLayer(AdapterStore):
         if one is not None:  # no dropout, no variant: base and update in one operation
             return linear(x, weight, self.bias, one, self.compute_dtype)
         base = self.base_output(x, *args, **kwargs)
+        if not isinstance(base, Tensor):
+            return unchanged(self, base)
         if self.switch.rows is not None:
             self._check_unmerged()
             return add_row_updates(self, self.switch.rows, x, base)

@@ -1,4 +1,4 @@
-"""Merging into a layer whose class or instance has a forward of its own, which may do more than W x + b.
+"""Layers whose class or instance has a forward of its own, which may do more than W x + b.
 
 Beside the layer the update is added to what that forward returns; in the weight it goes through it. Whether these are
 the same is tried on a few inputs.
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.dispatched import device_of
+from minipeft.mixins import plain_class
 
 # Inputs that are tried, and the most rounding errors of the layer's dtype by which outputs may differ.
 _ROWS, _ROUNDINGS = 4, 64
@@ -50,6 +51,20 @@ def merges_alike(layer: Any, forward: Callable[[Tensor], Any], merged: Tensor, s
     bound = _ROUNDINGS * torch.finfo(_dtype(layer)).eps * largest
     off = [after - before - expected, *([before - plain] if scaled else [])]
     return all(float(values.abs().max()) <= bound for values in off)
+
+
+def unchanged(layer: Any, out: Any) -> Any:
+    """The output `out` of the layer's own forward, which is no tensor, where no adapter acts.
+
+    Raises TypeError where one does: an update is added to a tensor.
+    """
+    if not layer.acting() and layer.switch.rows is None:
+        return out
+    cls, given = plain_class(layer), type(out).__name__
+    raise TypeError(
+        f"the forward of {cls.__module__}.{cls.__qualname__} returned a {given}, LoRA adds to a tensor: "
+        "leave such layers out by exclude_modules, or adapt a layer inside or after them"
+    )
 
 
 def _dtype(layer: Any) -> torch.dtype:

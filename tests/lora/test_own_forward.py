@@ -222,6 +222,31 @@ def test_a_weight_that_is_computed_is_trained_whole_after_a_step(way: str) -> No
     assert trained and all(p.grad is not None for p in trained)
 
 
+class Twofold(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x.sum()
+
+
+class Named(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return {"out": super().forward(x)}
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}, {"lora_dropout": 0.5}])
+@pytest.mark.parametrize("kind", [Twofold, Named])
+def test_a_forward_that_returns_no_tensor_is_refused_by_name(kind: Any, changes: Any) -> None:
+    x = torch.randn(2, WIDTH)
+    layer = kind(WIDTH, WIDTH)
+    plain = layer.requires_grad_(False)(x)
+    model = get_peft_model(nn.Sequential(layer), LoraConfig(r=2, target_modules=["0"], **changes))
+    kind_of_output = "tuple" if kind is Twofold else "dict"
+    with pytest.raises(TypeError, match=rf"{kind.__name__} returned a {kind_of_output}.*exclude_modules"):
+        model(x)
+    with model.disable_adapter():
+        assert repr(model(x)) == repr(plain)
+    assert repr(model.unload()(x)) == repr(plain)
+
+
 def test_arguments_reach_the_layer_s_own_forward() -> None:
     net, x = net_and_input(lambda: Gated(WIDTH, WIDTH))
     layer: Any = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))[0]

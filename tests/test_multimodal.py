@@ -35,7 +35,7 @@ VIRTUAL = {"prefix": PrefixTuningConfig, "prompt": PromptTuningConfig}
 REFUSED = {
     "Qwen2-VL": "does not know how a model of type 'qwen2_vl_text' tells positions",
     "Qwen2.5-VL": "does not know how a model of type 'qwen2_5_vl_text' tells positions",
-    "PaliGemma": "attends in both directions; virtual tokens need a causal decoder",
+    "PaliGemma": "attends in both directions: a prompt would have to see the text; prefix tuning works",
     "Gemma 4": "looks every token up again in each layer: a prompt has no token; prefix tuning works",
     "Whisper": "does not know encoder-decoders of type 'whisper'",
     **{
@@ -45,7 +45,8 @@ REFUSED = {
     },
 }
 WORKING = [
-    (name, way) for name in SEEING for way in VIRTUAL if name not in REFUSED or (name, way) == ("Gemma 4", "prefix")
+    *((name, way) for name in SEEING for way in VIRTUAL if name not in REFUSED),
+    *(("Gemma 4", "prefix"), ("PaliGemma", "prefix")),
 ]
 # PEFT's prompt fails there.
 PROMPTS_NOT_IN_PEFT = ("Llama 4", "BLIP-2")

@@ -184,8 +184,12 @@ def decoder_targets(model: Any, config: VirtualTokensConfig) -> list[str]:
             f"{type(model).__name__} has {model_config.num_hidden_layers} layers, and self-attention in {layers}; "
             "virtual tokens need one in each"
         )
-    if not all(getattr(model.get_submodule(path), "is_causal", True) for path in attentions):
-        raise ValueError(f"{type(model).__name__} attends in both directions; virtual tokens need a causal decoder")
+    causal = all(getattr(model.get_submodule(path), "is_causal", True) for path in attentions)
+    if config.type_name == "PROMPT_TUNING" and not causal:
+        raise ValueError(
+            f"PromptTuning does not work on {type(model).__name__}, which attends in both directions: a prompt would "
+            "have to see the text; prefix tuning works"
+        )
     if config.type_name == "PROMPT_TUNING" and getattr(model_config, "hidden_size_per_layer_input", None):
         raise ValueError(
             f"PromptTuning does not work on {type(model).__name__}, which looks every token up again in each layer: a "

@@ -15,6 +15,7 @@ from minipeft.config import PeftConfig, TaskType
 from minipeft.files import write_text
 from minipeft.mixins import plain_class
 from minipeft.public import PEFT_VERSION
+from minipeft.stored import parse_yaml, shown
 
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?\n", re.DOTALL | re.MULTILINE)
 
@@ -36,16 +37,21 @@ def write_card(model: Any, config: PeftConfig, folder: str | Path) -> None:
     import yaml
 
     file = Path(folder) / "README.md"
-    old = file.read_text(encoding="utf-8") if file.is_file() else None
+    try:
+        old = file.read_text(encoding="utf-8") if file.is_file() else None
+    except UnicodeDecodeError:
+        warnings.warn(f"{file} is left as it is: it is not UTF-8 text", stacklevel=2)
+        return
     front = _FRONT.match(old or "")
     try:
-        data = (yaml.safe_load(front[1]) or {}) if front else {}
-    except yaml.YAMLError as error:
+        data = (parse_yaml(front[1]) or {}) if front else {}
+    except (yaml.YAMLError, ValueError) as error:
         data = error
-    if not isinstance(data, dict):
+    tags = data.get("tags") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(tags, list | None) or not all(map(_is_text, tags or ())):
         warnings.warn(
-            f"{file} is left as it is: it begins with {data!r} between two lines of ---, expected YAML such as 'key: "
-            "value'",
+            f"{file} is left as it is: it begins with {shown(data)} between two lines of ---, expected YAML such as "
+            "'key: value', with texts as tags",
             stacklevel=2,
         )
         return
@@ -61,9 +67,13 @@ def create_or_update_model_card(model: Any, output_dir: str | Path) -> None:
     write_card(model, model.peft_config[names[0]], output_dir)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _metadata(model: Any, config: PeftConfig, old: dict[str, Any]) -> dict[str, Any]:
     base = config.base_model_name_or_path or base_name(model)
-    kept = [tag for tag in old.get("tags") or [] if not str(tag).startswith("base_model:adapter:")]
+    kept = [tag for tag in old.get("tags") or [] if not tag.startswith("base_model:adapter:")]
     tags = [f"base_model:adapter:{base}"] if base else []
     tags += ["lora"] if config.type_name == "LORA" else []
     tags += ["transformers"] if plain_class(model).__module__.startswith("transformers.") else []

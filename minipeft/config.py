@@ -23,6 +23,7 @@ from minipeft.hub import HUB_ARGUMENTS, adapter_folder
 from minipeft.methods import METHODS, method_of, type_of
 from minipeft.public import PEFT_VERSION as __version__
 from minipeft.public import attributes_of
+from minipeft.stored import brief, check_fields, read_object, shown
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -222,13 +223,14 @@ class PeftConfig(KnownToPeft):
             )
         for field in config_class._unsupported_fields(values):
             raise ValueError(
-                f"{source}: the adapter was made with {field}={values[field]!r}, which minipeft does not have: use it "
-                f"with PEFT, or train one without {field}"
+                f"{source}: the adapter was made with {field}={shown(values[field])}, which minipeft does not have: "
+                f"use it with PEFT, or train one without {field}"
             )
+        check_fields(values, config_class, source)
         try:
             return config_class(**{k: v for k, v in values.items() if k in known})
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise ValueError(f"{source}: {brief(str(error))}") from error
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
@@ -247,12 +249,7 @@ class PeftConfig(KnownToPeft):
     @classmethod
     def from_json_file(cls, path_json_file: str | Path, **kwargs: Any) -> dict[str, Any]:
         """The fields in a file such as `adapter_config.json`, as a dictionary. Raises ValueError for another file."""
-        try:
-            values = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path_json_file} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path_json_file}: expected a JSON object, got {type(values).__name__}")
+        values = read_object(path_json_file)
         # No file of PEFT's has it: it is about one run, not about the adapter.
         values.pop("runtime_config", None)
         return values
@@ -294,7 +291,7 @@ def _class_of(values: Mapping[str, Any], source: str) -> type[PeftConfig]:
         config_class: type[PeftConfig] = method_of(str(_name(name))).load("config")
     except KeyError:
         known = ", ".join(dict.fromkeys(method.peft_type for method in METHODS.values()))
-        raise ValueError(f"{source}: peft_type {name!r} is not a method that minipeft has ({known})") from None
+        raise ValueError(f"{source}: peft_type {shown(name)} is not a method that minipeft has ({known})") from None
     return config_class
 
 

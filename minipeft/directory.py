@@ -16,6 +16,7 @@ from minipeft.errors import AdapterNotFoundError
 from minipeft.files import atomic_path, write_text
 from minipeft.hub import adapter_folder
 from minipeft.renaming import mapped
+from minipeft.stored import brief
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 # Not PEFT's: tensors that training goes on from, where the first file holds only tensors computed from them.
@@ -92,7 +93,7 @@ def read_marks(directory: str | Path) -> dict[str, str]:
         with safe_open(file, framework="pt") as tensors:
             return dict(tensors.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+        raise _damaged(file, error) from error
 
 
 def find_adapter(model_id: str | Path, subfolder: str | None = None, **hub: Any) -> Path:
@@ -138,4 +139,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or not a safetensors file: {error}") from error
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} is damaged or not a safetensors file: {brief(str(error))}")

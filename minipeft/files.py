@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -31,6 +32,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
+    except Exception as error:
+        # safetensors' error says what failed and not in which file; so does that of writing to an open one.
+        if type(error).__name__ == "SafetensorError" or (isinstance(error, OSError) and error.filename is None):
+            raise OSError(getattr(error, "errno", None) or errno.EIO, f"cannot write it: {error}", str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

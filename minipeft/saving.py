@@ -46,6 +46,7 @@ from minipeft.state import (
     of_today,
     training_state_dict,
 )
+from minipeft.stored import naming
 
 logger = logging.getLogger("minipeft")
 
@@ -104,7 +105,7 @@ def load_adapter(
     training = read_training_tensors(directory)
     if not exists:
         config.for_loading(is_trainable, bool(training))
-    with contextlib.nullcontext() if exists else reshaped(model, config):
+    with naming(directory), contextlib.nullcontext() if exists else reshaped(model, config):
         if not exists:
             add_adapter(model, adapter_name, config, autocast_adapter_dtype, init=False)
         try:

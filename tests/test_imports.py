@@ -27,6 +27,7 @@ CORE = {
         "attach",
         "biases",
         "later_biases",
+        "stored",
         "copies",
         "model",
         "merge",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from minipeft.config import PeftConfig
+from minipeft.stored import MOST_COUNT, is_finite
 
 NON_LINEARITIES = ("relu", "gelu", "gelu_new", "swish", "silu", "tanh", "sigmoid", "leakyrelu")
 INIT_WEIGHTS = ("mam_adapter", "bert", "houlsby")
@@ -242,6 +243,8 @@ class BottleneckConfig(PeftConfig):
             raise ValueError(f"give bottleneck_size ({size}) or reduction_factor ({factor}), not both")
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size <= 0):
             raise ValueError(f"bottleneck_size must be a positive integer, got {size!r}")
+        if size is not None and size > MOST_COUNT:
+            raise ValueError(f"bottleneck_size must be at most {MOST_COUNT:,}, got {size}")
         if isinstance(factor, Mapping):
             # JSON makes strings of a dict's keys.
             factor = self.reduction_factor = {str(layer): value for layer, value in factor.items()}
@@ -328,7 +331,7 @@ _OF_OTHERS = {
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and is_finite(value)
 
 
 def _size(changes: Mapping[str, Any], reduction_factor: int) -> dict[str, int]:

@@ -19,6 +19,7 @@ from minipeft.commands.arguments import positive, seed
 from minipeft.commands.bench import add_bench_arguments
 from minipeft.machine import version
 from minipeft.methods import METHODS
+from minipeft.stored import LONGEST_ERROR, brief
 from minipeft.train.config import DTYPE_CHOICES, QUANTIZE_CHOICES, TOO_LONG_CHOICES, add_config_arguments
 from minipeft.train.errors import TrainingError, TrainingInterrupted
 
@@ -105,7 +106,7 @@ def one_sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return f"out of memory: try a smaller batch_size or max_length, or --method qlora ({text or 'no details'})"
-    return text or type(error).__name__
+    return brief(text, 2 * LONGEST_ERROR) or type(error).__name__
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from minipeft.files import size
+from minipeft.stored import read_object
 from minipeft.train.errors import TrainingError
 
 _PACKED = ".quant_state.bitsandbytes__nf4"
@@ -105,9 +106,9 @@ def _about_adapter(path: Path) -> Iterator[str]:
     config = _read_json(path / "adapter_config.json")
     tensors = read_header(path / "adapter_model.safetensors")
     values = sum(tensor.numel for tensor in tensors.values())
-    yield f"{path}: {config.get('peft_type', '?')} adapter"
+    yield f"{path}: {_short(config.get('peft_type', '?'))} adapter"
     base = config.get("base_model_name_or_path")
-    yield f"  base model        {base or 'not recorded'}"
+    yield f"  base model        {_short(base or 'not recorded')}"
     yield f"  parameters        {values:,} in {len(tensors)} tensors, {size(sum(t.nbytes for t in tensors.values()))}"
     total = _base_parameters(base)
     if total is not None:
@@ -126,8 +127,8 @@ def _about_checkpoint(path: Path) -> Iterator[str]:
     progress = state.get("progress")
     done = progress if isinstance(progress, dict) else {}
     yield f"{path}: checkpoint of a training run"
-    yield f"  steps done        {done.get('step', '?')}"
-    yield f"  tokens trained on {done.get('tokens', '?')}"
+    yield f"  steps done        {_short(done.get('step', '?'))}"
+    yield f"  tokens trained on {_short(done.get('tokens', '?'))}"
     saved = read_header(path / "training_state.safetensors")
     paged = path / "optimizer_state.safetensors"
     if paged.exists():
@@ -140,10 +141,12 @@ def _about_checkpoint(path: Path) -> Iterator[str]:
 def _about_model(path: Path) -> Iterator[str]:
     config = _read_json(path / "config.json")
     tensors = _model_tensors(path)
-    yield f"{path}: {' '.join(config.get('architectures') or ['?'])} model ({config.get('model_type', '?')})"
+    classes = config.get("architectures")
+    names = " ".join(map(str, classes)) if classes and isinstance(classes, list) else "?"
+    yield f"{path}: {names} model ({_short(config.get('model_type', '?'))})"
     yield f"  parameters        {model_parameters(tensors, path):,}, {size(sum(t.nbytes for t in tensors.values()))}"
     quantization = config.get("quantization_config")
-    if quantization:
+    if quantization and isinstance(quantization, dict):
         kind = quantization.get("bnb_4bit_quant_type") or quantization.get("quant_method")
         yield f"  quantized         {kind}"
     yield f"  tokenizer         {'yes' if (path / 'tokenizer_config.json').is_file() else 'none'}"
@@ -155,14 +158,16 @@ def _about_model(path: Path) -> Iterator[str]:
 
 
 def _about_run(path: Path) -> Iterator[str]:
-    config = _read_json(path / "run.json").get("config", {})
+    config = _read_json(path / "run.json").get("config")
+    if not isinstance(config, dict):
+        raise InspectError(f"{path / 'run.json'} holds no config of a run")
     yield f"{path}: training run"
     for key in ("model", "data", "method", "quantize", "lr", "batch_size", "gradient_accumulation", "seed"):
         if config.get(key) is not None:
             yield f"  {key:<28}{_short(config[key])}"
     rows = _log_rows(path / "log.jsonl")
     for name in ("loss", "eval_loss"):
-        steps = [row for row in rows if row.get(name) is not None]
+        steps = [row for row in rows if isinstance(row.get(name), int | float)]
         if steps:
             first, last = steps[0], steps[-1]
             yield f"  {name:<28}{first[name]:.4f} (step {first['step']}) -> {last[name]:.4f} (step {last['step']})"
@@ -211,11 +216,11 @@ def model_parameters(tensors: dict[str, TensorInfo], path: Path) -> int:
 
 
 def _base_parameters(base: Any) -> int | None:
-    if not isinstance(base, str) or not (Path(base) / "config.json").is_file():
-        return None
     try:
+        if not isinstance(base, str) or not (Path(base) / "config.json").is_file():
+            return None
         return model_parameters(_model_tensors(Path(base)), Path(base))
-    except InspectError:
+    except (InspectError, OSError, ValueError):  # ValueError: a path with a null character
         return None
 
 
@@ -228,14 +233,9 @@ def _model_tensors(path: Path) -> dict[str, TensorInfo]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file, InspectError)
     except OSError as error:
         raise InspectError(f"cannot read {file}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise InspectError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise InspectError(f"{file} must hold a JSON object")
-    return content
 
 
 def _log_rows(file: Path) -> list[dict[str, Any]]:

@@ -8,10 +8,11 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minipeft.commands.arguments import check_device, check_output_path
 from minipeft.methods import METHODS
+from minipeft.stored import naming, shown
 from minipeft.train.config import TrainConfig, config_values
 from minipeft.train.errors import ConfigError, TrainingError, as_user_error
 from minipeft.train.methods import AdapterError, attach, check_settings, start
@@ -82,7 +83,9 @@ def _train(config: TrainConfig, args: argparse.Namespace, processes: Processes |
     if processes is None or processes.first:
         check_not_running(Path(config.output_dir))
         check_output_dir(config.output_dir, resume)
-    adapter_config = check_settings(config)
+    # Without flags, what is wrong with a setting is wrong with the file.
+    with naming(f"config file {args.config}") if args.config and not _flags(args) else contextlib.nullcontext():
+        adapter_config = check_settings(config)
     tokenizer = load_tokenizer(config.model, config.chat_template)
     data, eval_data = prepare_data(config, tokenizer, *text_positions(config.model, adapter_config))
     for notice in data.notices:
@@ -118,6 +121,11 @@ def _train(config: TrainConfig, args: argparse.Namespace, processes: Processes |
     )
 
 
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that flags give, but for the places of data, model and results."""
+    return {k: v for k, v in config_values(args).items() if k not in ("model", "data", "output_dir")}
+
+
 def _base_of(adapter: str) -> str:
     from minipeft import PeftConfig
 
@@ -140,7 +148,8 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
         # As TRL: the model is an adapter, which knows its base.
         config.adapter, config.model = config.model, _base_of(config.model)
     if config.method not in METHODS:
-        raise ConfigError(f"unknown method {config.method!r}: known methods are {', '.join(METHODS)}")
+        where = f"config file {args.config}: " if args.config and "method" not in config_values(args) else ""
+        raise ConfigError(f"{where}unknown method {shown(config.method)}: known methods are {', '.join(METHODS)}")
     for name, value in METHODS[config.method].settings.items():
         setattr(config, name, value)
     return config

@@ -34,6 +34,7 @@ from minipeft.compare.table import Outcome, Table, make_rows, make_table, plain_
 from minipeft.compare.task import WINDOW, Task, encode_task, load_task, task_hashes, without_long
 from minipeft.demo.assets import smollm2_folder
 from minipeft.files import remove_directory, remove_leftovers, size, write_text
+from minipeft.stored import read_object
 from minipeft.train.errors import CheckpointError, ConfigError, OutputDirError, as_user_error
 from minipeft.train.evaluation import perplexity
 from minipeft.train.methods import check_settings
@@ -115,9 +116,9 @@ def _outcome(order: RunOrder, where: str, say: Callable[[str], None], execute: C
         folder.mkdir(parents=True)
         execute(order)
     if (folder / RESULT).exists():
-        outcome = Outcome(run, order.seed, result=json.loads((folder / RESULT).read_text(encoding="utf-8")))
+        outcome = Outcome(run, order.seed, result=read_object(folder / RESULT, CheckpointError))
     else:
-        reason = json.loads((folder / FAILED).read_text(encoding="utf-8"))["reason"]
+        reason = str(read_object(folder / FAILED, CheckpointError).get("reason"))
         outcome = Outcome(run, order.seed, reason=reason)
     say(say_outcome(outcome))
     return outcome
@@ -309,7 +310,7 @@ def _check_same(file: Path, identity: dict[str, Any], advice: str) -> None:
 
 
 def _read(file: Path, key: str, advice: str) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))[key]
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{file} is damaged: remove it, or {advice}") from None
+    values = read_object(file, lambda message: CheckpointError(f"{message}; remove it, or {advice}"))
+    if key not in values:
+        raise CheckpointError(f"{file} is damaged, it has no {key}: remove it, or {advice}")
+    return values[key]

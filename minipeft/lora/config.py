@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from minipeft.config import PeftConfig
 from minipeft.lora.replication import check_map, replicate
+from minipeft.stored import MOST_COUNT, is_finite
 from minipeft.tokens.find import check_indices
 
 _UNSUPPORTED = (
@@ -374,6 +375,8 @@ def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
 def _check_positive_int(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if value > MOST_COUNT:
+        raise ValueError(f"{name} must be at most {MOST_COUNT:,}, got {value}: no layer has as many features")
 
 
 def _check_names(field: str, value: Any, expression: bool) -> None:
@@ -385,7 +388,7 @@ def _check_names(field: str, value: Any, expression: bool) -> None:
 
 
 def _check_number(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
         raise ValueError(f"{field} must be a finite number, got {value!r}")
 
 

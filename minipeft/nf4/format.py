@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minipeft.stored import brief, is_finite, parse_json, shown
 from minipeft_kernels.nf4.checks import WEIGHT_DTYPES, check_blocksize
 
 QUANT_STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -69,8 +70,8 @@ def read_scale(state: Mapping[str, Tensor], name: str, scale: str) -> Tensor:
     """
     if scale != "offset":
         return state[f"{name}.{scale}"]
-    entries = bytes(state[f"{name}.quant_state.bitsandbytes__nf4"].cpu().tolist())
-    return torch.tensor(json.loads(entries)["nested_offset"], dtype=torch.float32)
+    key = f"{name}.quant_state.bitsandbytes__nf4"
+    return torch.tensor(parse_entries(state[key], key)["nested_offset"], dtype=torch.float32)
 
 
 def _read_tensors(
@@ -111,12 +112,21 @@ def _read_tensors(
     }
 
 
+def parse_entries(packed: Tensor, key: str) -> Any:
+    """The JSON that `packed` holds as bytes; ValueError, which calls it `key`, if it holds none."""
+    try:
+        content = bytes(packed.tolist())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{key} should hold JSON as uint8, and does not: {brief(str(error), 200)}") from None
+    return parse_json(content, "it", lambda said: ValueError(f"{key} should hold JSON as uint8, and does not: {said}"))
+
+
 def _is_size(value: object) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**63
 
 
 def _is_offset(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return type(value) in (int, float) and is_finite(value)
 
 
 # The values that are accepted for each entry of the JSON.
@@ -146,22 +156,19 @@ def _read_entries(state: Mapping[str, Tensor], name: str, of_experts: bool = Fal
     packed = _take(state, key)
     if packed.is_meta:
         raise ValueError(f"{key} has no data (device meta): it says how the weight is packed, and is needed")
-    try:
-        entries = json.loads(bytes(packed.tolist()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{key} should hold JSON as uint8, and does not: {error}") from error
+    entries = parse_entries(packed, key)
     if not isinstance(entries, dict):
-        raise ValueError(f"{key} should hold a JSON object, and holds {entries!r}")
+        raise ValueError(f"{key} should hold a JSON object, and holds {shown(entries)}")
     double = "nested_offset" in entries or f"{name}.nested_absmax" in state
     needed = _ENTRIES | _NESTED_ENTRIES if double else _ENTRIES
     if missing := sorted(needed.keys() - entries.keys()):
-        raise ValueError(f"{key} lacks {', '.join(missing)}: it has {', '.join(entries)}")
+        raise ValueError(f"{key} lacks {', '.join(missing)}: it has {brief(', '.join(entries), 200)}")
     known = _ENTRIES | _NESTED_ENTRIES | (_ENTRIES_OF_EXPERTS if of_experts else {})
     for entry, value in entries.items():
         # An entry of a later version passes while it asks for nothing.
         supports = known.get(entry, lambda value: value is None)
         if not supports(value):
-            raise ValueError(f"{key} has {entry} = {value!r}, which minipeft does not support")
+            raise ValueError(f"{key} has {entry} = {shown(value)}, which minipeft does not support")
     if of_experts and double and len(entries["nested_offset"]) != entries["shape"][0]:
         offsets = len(entries["nested_offset"])
         raise ValueError(f"{key} has {offsets} nested offsets for {entries['shape'][0]} experts")

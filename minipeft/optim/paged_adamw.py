@@ -33,6 +33,7 @@ from minipeft.optim.state_dicts import (
     write_states,
 )
 from minipeft.optim.tiers import MemoryTier, SimulatedDevice
+from minipeft.stored import naming
 from minipeft_kernels.adamw.reference import Hyper
 
 UPDATES = {32: update_32bit, 8: update_8bit}
@@ -239,7 +240,7 @@ class PagedAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: not such a file, a damaged one, or the state of other parameters.
         """
-        with load_states(path) as state_dict:
+        with load_states(path) as state_dict, naming(path):
             self.load_state_dict(state_dict)
 
     def memory_stats(self) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from minipeft.optim.checks import check_group, parameter_name
 from minipeft.optim.pages import LAYOUTS, Segment
 from minipeft.optim.parameter_state import ParameterState, field_shape, part
 from minipeft.optim.state import PagedState, Views
+from minipeft.stored import brief, shown
 from minipeft_kernels.adamw.eight_bit import dequantize_state, quantize_state
 
 KEYS = {bits: [field.name for field in layout.fields] for bits, layout in LAYOUTS.items()}
@@ -182,21 +183,26 @@ def load_states(path: str | Path) -> Iterator[dict[str, Any]]:
         # A file that is shorter or longer than its header says is refused here.
         file = safe_open(str(path), framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"optimizer state {path} is missing or damaged: {error}") from None
+        raise ValueError(f"optimizer state {path} is missing or damaged: {brief(str(error))}") from None
     with file:
         try:
             described = json.loads((file.metadata() or {})["optimizer"])
-            known, groups = described["format"] == FORMAT, described["param_groups"]
-        except (KeyError, TypeError, ValueError):
+            version, groups = described["format"], described["param_groups"]
+        except (KeyError, TypeError, ValueError, RecursionError):
             raise ValueError(f"{path} does not hold the state of an optimizer") from None
-        if not known:
-            raise ValueError(f"{path} is of format {described['format']}, this version reads format {FORMAT}")
+        if version != FORMAT:
+            raise ValueError(f"{path} is of format {shown(version)}, this version reads format {FORMAT}")
         state: dict[int, dict[str, Any]] = {}
         for key in file.keys():  # noqa: SIM118 (it is no mapping)
             index, _, name = key.partition(".")
+            if not (index.isascii() and index.isdecimal() and len(index) < 10):
+                raise ValueError(f"{path} holds a tensor {shown(key)}, which is no parameter's state")
             state.setdefault(int(index), {})[name] = file.get_tensor(key)
-        for group in groups:
-            group["betas"] = tuple(group["betas"])
+        try:
+            for group in groups:
+                group["betas"] = tuple(group["betas"])
+        except (TypeError, KeyError, AttributeError):
+            raise ValueError(f"{path} holds param_groups that are not those of an optimizer") from None
         yield {"state": state, "param_groups": groups}
 
 

@@ -29,6 +29,7 @@ from minipeft import set_peft_model_state_dict
 from minipeft.directory import TRAINING_NAME
 from minipeft.files import atomic_directory, atomic_path, remove_directory, write_text
 from minipeft.optim import PagedAdamW
+from minipeft.stored import brief, check_fields, is_finite, read_object, shown
 from minipeft.train.errors import CheckpointError
 from minipeft.train.manifest import MANIFEST, damage, write_manifest
 from minipeft.train.schedule import trainable_parameters
@@ -126,16 +127,39 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not a checkpoint, or of a format this version does not know.
     """
+    file = path / "training_state.json"
     try:
-        state = json.loads((path / "training_state.json").read_text(encoding="utf-8"))
+        state = read_object(file, lambda message: CheckpointError(f"{file} is damaged: {message}"))
     except OSError:
         raise CheckpointError(f"{path} is not a training checkpoint: it has no training_state.json") from None
-    except ValueError:
-        raise CheckpointError(f"{path / 'training_state.json'} is damaged: not valid JSON") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"{path} has checkpoint format {found}, this version reads format {FORMAT}")
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {shown(state.get('format'))}, this version reads format {FORMAT}"
+        )
+    try:
+        if missing := sorted(_State.__annotations__.keys() - state.keys()):
+            raise ValueError(f"{file}: it lacks {', '.join(missing)}")
+        check_fields(state, _State, str(file))
+        check_fields(state["progress"], Progress, f"{file}: progress")
+        if not all(isinstance(settings, dict) for settings in state["optimizer_groups"]):
+            raise ValueError(f"{file}: optimizer_groups must be a list of mappings")
+        if not all(isinstance(scalars, dict) for scalars in state["optimizer_scalars"].values()):
+            raise ValueError(f"{file}: optimizer_scalars must be a mapping of mappings")
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} is damaged: {error}") from None
     return state
+
+
+@dataclass
+class _State:
+    """The kinds of what lies in training_state.json, all of which must be there."""
+
+    progress: dict
+    identity: dict
+    trainable_sha256: str
+    optimizer_scalars: dict
+    optimizer_groups: list
+    schedule: dict
 
 
 def load_checkpoint(
@@ -158,11 +182,44 @@ def load_checkpoint(
             optimizer.load_state(path / "optimizer_state.safetensors")
         else:
             _join_state(optimizer, parameters, tensors, state["optimizer_scalars"], state["optimizer_groups"])
+        _check_same_kinds("schedule", schedule.state_dict(), state["schedule"])
         schedule.load_state_dict(state["schedule"])
         random = {k.removeprefix("random/"): v for k, v in tensors.items() if k.startswith("random/")}
+        _check_random(random)
         return Progress(**state["progress"]), random
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: {brief(repr(error))}") from None
+
+
+def _check_random(state: RandomState) -> None:
+    for key, now in capture_random().items():
+        stored = state.get(key)
+        if key == "cpu" and stored is None:
+            raise ValueError("the state of the random generator is missing")
+        if stored is not None and (stored.dtype != now.dtype or stored.shape != now.shape):
+            raise ValueError(f"the state of the random generator {key} is {stored.dtype} {tuple(stored.shape)}")
+
+
+def _check_same_kinds(what: str, ours: Any, stored: Any) -> None:
+    """Raise ValueError unless what was stored has the keys and the kinds of value that are here, all the way down."""
+    if isinstance(ours, Mapping):
+        if not isinstance(stored, Mapping) or stored.keys() != ours.keys():
+            raise ValueError(f"{what} must have {', '.join(map(str, ours))}, got {shown(stored)}")
+        for key, value in ours.items():
+            _check_same_kinds(f"{what}: {key}", value, stored[key])
+    elif isinstance(ours, list | tuple):
+        if not isinstance(stored, list | tuple) or len(stored) != len(ours):
+            raise ValueError(f"{what} must be {len(ours)} values, got {shown(stored)}")
+        for mine, theirs in zip(ours, stored, strict=True):
+            _check_same_kinds(what, mine, theirs)
+    elif isinstance(ours, bool) or isinstance(stored, bool) or ours is None:
+        if type(ours) is not type(stored):
+            raise ValueError(f"{what} must be of the kind of {ours!r}, got {shown(stored)}")
+    elif isinstance(ours, int | float):
+        if not is_finite(stored):
+            raise ValueError(f"{what} must be a finite number, got {shown(stored)}")
+    elif not isinstance(stored, type(ours)):
+        raise ValueError(f"{what} must be of the kind of {shown(ours)}, got {shown(stored)}")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -212,6 +269,8 @@ def _join_state(
     groups: list[dict[str, Any]],
 ) -> None:
     """The inverse of `_split_state`, through the optimizer's own `load_state_dict`."""
+    ours = [_group_settings(group) for group in optimizer.param_groups]
+    _check_same_kinds("optimizer_groups", ours, groups)
     states: dict[str, dict[str, Any]] = {name: dict(values) for name, values in scalars.items()}
     for key, tensor in tensors.items():
         if key.startswith("optimizer/"):

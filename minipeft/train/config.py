@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from minipeft.methods import METHODS
+from minipeft.stored import parse_yaml, shown
 from minipeft.train.errors import ConfigError
 
 TOO_LONG_CHOICES = ("error", "drop", "truncate")
@@ -153,9 +154,15 @@ class TrainConfig:
         _check_names(given, where="command line")
         merged = {**values, **given}
         missing = [name for name in required_settings() if merged.get(name) is None]
+        where = "" if path is None else f"config file {path}: "
         if missing:
-            raise ConfigError(f"missing setting(s): {', '.join(missing)}")
-        return cls(**merged)
+            raise ConfigError(f"{where}missing setting(s): {', '.join(missing)}")
+        try:
+            return cls(**merged)
+        except ConfigError as error:
+            # What a flag says is not the file's fault.
+            mine = any(repr(name) in str(error) for name in given)
+            raise error if mine else ConfigError(f"{where}{error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Settings by name, JSON-serializable."""
@@ -244,7 +251,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     if wrong_bool or not isinstance(value, target):
         kind = {int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
         expected = kind.get(target, "a string") + optional
-        raise ConfigError(f"setting {name!r} must be {expected}, got {value!r}")
+        raise ConfigError(f"setting {name!r} must be {expected}, got {shown(value)}")
     if target is dict:
         _check_plain(name, value)
     return value
@@ -267,15 +274,15 @@ def _from_string(text: str, target: type) -> Any:
         except ValueError:
             return text
     try:
-        parsed = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
+        parsed = parse_yaml(text)
+    except (yaml.YAMLError, ValueError):
         return text
     return parsed if isinstance(parsed, target) else text
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...] | None) -> None:
     if choices and value is not None and value not in choices:
-        raise ConfigError(f"setting {name!r} must be one of {', '.join(choices)}, got {value!r}")
+        raise ConfigError(f"setting {name!r} must be one of {', '.join(choices)}, got {shown(value)}")
 
 
 _POSITIVE: tuple[str, ...] = (
@@ -308,9 +315,9 @@ def _require(config: TrainConfig, name: str, holds: typing.Callable[[Any], bool]
     if value is None:
         return
     if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"setting {name!r} must be finite and {rule}, got {value!r}")
+        raise ConfigError(f"setting {name!r} must be finite and {rule}, got {shown(value)}")
     if not holds(value):
-        raise ConfigError(f"setting {name!r} must be {rule}, got {value!r}")
+        raise ConfigError(f"setting {name!r} must be {rule}, got {shown(value)}")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
@@ -370,7 +377,7 @@ def load_yaml(path: str | Path, what: str) -> Any:
         ConfigError: no such file, not UTF-8, not YAML, or a key given twice.
     """
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
+        return parse_yaml(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read {what}: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -381,10 +388,8 @@ def load_yaml(path: str | Path, what: str) -> Any:
         raise ConfigError(f"{what}{place}: not valid YAML: {_problem(error)}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{what}: not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError(f"{what} is nested too deep") from None
     except ValueError as error:
-        # A number of too many digits, or a date that does not exist.
+        # Also a number of too many digits, or a date that does not exist.
         raise ConfigError(f"{what} holds a value that cannot be read: {error}") from None
 
 

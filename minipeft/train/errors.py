@@ -9,9 +9,14 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from minipeft.stored import LONGEST_ERROR, brief
+
 
 class TrainingError(Exception):
-    """Base of everything raised on purpose by `minipeft.train`."""
+    """Base of everything raised on purpose by `minipeft.train`. Its text is cut where it would fill a screen."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(brief(message, 2 * LONGEST_ERROR))
 
 
 class ConfigError(TrainingError, ValueError):

@@ -70,13 +70,15 @@ class RunLog:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a `log.jsonl`. A half-written last line, left by a kill, is skipped."""
+    """Rows of a `log.jsonl`. What is no row, such as a half-written last line, left by a kill, is skipped."""
     rows = []
     for line in Path(path).read_bytes().split(b"\n"):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
     return rows
 
 

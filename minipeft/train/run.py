@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from minipeft.files import file_sha256, remove_directory, remove_leftovers, write_text
+from minipeft.stored import read_object
 from minipeft.train.checkpoint import check_whole, checkpoint_step, list_checkpoints, read_checkpoint, tensor_bytes
 from minipeft.train.config import TrainConfig
 from minipeft.train.encoding import EncodedDataset
@@ -235,10 +236,11 @@ def _remove_later(directory: Path, checkpoint: Path) -> None:
 
 
 def _read_run(directory: Path) -> dict[str, Any]:
-    try:
-        return json.loads((directory / "run.json").read_text(encoding="utf-8"))
-    except ValueError:
-        raise CheckpointError(f"{directory / 'run.json'} is damaged: not valid JSON") from None
+    file = directory / "run.json"
+    run = read_object(file, lambda message: CheckpointError(f"{file} is damaged: {message}"))
+    if not isinstance(run.get("identity"), dict):
+        raise CheckpointError(f"{file} is damaged: it holds no identity of a run")
+    return run
 
 
 def run_identity(model: Any, data: EncodedDataset, config: TrainConfig, processes: int = 1) -> dict[str, Any]:

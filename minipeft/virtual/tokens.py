@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minipeft.adapter import AdapterModule
 from minipeft.attach import adapter_modules
 from minipeft.config import PeftConfig
+from minipeft.stored import MOST_COUNT
 
 # transformers' `config.model_type` of the models that read in both directions, and of the encoder-decoders, that this
 # was tried on.
@@ -115,6 +116,8 @@ class VirtualTokensConfig(PeftConfig):
         value = getattr(self, field)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise ValueError(f"{field} must be a positive integer, got {value!r}")
+        if value > MOST_COUNT:
+            raise ValueError(f"{field} must be at most {MOST_COUNT:,}, got {value}")
 
     def fit(self, sizes: Sizes) -> None:
         """Fill in what the model says.

@@ -332,7 +332,7 @@ JSON = "weight.quant_state.bitsandbytes__nf4"
         (JSON, packed_json(blocksize="64"), "blocksize = '64'"),
         (JSON, packed_json(nested_blocksize=0), "nested_blocksize = 0"),
         (JSON, packed_json(nested_dtype="float16"), "nested_dtype = 'float16'"),
-        (JSON, packed_json(nested_offset=float("nan")), "nested_offset = nan"),
+        (JSON, packed_json(nested_offset=float("nan")), "NaN is no JSON number"),
         (JSON, packed_json(rotation="hadamard"), "rotation = 'hadamard'"),
         ("weight.quant_state.bitsandbytes__fp4", packed_json(quant_type="fp4"), "is in FP4"),
     ],

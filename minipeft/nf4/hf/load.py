@@ -22,6 +22,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from minipeft.nf4.experts import STATE_SUFFIXES, NF4Experts
+from minipeft.nf4.format import parse_entries
 from minipeft.nf4.hf.modules import dense_experts, dense_weight, nf4_linears
 from minipeft.nf4.linear import NF4Linear
 from minipeft.nf4.stack import NF4ExpertsWeight
@@ -275,9 +276,9 @@ def _with_float32_scales(stored: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     """
     quant_state = stored[PACKED_NAMES[0]]
     try:
-        entries = json.loads(bytes(quant_state.tolist()))
+        entries = parse_entries(quant_state, PACKED_NAMES[0])
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(entries.get("nested_dtype"))
-    except (ValueError, AttributeError):
+    except (ValueError, TypeError, AttributeError):
         return stored  # the reader has the better words for it
     nested = {"weight.absmax", "weight.nested_absmax", "weight.nested_quant_map"}
     if dtype is None or not nested <= set(stored):

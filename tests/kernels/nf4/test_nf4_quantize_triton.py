@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minipeft_kernels.nf4.codebooks import NF4_BOUNDARIES, dynamic_map, exact_thresholds
 from minipeft_kernels.nf4.checks import BLOCKSIZES
+from minipeft_kernels.nf4.codebooks import NF4_BOUNDARIES, dynamic_map, exact_thresholds
 from minipeft_kernels.nf4.quantize import (
     nf4_quantize,
     nf4_quantize_reference,

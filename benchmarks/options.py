@@ -17,6 +17,7 @@ OPS = (
     "nf4_dequantize",
     "nf4_matmul",
     "lora_matmul",
+    "experts",
     "adamw",
     "paged_adamw",
     "finetune",

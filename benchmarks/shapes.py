@@ -30,6 +30,17 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """The experts of one layer: `experts` of hidden -> 2 intermediate -> hidden, `chosen` of them for each token."""
+
+    name: str
+    hidden: int
+    experts: int
+    chosen: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
 class FineTuning:
     """The sizes that are measured on a whole model.
 
@@ -57,6 +68,7 @@ class Sizes:
     lora_layers: (out, in) of the layers whose adapters AdamW updates at once; big_parameter: elements of the one
         tensor that it updates alone.
     model: folder of the whole model; None for a tiny random one.
+    mixtures: whose experts are trained, with `expert_tokens` of a batch, in `expert_dtypes`, `expert_rounds` times.
     """
 
     layers: tuple[Layer, ...]
@@ -64,6 +76,10 @@ class Sizes:
     rows: tuple[int, ...]
     lora_layers: tuple[tuple[int, int], ...]
     big_parameter: int
+    mixtures: tuple[Mixture, ...]
+    expert_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    expert_tokens: tuple[int, ...] = (1, 32, 128, 512)
+    expert_rounds: int = 3
     finetuning: FineTuning = FineTuning()
     model: str | None = None
 
@@ -74,6 +90,11 @@ LLAMA_7B_DOWN = Layer("Llama-2-7B down_proj", 4096, 11008)
 LLAMA_8B_UP = Layer("Llama-3-8B up_proj", 14336, 4096)
 SMOLLM2_UP = Layer("SmolLM2-135M up_proj", 1536, 576)
 
+QWEN3_30B = Mixture("Qwen3-30B-A3B", 2048, 128, 8, 768)
+MIXTRAL = Mixture("Mixtral-8x7B", 4096, 8, 2, 14336)
+# A quarter of Mixtral's width, of which PEFT's updated weights fit in 20 GB beside the weights.
+MIXTRAL_QUARTER = Mixture("Mixtral-8x7B/4", 4096, 8, 2, 3584)
+
 # (out, in) of the seven projections of a Llama-2-7B layer, each with one LoRA.
 LLAMA_7B_PROJECTIONS = (*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008))
 
@@ -83,6 +104,7 @@ CPU = Sizes(
     rows=(1, 16, 256),
     lora_layers=LLAMA_7B_PROJECTIONS * 8,
     big_parameter=1 << 24,
+    mixtures=(QWEN3_30B, MIXTRAL_QUARTER),
 )
 CUDA = Sizes(
     layers=(LLAMA_7B_ATTENTION, LLAMA_7B_UP, LLAMA_7B_DOWN, LLAMA_8B_UP),
@@ -90,8 +112,12 @@ CUDA = Sizes(
     rows=(1, 4, 16, 64, 128, 256, 1024, 2048),
     lora_layers=LLAMA_7B_PROJECTIONS * 32,
     big_parameter=1 << 26,
+    mixtures=(QWEN3_30B, MIXTRAL),
+    expert_dtypes=(torch.bfloat16,),
+    expert_rounds=20,
 )
 QUICK_LAYER = Layer("quick", 128, 256)
+QUICK_MIXTURE = Mixture("quick mixture", 128, 8, 2, 192)
 QUICK_FINETUNING = FineTuning(((1, 16), (2, 16)), 4, 4, 3, 1, (8, 16), (2, 4), (32, 64), (2, 4))
 
 
@@ -106,7 +132,8 @@ def sizes_for(kind: str, quick: bool = False) -> Sizes:
         return full
     shape = (QUICK_LAYER.out_features, QUICK_LAYER.in_features)
     small = {"lora_layers": (shape,), "big_parameter": 1 << 12, "finetuning": QUICK_FINETUNING}
-    return Sizes((QUICK_LAYER,), full.dtypes[:1], (1, 16), **small)
+    experts = {"mixtures": (QUICK_MIXTURE,), "expert_dtypes": full.expert_dtypes[:1], "expert_tokens": (1, 16)}
+    return Sizes((QUICK_LAYER,), full.dtypes[:1], (1, 16), **small, **experts, expert_rounds=1)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -145,7 +145,7 @@ class _ToTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(out: Tensor, rows: Sorted) -> Tensor:
-        return out[rows.back].view(rows.token_count, rows.k, -1).sum(1)
+        return out[rows.back].view(rows.token_count, rows.k, out.shape[-1]).sum(1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Sorted], output: Tensor) -> None:

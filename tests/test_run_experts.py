@@ -50,6 +50,15 @@ def test_experts_on_other_devices_add_nothing(name: str) -> None:
     )
 
 
+def test_no_tokens_give_no_rows() -> None:
+    module = tiny_experts(experts_classes()["mixtral.MixtralExperts"])
+    hidden, index, weights = (t[:0] for t in routed())
+    out = run_experts(module, by_reference(module), hidden.requires_grad_(), index, weights)
+    assert out.shape == hidden.shape
+    out.sum().backward()
+    assert hidden.grad.shape == hidden.shape
+
+
 def test_second_derivatives_and_vmap_free_gradients() -> None:
     module = tiny_experts(experts_classes()["mixtral.MixtralExperts"]).double()
     hidden, index, weights = routed()

@@ -193,6 +193,17 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     assert not stacked(model)
 
 
+def test_a_patched_forward_that_would_read_codes_is_refused() -> None:
+    model = MIXTURES["gpt_oss"].build()
+    experts = model.model.layers[1].mlp.experts
+    own = experts.forward
+    experts.forward = lambda *args: own(*args) * 2
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts has a forward of its own"):
+        quantize_model(model)
+    assert not stacked(model)
+    assert len(stacked(quantize_model(model, NF4Config(skip_modules=["layers.1.mlp.experts"])))) == 1
+
+
 def test_experts_of_classes_without_the_interface_stay_dense_and_a_warning_names_them() -> None:
     model = OTHERS["llama4_text"].build()
     numbers = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 3)

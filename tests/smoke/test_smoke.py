@@ -144,6 +144,25 @@ def test_experts_have_a_lora_each() -> None:
     torch.testing.assert_close(logits(model.merge_and_unload(), "mixtral"), before, rtol=0, atol=2e-5)
 
 
+def test_experts_in_four_bits_load_act_and_are_adapted_as_the_dequantized_ones(tmp_path: Path) -> None:
+    base("mixtral").save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=NF4Config()).eval()
+    assert model.model.layers[0].mlp.experts.down_proj.dtype == torch.uint8
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
+    assert torch.equal(logits(again, "mixtral"), logits(model, "mixtral"))
+    config = LoraConfig(r=2, target_parameters=["experts.down_proj", "experts.gate_up_proj"], task_type="CAUSAL_LM")
+    outputs = []
+    for one in (again, model.dequantize()):
+        torch.manual_seed(1)
+        one = get_peft_model(one, copy.deepcopy(config))
+        randomize(one, scale=0.1)
+        outputs.append(logits(one.eval(), "mixtral"))
+        outputs.append(logits(one.merge_and_unload(), "mixtral"))
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gptj"])
 def test_generation_is_the_greedy_choice_of_each_forward(family: str, method: str) -> None:

@@ -83,8 +83,8 @@ def quantize_model(model: Model, config: NF4Config | None = None) -> Model:
         The same object.
 
     Raises:
-        ValueError: the model is quantized or has adapters already, has no linear layer, or a weight is not finite
-            (names the module). The model is unchanged then.
+        ValueError: the model is quantized or has adapters already, has no linear layer, or a weight is not finite, or
+            a module of experts has a patched forward (names the module). The model is unchanged then.
         TypeError: `config` is something else, or a weight has another dtype.
     """
     config = NF4Config() if config is None else config
@@ -96,6 +96,11 @@ def quantize_model(model: Model, config: NF4Config | None = None) -> Model:
     for group in groups:
         _check_weight(group[0], "weight", model.get_submodule(group[0]))
     for name, weights in of_experts:
+        if "forward" in vars(model.get_submodule(name)):
+            raise ValueError(
+                f"{name} has a forward of its own, a patch that reads the dense weights: quantize the model before it "
+                "is patched, or leave the module dense by skip_modules"
+            )
         for weight in weights:
             _check_weight(name, weight, model.get_submodule(name))
     if with_experts:

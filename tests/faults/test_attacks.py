@@ -10,6 +10,5 @@ from faults.attacks import IN_PROCESS, an_output_that_cannot_be_is_one_sentence
 
 
 @pytest.mark.parametrize("attack", [*IN_PROCESS, an_output_that_cannot_be_is_one_sentence], ids=lambda a: a.__name__)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_an_attack(attack: Callable[[random.Random, Path], Any], seed: int, tmp_path: Path) -> None:
-    attack(random.Random(seed), tmp_path)
+def test_an_attack(attack: Callable[[random.Random, Path], Any], tmp_path: Path) -> None:
+    attack(random.Random(0), tmp_path)

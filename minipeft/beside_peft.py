@@ -40,7 +40,7 @@ class KnownToPeft:
 
     @__class__.setter
     def __class__(self, value: Any) -> None:
-        _CLASS.__set__(self, value)
+        _CLASS.__set__(self, _real(value))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The usual way has pickle compare the class with the attribute.
@@ -70,6 +70,24 @@ def _appearance(own: Any, root: type) -> type:
     namespace |= {"_own_class": own, "_behind_object": tuple(cls for cls in kind.__mro__ if issubclass(cls, root))}
     appearance: type = meta(own.__name__, (own,), namespace)
     return appearance
+
+
+@functools.cache
+def _real(cls: type) -> type:
+    """`cls`, or, if it was made of an appearance (as FSDP's second version makes a class), that made of the real one.
+
+    An object of a class with an appearance among its bases would find PEFT's attributes in its class.
+    """
+    own = vars(cls).get("_own_class")
+    if own is not None:
+        return _real(own)
+    if not any(isinstance(base, _Appearance) for base in cls.__mro__):
+        return cls
+    meta = next((kind for kind in type(cls).__mro__ if not issubclass(kind, _Appearance)), type)
+    left_out = ("__dict__", "__weakref__")
+    namespace = {name: value for name, value in vars(cls).items() if name not in left_out}
+    real: type = meta(cls.__name__, tuple(map(_real, cls.__bases__)), namespace)
+    return real
 
 
 def _share(root: type) -> None:

@@ -131,6 +131,9 @@ class CallsByRow(AdaptedModel):
 
         Beams and several sequences a prompt go through their prompt's adapter.
         """
+        own: Any = vars(self).get("generate")
+        if own is not None:  # set on the object, as by FSDP and accelerate, around what this property gave
+            return own
         plain = super().generate  # type: ignore[misc]
 
         @functools.wraps(plain)
@@ -139,6 +142,14 @@ class CallsByRow(AdaptedModel):
                 return plain(*args, **kwargs)
 
         return generate
+
+    @generate.setter
+    def generate(self, value: Callable[..., Any]) -> None:
+        vars(self)["generate"] = value
+
+    @generate.deleter
+    def generate(self) -> None:
+        del vars(self)["generate"]
 
 
 def _forward_with_rows(plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -177,5 +177,6 @@ class _ByBuffer(Mapping[str, Tensor]):
 def _keep(held: dict[str, Any], names: tuple[str, ...]) -> None:
     for name in names:
         tensor = held[name]
-        if tensor is not None and tensor.dtype == torch.uint8 and not isinstance(tensor, PackedCodes):
+        # Not what another library has in the place of a tensor, such as a shard of one (DTensor).
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.uint8:
             held[name] = nn.Parameter(tensor.detach().as_subclass(PackedCodes), requires_grad=False)

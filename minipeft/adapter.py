@@ -141,8 +141,7 @@ class AdapterModule(LayerCalls, Mixin):
 
     def unmergeable(self, adapters: tuple[str, ...]) -> str | None:
         """The reason why `adapters` cannot be merged into this module, if there is one."""
-        lost = dispatched.has_lost_values(self)
-        return "its weight has no values (device meta), and nothing can be added to it" if lost else None
+        return dispatched.why_unmergeable(self)
 
     def merged_finite(self, adapters: tuple[str, ...]) -> bool:
         """True if merging `adapters` would leave no weight here infinite or NaN. Nothing is changed."""

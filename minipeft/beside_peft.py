@@ -81,12 +81,13 @@ def _real(cls: type) -> type:
     own = vars(cls).get("_own_class")
     if own is not None:
         return _real(own)
-    if not any(isinstance(base, _Appearance) for base in cls.__mro__):
+    if not isinstance(cls, _Appearance):
         return cls
-    meta = next((kind for kind in type(cls).__mro__ if not issubclass(kind, _Appearance)), type)
+    kinds: Any = type(cls).__mro__
+    meta: Any = next((kind for kind in kinds if not issubclass(kind, _Appearance)), type)
     left_out = ("__dict__", "__weakref__")
     namespace = {name: value for name, value in vars(cls).items() if name not in left_out}
-    real: type = meta(cls.__name__, tuple(map(_real, cls.__bases__)), namespace)
+    real: type = meta(cls.__name__, tuple(_real(base) for base in cls.__bases__), namespace)
     return real
 
 

@@ -52,12 +52,18 @@ def save_adapter(
     write_text(directory / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True))
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor`; of a shard (a DTensor, as FSDP2 makes of parameters) the whole, for which all processes must ask."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
 def _without_shared_memory(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU; of those that share memory (tied embeddings) the later are copies, for safetensors."""
     flat: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in named.items():
-        tensor = tensor.detach().to("cpu").contiguous()
+        tensor = whole(tensor.detach()).to("cpu").contiguous()
         memory = tensor.untyped_storage().data_ptr()
         flat[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)

@@ -65,6 +65,18 @@ def has_lost_values(module: nn.Module) -> bool:
     return on_meta and offload_hook(module) is None
 
 
+def why_unmergeable(module: nn.Module) -> str | None:
+    """The reason why nothing can be added to the parameters of `module` itself, where they are, if there is one."""
+    if has_lost_values(module):
+        return "its weight has no values (device meta), and nothing can be added to it"
+    if any(hasattr(parameter, "full_tensor") for parameter in module._parameters.values()):
+        # FSDP2 gathers the parameters that it was given, and would put them back over merged ones.
+        return (
+            "its weight is sharded over processes (FSDP2): save the adapter, and merge it into the model in one process"
+        )
+    return None
+
+
 def is_moving(module: nn.Module) -> bool:
     """True while a hook may be bringing weights to `module` or taking them away: then it must meet the base's own."""
     return _HOOK in vars(module) and not vars(module).get(_RUNS) and offload_hook(module) is not None

@@ -31,7 +31,7 @@ from minipeft.attach import (
 )
 from minipeft.card import write_card
 from minipeft.config import PeftConfig
-from minipeft.directory import find_adapter, read_marks, read_tensors, read_training_tensors, save_adapter
+from minipeft.directory import find_adapter, read_marks, read_tensors, read_training_tensors, save_adapter, whole
 from minipeft.files import atomic_path
 from minipeft.hub import base_names, hub_arguments
 from minipeft.meta import recall_adapters
@@ -140,7 +140,7 @@ def save_adapters(
             subfolder of their name.
         save_embedding_layers: True to store base embeddings too; "auto" does so when one is a target or the vocabulary
             is not the size that the base model's own folder says.
-        is_main_process: False writes nothing: another process does.
+        is_main_process: False writes nothing: another process does. It gives its part of sharded tensors.
         state_dict: Take the tensors from here (by their names in `model.state_dict()`) instead of the model.
         path_initial_model_for_weight_conversion: Write PiSSA adapters as plain LoRA of twice the rank, which every
             reader can use on the base model. Any path will do: the model knows what its adapters started from.
@@ -155,7 +155,8 @@ def save_adapters(
     selected = list(model.peft_config) if selected_adapters is None else selected_adapters
     for adapter in selected:
         config_of(model, adapter)
-    if not is_main_process:
+    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    if not is_main_process and not sharded:
         return
     directory, plain = Path(save_directory), path_initial_model_for_weight_conversion is not None
     for adapter in selected:
@@ -163,12 +164,16 @@ def save_adapters(
         config = config.plain() if plain else config
         tensors = get_peft_model_state_dict(model, state_dict, adapter, save_embedding_layers, plain)
         training = training_state_dict(model, adapter, state_dict)
+        if sharded:  # every process gives its part
+            tensors, training = ({name: whole(t) for name, t in part.items()} for part in (tensors, training))
+        if not is_main_process:
+            continue
         if config.saving_notice() is not None:
             logger.warning("adapter %r: %s", adapter, config.saving_notice())
         folder = directory if adapter == "default" else directory / adapter
         save_adapter(folder, config, tensors, training)
         write_card(model, config, folder)
-    if _TRAINER_FOLDER.fullmatch(directory.name):
+    if is_main_process and _TRAINER_FOLDER.fullmatch(directory.name):
         with atomic_path(directory / _TRAINER_WEIGHTS) as temporary:
             tensors = {name: tensor.detach() for name, tensor in _adapter_state_in_memory(model).items()}
             save_file(tensors, temporary, metadata={"format": "pt"})

@@ -12,6 +12,7 @@ from tiny_runs import make_config, make_data
 import minipeft
 from minipeft import get_peft_model
 from minipeft.nf4 import quantize_model
+from minipeft.optim import PagedAdamW
 from minipeft.train import Trainer, read_log
 from minipeft.train.processes import join
 
@@ -73,3 +74,62 @@ def who_is_there(timeout: float) -> str:
     except TrainingError as error:
         return str(error)
     return "all came"
+
+
+def shard(method: str, packed: bool, folder: str) -> dict[str, Any]:
+    """One model under FSDP2 beside the same one alone: loss, gradients, generation, files, distributed checkpoints."""
+    import torch.distributed.checkpoint as distributed_checkpoint
+    from safetensors.torch import load_file
+    from tiny import some_ids
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    processes = join(60)
+    alone, model, ids = a_model(method, packed), a_model(method, packed), some_ids(4)
+    mesh = torch.distributed.init_device_mesh("cpu", (processes.count,))
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh)
+    loss, wanted = model.train()(ids, labels=ids).loss, alone.train()(ids, labels=ids).loss
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    wanted.backward()
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.requires_grad}
+    for name, parameter in alone.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+    register_fsdp_forward_method(model, "generate")
+    given = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones(4, 4)}
+    assert torch.equal(model.eval().generate(ids[:, :4], **given), alone.eval().generate(ids[:, :4], **given))
+
+    model.save_pretrained(f"{folder}/sharded", is_main_process=processes.first)
+    if processes.first:
+        alone.save_pretrained(f"{folder}/alone")
+        files = [load_file(f"{folder}/{name}/adapter_model.safetensors") for name in ("sharded", "alone")]
+        assert files[0].keys() == files[1].keys()
+        assert all(torch.equal(files[0][name], tensor) for name, tensor in files[1].items())
+
+    state = get_model_state_dict(model)
+    distributed_checkpoint.save(state, checkpoint_id=f"{folder}/distributed")
+    kept = {name: getattr(t, "full_tensor", lambda t=t: t)().clone() for name, t in state.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    read = get_model_state_dict(model)
+    distributed_checkpoint.load(read, checkpoint_id=f"{folder}/distributed")
+    set_model_state_dict(model, read)
+    for name, tensor in get_model_state_dict(model).items():
+        assert torch.equal(getattr(tensor, "full_tensor", lambda t=tensor: t)(), kept[name]), name
+
+    said = {}
+    for name, call in (
+        ("merging", lambda: model.merge_adapter()),
+        ("paging", lambda: PagedAdamW([p for p in model.parameters() if p.requires_grad])),
+    ):
+        try:
+            call()
+        except (ValueError, TypeError) as error:
+            said[name] = str(error)
+    processes.leave()
+    return said

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minipeft.experts import Sorted, has_interface, matrices, run_experts, weight_names
 from minipeft.mixins import Mixin, mix_in, mix_out
-from minipeft.nf4.codes import HoldsCodes
+from minipeft.nf4.codes import HoldsCodes, is_sharded
 from minipeft.nf4.dense import make_dense
 from minipeft.nf4.stack import NF4ExpertsWeight
 from minipeft.packed import Packed
@@ -201,7 +201,8 @@ class NF4Experts(Mixin, HoldsCodes, Packed):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self.stack_sizes:
+        # Of a sharded module the names are those of parameters and buffers, as of an `NF4Linear`.
+        for name in self.stack_sizes if not self._is_sharded() else ():
             for scale in SCALES:
                 destination.pop(f"{prefix}{name}_{scale}", None)
             # The codes are there already, as the variable where that was asked for.
@@ -218,6 +219,11 @@ class NF4Experts(Mixin, HoldsCodes, Packed):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        if self._is_sharded():
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            return
         own = {f"{prefix}{name}{suffix}" for name in self.packed_names() for suffix in STATE_SUFFIXES}
         rest = {key: value for key, value in state_dict.items() if key not in own}
         missing: list[str] = []
@@ -230,6 +236,9 @@ class NF4Experts(Mixin, HoldsCodes, Packed):
                 self._load_stack(name, state_dict, prefix + name, assign, missing_keys)
             except ValueError as error:
                 error_msgs.append(str(error))
+
+    def _is_sharded(self) -> bool:
+        return any(is_sharded(self._parameters[name]) for name in self.packed_names())
 
     def _load_stack(self, name: str, state: dict[str, Any], key: str, assign: bool, missing_keys: list[str]) -> None:
         if not any(key + suffix in state for suffix in STATE_SUFFIXES):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.nf4.codes import HoldsCodes
+from minipeft.nf4.codes import HoldsCodes, is_sharded
 from minipeft.nf4.format import STATE_NAMES
 from minipeft.nf4.weight import NF4Weight
 from minipeft.packed import PackedLayer
@@ -33,6 +33,10 @@ class StoredNF4(HoldsCodes, PackedLayer):
         raise NotImplementedError
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if is_sharded(self.weight):
+            # By the names of parameter and buffers: distributed checkpoints look up what a name leads to.
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
         # Not super()'s: the buffers have other names on disk.
         for name, tensor in self.nf4_weight().state(prefix).items():
             destination[name] = tensor.detach()
@@ -52,6 +56,9 @@ class StoredNF4(HoldsCodes, PackedLayer):
         error_msgs: list[str],
     ) -> None:
         args = (state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if is_sharded(self.weight):
+            super()._load_from_state_dict(*args)
+            return
         for hook in self._load_state_dict_pre_hooks.values():
             hook(*args)
         assign = local_metadata.get("assign_to_params_buffers", False)

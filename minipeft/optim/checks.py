@@ -42,6 +42,11 @@ def check_group(group: dict[str, Any]) -> None:
 
 def check_parameter(p: Tensor, name: str) -> None:
     """Raise TypeError for a parameter that cannot be updated."""
+    if hasattr(p, "full_tensor"):
+        raise TypeError(
+            f"{name} is a shard (DTensor), as FSDP2 makes of parameters, whose state PagedAdamW does not page: take "
+            "torch.optim.AdamW there"
+        )
     if p.dtype not in PARAMETER_DTYPES:
         raise TypeError(f"{name} is {p.dtype}: PagedAdamW updates {', '.join(map(str, PARAMETER_DTYPES))}")
 

@@ -118,7 +118,27 @@ class VirtualTokensDecoder(VirtualTokensHolder):
                 super().forward(**inputs, use_cache=False)
             finally:
                 _end_recording(layers, checkpointed)
+            _unshard_in_backward(self, layers, recorded)
         return [(key[0], value[0]) for both in recorded for key, value in both]
+
+
+def _unshard_in_backward(model: Any, layers: list[PrefixedAttention], recorded: list[Any]) -> None:
+    """Have FSDP2 gather a layer's weights once the gradient of its recorded keys and values comes.
+
+    It gathers them when that of the layer's output does, and of the last layer's nobody asks for one here.
+    """
+    sharded = [(path, part) for path, part in model.named_modules() if hasattr(part, "set_requires_all_reduce")]
+    if not sharded:
+        return
+    names = {layer: path for path, layer in model.named_modules() if isinstance(layer, PrefixedAttention)}
+    for layer in layers:
+        path = f"{names[layer]}."
+        # The innermost one around it: its name is the longest.
+        _, owner = max(
+            (one for one in sharded if path.startswith(f"{one[0]}." if one[0] else "")), key=lambda one: len(one[0])
+        )
+        for tensor in (tensor for both in recorded[layer_number(layer)] for tensor in both if tensor.requires_grad):
+            tensor.register_hook(lambda grad, owner=owner: owner.unshard() and None)
 
 
 def _end_recording(layers: list[PrefixedAttention], checkpointed: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minipeft.attach import adapter_modules, base_name
+from minipeft.errors import PeftWarning
+from minipeft.experts import packed
 from minipeft.lora.layers import LoraNF4Linear
 from minipeft.lora.variants import leading_factors
 
@@ -30,6 +33,8 @@ def replace_lora_weights_loftq(
         model_path: Folder with W, the weights before quantization, in safetensors; by default the model's own.
         callback: Called as callback(peft_model, name of a layer) after each layer; False undoes that layer's change.
 
+    A warning names packed experts, whose LoRA keeps its start.
+
     Raises FileNotFoundError when there is no such folder, ValueError when it lacks a weight, or no layer of the adapter
         is packed.
     """
@@ -40,6 +45,19 @@ def replace_lora_weights_loftq(
     ]
     if not layers:
         raise ValueError(f"replace_lora_weights_loftq: adapter {adapter_name!r} has no LoRA on an NF4 layer")
+    experts = [
+        f"{path}.{name}"
+        for path, module in adapter_modules(peft_model)
+        for name in module.parameter_targets(adapter_name)
+        if packed(module, name) is not None
+    ]
+    if experts:
+        warnings.warn(
+            f"replace_lora_weights_loftq: {len(experts)} stacks of packed experts keep their start, such as "
+            f"{experts[0]}: it is for layers",
+            PeftWarning,
+            stacklevel=2,
+        )
     weights = _Weights(model_path or base_name(peft_model))
     for path, layer in layers:
         quantized = layer.dense_weight()

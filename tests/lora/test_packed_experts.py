@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_families import FAMILIES, OTHERS
 
-from minipeft import LoraConfig, PeftModel, get_peft_model
+from minipeft import LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq
+from minipeft.errors import PeftWarning
 from minipeft.experts import packed
 from minipeft.nf4.experts import NF4Experts
 from minipeft.nf4.hf import NF4Config, quantize_model
@@ -149,3 +150,16 @@ def test_a_packed_router_or_a_missing_name_is_answered() -> None:
     mixed = adapted(mixed)
     assert len([m for m in mixed.modules() if isinstance(m, NF4Experts)]) == 1
     run(mixed, "Mixtral")
+
+
+def test_a_loftq_start_of_the_layers_says_that_the_experts_keep_theirs(tmp_path: Path) -> None:
+    MIXTURES["Mixtral"].build().save_pretrained(tmp_path)
+    model = get_peft_model(
+        quantize_model(MIXTURES["Mixtral"].build()),
+        LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["down_proj"]),
+    )
+    before = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
+    with pytest.warns(PeftWarning, match=r"2 stacks of packed experts keep their start, such as .*experts.down_proj"):
+        replace_lora_weights_loftq(model, tmp_path)
+    changed = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "q_proj" in name}

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from hf_helpers import IDS, edit_config, edit_tensors, logits, nf4_names, saved, tiny
+from tiny_families import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from minipeft.nf4.hf import BitsAndBytesConfig, NF4Config, quantize_model, read_bitsandbytes_with
@@ -178,3 +179,16 @@ def test_layers_of_a_class_of_their_own_stay_dense_with_both(tmp_path):
     for make in (lambda: load(folder, quantization_config=NF4Config()), lambda: quantize_model(load(folder))):
         with pytest.raises(ValueError, match=r"nothing to put into NF4: .*; its FalconLinear stays dense"):
             make()
+
+
+def test_packed_experts_are_refused_by_bitsandbytes_and_dense_ones_are_read(tmp_path):
+    family = FAMILIES["Mixtral"]
+    folder = saved(quantize_model(family.build()), tmp_path / "packed")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        bnb_load(folder)
+    ours = quantize_model(family.build(), NF4Config(experts=False))
+    theirs = bnb_load(saved(ours, tmp_path / "dense"))
+    assert_same_weights(ours, theirs)
+    for name, weight in ours.named_parameters():
+        if weight.dim() == 3:
+            assert torch.equal(theirs.get_parameter(name), weight)

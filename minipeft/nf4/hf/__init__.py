@@ -1,7 +1,7 @@
 """NF4 in Hugging Face transformers: load in 4 bits, save, read bitsandbytes' checkpoints, quantize in memory.
 
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=NF4Config())   # from a dense checkpoint
-    model.save_pretrained(folder)                                # packed; bitsandbytes can read it too
+    model.save_pretrained(folder)                # packed; bitsandbytes can read it too, but for packed experts
     model = AutoModelForCausalLM.from_pretrained(folder)         # packed as it is, also if bitsandbytes wrote it
     model = quantize_model(model, NF4Config())                   # a model that is in memory already
 

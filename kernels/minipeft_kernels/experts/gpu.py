@@ -37,8 +37,9 @@ def forward(
     low, update = x.new_empty(0), None
     if lora_A is not None and lora_B is not None:
         low = _by_expert(x.to(adapter_dtype), lora_A.to(adapter_dtype), offsets).mul_(scaling)
-        lora_B = loop.expert_by_expert(lora_B, min(offsets.shape[0], x.shape[0]))
-        update = low, lora_B
+        # The kernel reads B as it lies; of many experts the gathering costs more than a copy of all.
+        whole = loop.is_scattered(lora_B) and offsets.shape[0] <= 4 * x.shape[0]
+        update = low, lora_B.contiguous() if whole else lora_B
     if isinstance(weight, NF4Stack):
         return launch(x.to(compute_dtype), weight, None, update, grad=False, offsets=offsets).to(x.dtype), low
     y = None if weight is None else _by_expert(x, weight, offsets)

@@ -46,13 +46,13 @@ def forward(
     width = _rows_of(weight, lora_B)
     y = x.new_zeros(x.shape[0], width, dtype=adapter_dtype if weight is None else x.dtype)
     chosen = list(groups_within(offsets, x))
-    lora_B = None if lora_B is None else expert_by_expert(lora_B, len(chosen))
-    for e, start, stop in chosen:
+    each_B = _each_B(lora_B, [e for e, *_ in chosen])
+    for i, (e, start, stop) in enumerate(chosen):
         rows, matrix = x[start:stop], _matrix_of(weight, e)
         update = None
-        if lora_A is not None and lora_B is not None:
+        if lora_A is not None:
             low[start:stop] = project(rows, lora_A[e], scaling, adapter_dtype)
-            update = low[start:stop], lora_B[e]
+            update = low[start:stop], each_B[i]
         y[start:stop] = form_for(matrix, rows).forward(rows, matrix, None, update, compute_dtype)
     return y, low
 
@@ -81,25 +81,27 @@ def backward(
     # In the strides of B, which is a view of the parameter: so the parameter's gradient is this tensor, not a copy.
     dB = torch.zeros_like(lora_B) if needs_B and lora_B is not None else nothing
     chosen = list(groups_within(offsets, dy))
-    lora_B = None if lora_B is None else expert_by_expert(lora_B, len(chosen))
-    each_dB = torch.zeros_like(lora_B) if needs_B and lora_B is not None and _is_scattered(dB, len(chosen)) else dB
-    for e, start, stop in chosen:
+    owners = [e for e, *_ in chosen]
+    each_B = _each_B(lora_B if needs_x or needs_A else None, owners)
+    scattered = needs_B and is_scattered(dB)
+    made = dB.new_empty(len(chosen), *dB.shape[1:]) if scattered else dB
+    for i, (e, start, stop) in enumerate(chosen):
         rows, update = dy[start:stop], None
-        if lora_A is not None and lora_B is not None:
+        if lora_A is not None:
             wide = rows.to(adapter_dtype)
             if needs_x or needs_A:
-                update = project_back(wide, lora_B[e], scaling), lora_A[e]
+                update = project_back(wide, each_B[i], scaling), lora_A[e]
             if needs_A:
                 assert x is not None and update is not None
                 dA[e] = grad_of_A(update[0], x[start:stop], dA.dtype)
             if needs_B:
                 assert low is not None
-                each_dB[e] = grad_of_B(wide, low[start:stop], dB.dtype)
+                made[i if scattered else e] = grad_of_B(wide, low[start:stop], dB.dtype)
         if needs_x:
             matrix = _matrix_of(weight, e)
             dx[start:stop] = form_for(matrix, rows).input_gradient(rows, matrix, update, compute_dtype)
-    if each_dB is not dB:
-        _flat(dB).copy_(each_dB.flatten(1).T)
+    if scattered:
+        _put_each(dB, owners, made)
     return dx, dA, dB
 
 
@@ -147,14 +149,13 @@ def groups_within(offsets: Tensor, rows: Tensor) -> Iterator[tuple[int, int, int
         yield e, start, stop
 
 
-def _is_scattered(lora_B: Tensor, chosen: int) -> bool:
-    """True if an expert's B is to be gathered from places a cache line or more apart, and most experts' are wanted.
+def is_scattered(lora_B: Tensor) -> bool:
+    """True if the experts alternate in B (experts, N, r) from number to number, as in the parameter of a file.
 
-    In the parameter of a file the experts alternate from number to number: then each number of one expert's B takes a
-    cache line of its own, in every product with it, and one transposition of all of B takes a tenth of that.
+    There each number of one expert's B takes a cache line of its own, in every product with it.
     """
     experts, _, rank = lora_B.shape
-    return lora_B.stride() == (1, rank * experts, experts) and 1 < experts <= 4 * chosen
+    return experts > 1 and lora_B.stride() == (1, rank * experts, experts)
 
 
 def _flat(lora_B: Tensor) -> Tensor:
@@ -162,11 +163,25 @@ def _flat(lora_B: Tensor) -> Tensor:
     return lora_B.permute(1, 2, 0).view(-1, lora_B.shape[0])
 
 
-def expert_by_expert(lora_B: Tensor, chosen: int) -> Tensor:
-    """B (experts, N, r) so that each expert's numbers lie together, where that pays: see `_is_scattered`."""
-    if not _is_scattered(lora_B, chosen):
-        return lora_B
-    return _flat(lora_B).T.contiguous().view(lora_B.shape)
+def _each_B(lora_B: Tensor | None, chosen: list[int]) -> list[Tensor]:
+    """B_e (N, r) of each chosen expert: scattered ones gathered, all of them in one way through B."""
+    if lora_B is None:
+        return []
+    if not is_scattered(lora_B):
+        return [lora_B[e] for e in chosen]
+    columns = _flat(lora_B)
+    if len(chosen) < lora_B.shape[0]:
+        columns = columns.index_select(1, torch.tensor(chosen, dtype=torch.int64, device=lora_B.device))
+    return list(columns.T.contiguous().view(len(chosen), *lora_B.shape[1:]))
+
+
+def _put_each(dB: Tensor, chosen: list[int], made: Tensor) -> None:
+    """The other way: (chosen, N, r) to the places of a scattered dB."""
+    columns = made.flatten(1).T
+    if len(chosen) < dB.shape[0]:
+        _flat(dB).index_copy_(1, torch.tensor(chosen, dtype=torch.int64, device=dB.device), columns)
+    else:
+        _flat(dB).copy_(columns)
 
 
 def _matrix_of(weight: Stack | None, e: int) -> Weight | None:

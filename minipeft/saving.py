@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from minipeft import asked
 from minipeft.adapter import AdaptedModel
@@ -155,7 +155,9 @@ def save_adapters(
     selected = list(model.peft_config) if selected_adapters is None else selected_adapters
     for adapter in selected:
         config_of(model, adapter)
-    sharded = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    # Asked of several processes alone: walking through all parameters costs as much as saving an adapter.
+    several = distributed.is_available() and distributed.is_initialized()
+    sharded = several and any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     if not is_main_process and not sharded:
         return
     directory, plain = Path(save_directory), path_initial_model_for_weight_conversion is not None

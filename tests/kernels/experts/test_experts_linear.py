@@ -183,3 +183,25 @@ def test_one_token_reads_the_bytes_of_the_experts_that_were_chosen(monkeypatch: 
     assert sorted(read) == chosen
     held = sum(t.nbytes for t in (stack.codes, stack.absmax, stack.nested_absmax) if t is not None)
     assert sum(read.values()) * experts == held * len(chosen)
+
+
+@pytest.mark.usefixtures("compiled", "level")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("peft_layout", [True, False])
+def test_compiled_products_equal_each_rows_own_expert_in_float64(dtype: torch.dtype, peft_layout: bool) -> None:
+    """Of every processor's level, and of as many rows as each of its forms takes: none, up to four, more, many."""
+    counts, out_features, in_features, r = [1, 0, 4, 5, 9, 300], 70, 128, 5
+    experts, owners = len(counts), [e for e, count in enumerate(counts) for _ in range(count)] + [6, 6]
+    stack = stack_of(torch.randn(experts, out_features, in_features) / in_features**0.5)
+    lora_A = torch.randn(experts, r, in_features) / in_features**0.5
+    lora_B = torch.randn(out_features, r * experts).unflatten(1, (r, experts)).permute(2, 0, 1)
+    lora_B = lora_B if peft_layout else lora_B.contiguous()
+    x, dy = torch.randn(len(owners), in_features).to(dtype), torch.randn(len(owners), out_features).to(dtype)
+    inputs = [t.requires_grad_() for t in (x, lora_A, lora_B)]
+    y = experts_linear(x, offsets_of(owners, experts), stack, (lora_A, lora_B, 0.7))
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected = by_rows(exact[0], owners, decoded(stack), *exact[1:], 0.7)
+    gradients = torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, exact, dy.double())
+    for got, wanted in zip((y, *gradients[0]), (expected, *gradients[1]), strict=True):
+        size = max(1.0, float(wanted.detach().abs().max()))
+        torch.testing.assert_close(got.double() / size, wanted / size, **TOLERANCES[dtype])

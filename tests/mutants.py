@@ -78,14 +78,14 @@ MUTANTS = [
         K + "linear/twice.py",
         "dA = (back.T @ inputs).to(lora_A.dtype)",
         "dA = (2 * back.T @ inputs).to(lora_A.dtype)",
-        "test_gradients.py kernels",
+        "kernels/linear/test_lora_matmul.py kernels/linear/test_nf4_matmul.py",
     ),
     # NF4.
     Mutant(K + "nf4/dequantize.py", "scales += offset", "scales -= offset", "kernels/nf4 nf4/test_nf4.py"),
     Mutant(
         K + "nf4/dequantize.py",
         "scales = all_scales[start // blocksize :]",
-        "scales = all_scales[(start + 1) // blocksize :]",
+        "scales = all_scales[start // blocksize + (start > 0) :]",
         "kernels/nf4 nf4/test_nf4.py",
     ),
     Mutant(
@@ -395,39 +395,39 @@ MUTANTS = [
         K + "emulator/async_copy.py",
         "due = copy.group < limit",
         "due = copy.group <= limit",
-        "kernels/emulator",
+        "kernels/emulator/test_emulator_*.py",
     ),
     Mutant(
         K + "emulator/rounding.py",
         "wrong, toward = back > value, np.full_like(nearest, -np.inf)",
         "wrong, toward = back >= value, np.full_like(nearest, -np.inf)",
-        "kernels/emulator",
+        "kernels/emulator/test_emulator_*.py",
     ),
     Mutant(
         K + "emulator/rounding.py",
         "return np.where(inexact, bits | np.uint32(1), bits).view(np.float32)",
         "return bits.view(np.float32)",
-        "kernels/emulator",
+        "kernels/emulator/test_emulator_*.py",
     ),
     Mutant(
         K + "emulator/rounding.py",
         "return np.where(small, np.copysign(np.float32(0), value), value)",
         "return np.where(small, np.float32(0), value)",
-        "kernels/emulator",
+        "kernels/emulator/test_emulator_*.py",
     ),
     Mutant(
         K + "emulator/rounding.py",
         "(bits >> half & np.uint32(1))) >> half",
         "np.uint32(1)) >> half",
-        "kernels/emulator",
+        "kernels/emulator/test_emulator_*.py",
     ),
     Mutant(
         K + "emulator/barriers.py",
         "done = (arrived >= wanted) & (arrived > 0)",
         "done = (arrived + 1 >= wanted) & (arrived > 0)",
-        "kernels/emulator",
+        "kernels/emulator/test_emulator_*.py",
     ),
-    Mutant(K + "emulator/barriers.py", "counted[done] = 0", "counted[:] = 0", "kernels/emulator"),
+    Mutant(K + "emulator/barriers.py", "counted[done] = 0", "counted[:] = 0", "kernels/emulator/test_emulator_*.py"),
     Mutant(
         K + "emulator/tensor_cores.py",
         "return values.reshape(-1, 8, 4, 2, 2).transpose(0, 3, 1, 2, 4)",
@@ -438,7 +438,7 @@ MUTANTS = [
         K + "emulator/tensor_cores.py",
         "values = np.clip(values, -(2**31), 2**31 - 1)",
         "values = np.clip(values, -(2**31), 2**31)",
-        "kernels/emulator",
+        "kernels/emulator/test_emulator_*.py",
     ),
 ]
 
@@ -462,7 +462,7 @@ def is_seen(mutant: Mutant, tree: Path) -> bool:
         raise SystemExit(f"{mutant.file} has {plain.count(mutant.old)} times, and should have once: {mutant.old!r}")
     path.write_text(plain.replace(mutant.old, mutant.new), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}
-    tests = [f"tests/{name}" for name in mutant.tests.split()]
+    tests = [str(path) for name in mutant.tests.split() for path in sorted(tree.glob(f"tests/{name}"))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *tests]
     try:
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=LIMIT, text=True)
@@ -479,6 +479,7 @@ def main() -> int:
     """Plant the faults and say which survive."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="part of a file's name or of the code")
+    parser.add_argument("--first", type=int, default=1, help="number of the first one to plant")
     parser.add_argument("--list", action="store_true", help="print the faults and plant none")
     args = parser.parse_args()
     chosen = [m for m in MUTANTS if args.only in m.file or args.only in m.old]
@@ -486,6 +487,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="minipeft-mutants-") as temporary:
         tree = copy_of_the_tree(Path(temporary))
         for number, mutant in enumerate(chosen, 1):
+            if number < args.first:
+                continue
             line = f"{number}/{len(chosen)} {mutant.file}: {mutant.old.strip().splitlines()[0]!r}"
             if args.list:
                 print(line)
@@ -495,7 +498,8 @@ def main() -> int:
             print(f"{line} {'seen' if seen else 'SURVIVES'} ({time.perf_counter() - start:.0f} s)", flush=True)
             survivors += [] if seen else [mutant]
     if not args.list:
-        print(f"{len(chosen) - len(survivors)} of {len(chosen)} faults were seen")
+        planted = len(chosen) - args.first + 1
+        print(f"{planted - len(survivors)} of {planted} faults were seen")
     return 1 if survivors else 0
 
 

@@ -165,9 +165,11 @@ def killed_saving_leaves_a_whole_adapter(draw: random.Random, folder: Path) -> N
     for _ in range(3):
         command = [sys.executable, "-W", "ignore", "-c", SAVING, str(target), tests]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            assert process.stdout is not None and process.stdout.readline() == "ready\\n"
+            assert process.stdout is not None
+            ready = process.stdout.readline()
             time.sleep(draw.random() * 0.3)
             process.kill()
+        assert ready == "ready\n", ready
         json.loads((target / "adapter_config.json").read_text())
         PeftModel.from_pretrained(make_model(adapter=False), target)
 

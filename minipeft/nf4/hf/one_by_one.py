@@ -37,9 +37,11 @@ from minipeft.nf4.weight import NF4Weight
 _QUANT_STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
 
 
-def names_in(files: Iterable[Any] | None) -> list[str] | None:
-    """The names of the tensors in a checkpoint's files; None if these are not all safetensors."""
+def names_for(model: nn.Module, files: Iterable[Any] | None) -> list[str] | None:
+    """The names of the tensors in the files of `model`; None if it has no experts, or a file is no safetensors."""
     files = [str(file) for file in files or ()]
+    if not any(expert_parameters(module) for module in model.modules()):
+        return None
     if not files or not all(file.endswith(".safetensors") for file in files):
         return None
     names: list[str] = []
@@ -90,7 +92,7 @@ def layers_of_unsloth(names: list[str] | None, model: Any) -> list[Any]:
 
 
 def _modules_of_experts(model: Any) -> list[str]:
-    """Names of the transposed weights of experts, whose layers had them the other way round."""
+    """Names of the weights of experts that are as gpt-oss's: transposed, with biases."""
     return [
         f"{path}.{weight}"
         for path, module in model.named_modules()

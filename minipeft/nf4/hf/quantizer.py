@@ -48,7 +48,7 @@ from minipeft.nf4.hf.modules import (
     warn_of_dense_experts,
 )
 from minipeft.nf4.hf.mxfp4 import mxfp4_conversions
-from minipeft.nf4.hf.one_by_one import for_packed, layers_of_unsloth, names_in, packed_in
+from minipeft.nf4.hf.one_by_one import for_packed, layers_of_unsloth, names_for, packed_in
 from minipeft.nf4.linear import NF4Linear
 
 
@@ -142,7 +142,7 @@ class NF4HfQuantizer(HfQuantizer):
             of_experts = self._find_packed_experts(model, kwargs.get("checkpoint_files"), of_experts)
         groups = require_convertible(model, skip, of_experts)
         if not self.pre_quantized:
-            self.mxfp4 = mxfp4_conversions(names_in(kwargs.get("checkpoint_files")), model, self.record)
+            self.mxfp4 = mxfp4_conversions(names_for(model, kwargs.get("checkpoint_files")), model, self.record)
             config.skip_modules = skip_modules_for_file(model, config.skip_modules)
             config.experts = True if of_experts else config.experts
             if with_experts:
@@ -173,7 +173,7 @@ class NF4HfQuantizer(HfQuantizer):
 
         Raises ValueError for packed experts that the config says are dense, or that this transformers cannot gather.
         """
-        names = names_in(files)
+        names = names_for(model, files)
         packed = packed_in(names, model) if names is not None else {}
         if packed and self.quantization_config.experts is False:
             raise ValueError(
@@ -193,6 +193,9 @@ class NF4HfQuantizer(HfQuantizer):
         self.record = LoadRecord()
         while self.hooks:
             self.hooks.pop().remove()
+        if self.unsloths:  # such a model is saved under transformers' own names
+            used: list[Any] = getattr(model, "_weight_conversions", [])
+            model._weight_conversions = [one for one in used if all(one is not own for own in self.unsloths)]
         _drop_conversions_of_packed_weights(model)
         mark(model)
         return model

@@ -63,7 +63,13 @@ TRAINERS: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
         {"padding_free": True, "max_length": None},
         {"train_dataset": TALKS},
     ),
+    # TRL's default, which costs time here.
+    "sft-checkpointed": (SFTTrainer, trl.SFTConfig, {"gradient_checkpointing": True}, {"train_dataset": TALKS}),
     "dpo": (DPOTrainer, trl.DPOConfig, {"beta": 0.5}, {"train_dataset": PAIRS}),
+    "dpo-checkpointed": (
+        *(DPOTrainer, trl.DPOConfig, {"beta": 0.5, "gradient_checkpointing": True}),
+        {"train_dataset": PAIRS},
+    ),
     "dpo-precomputed": (
         *(DPOTrainer, trl.DPOConfig, {"beta": 0.5, "precompute_ref_log_probs": True}),
         {"train_dataset": PAIRS},

@@ -11,12 +11,19 @@ import signal
 import sys
 from types import FrameType
 
+# Turns for which OpenMP's threads wait busily, some hundredths of a microsecond each: longer than from one layer's
+# product to the next. libgomp, which reads it when torch is imported, would take 300,000: beside other processes the
+# thread that waits then keeps the one that it waits for from running.
+SPINS = "5000"
+
 
 def main() -> int:
     """Run the command line and return its exit code."""
     previous = signal.getsignal(signal.SIGINT)
     if previous is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     from minipeft.commands.cli import main as run
 
     signal.signal(signal.SIGINT, previous)

@@ -12,6 +12,7 @@ import enum
 import functools
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -239,6 +240,14 @@ def is_finite(value: Any) -> bool:
         return math.isfinite(value)
     except (OverflowError, TypeError):
         return False
+
+
+def check_regex(name: str, expression: str) -> None:
+    """Raise ValueError, which calls it `name`, unless `expression` is a regular expression."""
+    try:
+        re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{name} {shown(expression)} is not a regular expression: {error}") from None
 
 
 _WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}

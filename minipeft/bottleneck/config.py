@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from minipeft.config import PeftConfig
-from minipeft.stored import MOST_COUNT, is_finite
+from minipeft.stored import MOST_COUNT, check_regex, is_finite
 
 NON_LINEARITIES = ("relu", "gelu", "gelu_new", "swish", "silu", "tanh", "sigmoid", "leakyrelu")
 INIT_WEIGHTS = ("mam_adapter", "bert", "houlsby")
@@ -270,10 +269,7 @@ class BottleneckConfig(PeftConfig):
         for field in ("target_modules", "exclude_modules"):
             expression = getattr(self, field)
             if isinstance(expression, str):
-                try:
-                    re.compile(expression)
-                except re.error as error:
-                    raise ValueError(f"{field} {expression!r} is not a regular expression: {error}") from None
+                check_regex(field, expression)
 
     def _check_placement(self) -> None:
         placement = (self.original_ln_before, self.residual_before_ln, self.original_ln_after)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from minipeft.config import PeftConfig
 from minipeft.lora.replication import check_map, replicate
-from minipeft.stored import MOST_COUNT, is_finite
+from minipeft.stored import MOST_COUNT, check_regex, is_finite
 from minipeft.tokens.find import check_indices
 
 _UNSUPPORTED = (
@@ -200,9 +200,9 @@ class LoraConfig(PeftConfig):
         if not isinstance(self.runtime_config, LoraRuntimeConfig):
             raise ValueError(f"runtime_config must be a LoraRuntimeConfig, got {self.runtime_config!r}")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            _check_regex("target_modules", self.target_modules)
+            check_regex("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):
-            _check_regex("exclude_modules", self.exclude_modules)
+            check_regex("exclude_modules", self.exclude_modules)
         layers = self.layers_to_transform
         if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, list) else [layers])):
             raise ValueError(f"layers_to_transform must be a layer number or a list of them, got {layers!r}")
@@ -396,11 +396,4 @@ def _check_pattern(field: str, value: Any) -> None:
     if not isinstance(value, dict):
         raise ValueError(f"{field} must map ends of names to numbers, got {value!r}")
     for key in value:
-        _check_regex(f"{field} key", key)
-
-
-def _check_regex(name: str, expression: str) -> None:
-    try:
-        re.compile(expression)
-    except re.error as error:
-        raise ValueError(f"{name} {expression!r} is not a regular expression: {error}") from None
+        check_regex(f"{field} key", key)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from minipeft.adapter import Method, Part, base_modules
 from minipeft.config import PeftConfig
+from minipeft.stored import check_regex
 from minipeft.tokens.find import check_indices, named_rows, row_parts
 from minipeft.tokens.layer import DELTA
 
@@ -40,6 +41,8 @@ class TrainableTokensConfig(PeftConfig):
         super().__post_init__()
         self.token_indices = list(self.token_indices)
         check_indices("token_indices", self.token_indices)
+        if isinstance(self.target_modules, str):
+            check_regex("target_modules", self.target_modules)
 
     def check_start(self) -> None:
         if not self.token_indices:

@@ -101,6 +101,7 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
     source, options = _source(path)
     with _loading("tokenizer", path):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer("a")  # its files may hold what is noticed here alone
     if chat_template is not None:
         try:
             tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")

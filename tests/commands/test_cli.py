@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import re
 import resource
 import shutil
@@ -867,3 +868,19 @@ def test_a_run_goes_on_from_the_checkpoint_that_is_named(base, data, tmp_path):
     said = refused("train", *arguments, "--resume", tmp_path / "run" / "checkpoint-4")
     assert "checkpoint-4 is damaged: training_state.json has" in said
     assert "is not a training checkpoint" in refused("train", *arguments, "--resume", tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_the_command_bounds_how_long_threads_wait_busily(given: dict[str, str], spins: str) -> None:
+    code = (
+        "import atexit, os, sys; sys.argv = ['minipeft', '--version']; "
+        "atexit.register(lambda: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)); "
+        "from minipeft.__main__ import main; main()"
+    )
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = run_process([sys.executable, "-c", code], env={**kept, **given}, check=True)
+    # Set before torch is imported, which reads it.
+    assert done.stdout.splitlines()[-1] == f"{spins} False"

@@ -5,10 +5,14 @@ input is made from one number, which a failure names: `python -m tests.faults fu
 """
 
 import collections
+import json
 import logging
+import mmap
+import os
 import random
 import resource
 import signal
+import struct
 import tempfile
 import time
 import warnings
@@ -46,7 +50,7 @@ def verdict(error: BaseException, folder: Path, changed: list[str]) -> str:
     """What is wrong with an error as a refusal, "" where nothing is."""
     kind, text = type(error), str(error)
     if isinstance(error, TooLong):
-        return f"no answer in {SECONDS} seconds"
+        return f"no answer in {SECONDS} seconds of computing"
     if isinstance(error, ExitCode) or not isinstance(error, ValueError | OSError | TrainingError | PagingError):
         return "an error of another kind"
     if not kind.__module__.startswith(("minipeft", "builtins")) or issubclass(kind, UnicodeError):
@@ -69,9 +73,9 @@ def run_one(number: int, folder: Path, counts: Counts) -> None:
         files[name] = mutate(name, files[name], choose)
     lay_out(files, folder)
     torch.manual_seed(number)
-    started = time.perf_counter()
+    started = time.process_time()
     error = attempt(reader, folder)
-    counts.slowest = max(counts.slowest, time.perf_counter() - started)
+    counts.slowest = max(counts.slowest, time.process_time() - started)
     if error is None:
         counts.done[reader.name][0] += 1
         return
@@ -114,8 +118,9 @@ def attempt(reader: Reader, folder: Path) -> BaseException | None:
     before = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:
         taken = int(file.read().split()[0]) * resource.getpagesize()
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    # Seconds of this process's own: a busy machine breaks no promise.
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, before[1]))
     try:
         reader.read(folder)
@@ -124,21 +129,53 @@ def attempt(reader: Reader, folder: Path) -> BaseException | None:
     except BaseException as error:
         return error
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, before)
     return None
 
 
 def fuzz(inputs: int, seed: int, most: int = 10**9, minutes: float = 1e9) -> Counts:
-    """Run `inputs` inputs from the number `seed` on; stop after `most` failures, or so many minutes."""
+    """Run the kept files, and `inputs` inputs from the number `seed` on, until `most` failures or so many minutes.
+
+    Each thousand runs in a process of its own, so that one which ends it is found, too.
+    """
     counts, until = Counts(), time.monotonic() + 60 * minutes
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
-    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+    readers()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run_kept(Path(name) / "input", counts)
-        for number in range(seed, seed + inputs):
-            run_one(number, Path(name) / "input", counts)
-            if len(counts.failures) >= most or time.monotonic() > until:
-                break
+        _in_child(range(0), counts)
+        number = seed
+        while number < seed + inputs and len(counts.failures) < most and time.monotonic() < until:
+            number = _in_child(range(number, min(number + 1000, seed + inputs)), counts)
     return counts
+
+
+def _in_child(numbers: range, counts: Counts) -> int:
+    """Run inputs, or the kept files if there are none, in a child, add up what came of them; return the next number."""
+    at = mmap.mmap(-1, 8)  # the number that the child is at, also if it dies
+    with tempfile.TemporaryDirectory() as name:
+        child = os.fork()
+        if child == 0:
+            own = Counts()
+            if not numbers:
+                run_kept(Path(name) / "input", own)
+            for number in numbers:
+                at[:8] = struct.pack("<q", number)
+                run_one(number, Path(name) / "input", own)
+            (Path(name) / "counts").write_text(json.dumps([own.done, own.failures, own.slowest]))
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status:
+            # What was counted before is lost, and not said to have been run.
+            (number,) = struct.unpack("<q", at[:8])
+            counts.failures.append(f"--seed {number}: the process ended with {status}")
+            return number + 1
+        done, failures, slowest = json.loads((Path(name) / "counts").read_text())
+    for reader, (read, refused) in done.items():
+        counts.done[reader][0] += read
+        counts.done[reader][1] += refused
+    counts.failures += failures
+    counts.slowest = max(counts.slowest, slowest)
+    return numbers.stop

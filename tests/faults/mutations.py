@@ -208,7 +208,7 @@ def change_safetensors(content: bytes, choose: random.Random) -> bytes:
     size, kind = struct.unpack("<Q", content[:8])[0], choose.randrange(8)
     header, rest = content[8 : 8 + size], content[8 + size :]
     if kind == 0:
-        size = choose.choice((0, 1, size - 1, size + 1, 2**31, 2**63, 2**64 - 1))
+        size = choose.choice((0, 1, max(0, size - 1), min(size + 1, 2**64 - 1), 2**31, 2**63, 2**64 - 1))
         return struct.pack("<Q", size) + content[8:]
     if kind == 1 and rest:
         at = choose.randrange(len(rest))

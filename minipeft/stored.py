@@ -47,7 +47,7 @@ def naming(source: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, MemoryError, OverflowError) as error:
+    except (ValueError, TypeError, RuntimeError, MemoryError, OverflowError, re.error) as error:
         text = str(error)
         if isinstance(error, RuntimeError) and not _asks_for_too_much(error):
             raise

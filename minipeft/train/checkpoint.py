@@ -137,7 +137,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} has checkpoint format {shown(state.get('format'))}, this version reads format {FORMAT}"
         )
     try:
-        if missing := sorted(_State.__annotations__.keys() - state.keys()):
+        if missing := [name for name in _State.__annotations__ if state.get(name) is None]:
             raise ValueError(f"{file}: it lacks {', '.join(missing)}")
         check_fields(state, _State, str(file))
         check_fields(state["progress"], Progress, f"{file}: progress")
@@ -198,6 +198,8 @@ def _check_random(state: RandomState) -> None:
             raise ValueError("the state of the random generator is missing")
         if stored is not None and (stored.dtype != now.dtype or stored.shape != now.shape):
             raise ValueError(f"the state of the random generator {key} is {stored.dtype} {tuple(stored.shape)}")
+        if stored is not None and key == "cpu":
+            torch.Generator().set_state(stored)  # RuntimeError for numbers that no generator can be in
 
 
 def _check_same_kinds(what: str, ours: Any, stored: Any) -> None:

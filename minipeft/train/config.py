@@ -29,6 +29,8 @@ PRECISION_CHOICES = ("none", "bf16")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE_CHOICES = ("nf4",)
 OPTIMIZER_CHOICES = ("adamw", "paged_adamw", "paged_adamw_8bit")
+# Of a path, where systems end.
+LONGEST_TEXT = 4096
 # The end of the seeds that both torch and numpy take.
 SEED_END = 2**63
 # transformers' schedules, but for reduce_lr_on_plateau and greedy: those step on a metric, not on the step
@@ -252,6 +254,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         kind = {int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
         expected = kind.get(target, "a string") + optional
         raise ConfigError(f"setting {name!r} must be {expected}, got {shown(value)}")
+    if isinstance(value, str) and len(value) > LONGEST_TEXT:
+        raise ConfigError(f"setting {name!r} must have at most {LONGEST_TEXT:,} characters, got {shown(value)}")
     if target is dict:
         _check_plain(name, value)
     return value

@@ -65,6 +65,12 @@ REFUSED: tuple[tuple[str, str, Change], ...] = (
         for value in (Raw("Infinity"), Raw("NaN"), {"x": 1}, [[1]], "x")
     ),
     *((WRITTEN_ANEW, STATE, put("optimizer_groups", value=value)) for value in ([], ["x"], 3, [{}], [[], []])),
+    ("adapter of LoRA with patterns", "adapter_config.json", put("layers_pattern", value="(")),
+    ("a run's settings", "run.yaml", after("\nmodel: " + "a" * 100_000)),
+    *(
+        (WRITTEN_ANEW, STATE, put(name, value=None))
+        for name in ("progress", "identity", "schedule", "optimizer_groups")
+    ),
     *((WRITTEN_ANEW, STATE, put("progress", value=value)) for value in ([], 3, {"step": "x"}, {"x": 1})),
     *((WRITTEN_ANEW, STATE, put("progress", "step", value=value)) for value in ("x", 1.5, [1], 10**30)),
     *((WRITTEN_ANEW, STATE, put("optimizer_scalars", value=value)) for value in ([], 3, {"x": 3}, "x")),

@@ -29,11 +29,11 @@ from ..arithmetic import arithmetic_dtype, as_autocast
 from ..dispatch import use_triton
 from ..linear.low_rank import Lora, update_dtype
 from ..linear.op import Numbers
-from ..nf4.checks import WEIGHT_DTYPES
 from ..nf4.dequantize import nf4_dequantize_reference
 from ..packed import SCHEMA, TENSORS
 from ..registration import below_autograd, define_op, is_plain_call, without_autocast
 from . import loop
+from .checks import check_backward, check_forward, check_sizes
 from .stack import NF4Stack, Stack, flatten_stack, unflatten_stack
 
 
@@ -85,7 +85,7 @@ def experts_linear(
     lora_A, lora_B, scaling = lora or (None, None, 0.0)
     if weight is not None:
         x = as_autocast(x)
-    _check(x, offsets, weight, lora_A, lora_B)
+    check_sizes(x, offsets, weight, lora_A, lora_B)
     dtype = x.dtype if lora_A is None else update_dtype(x, lora_A)
     if weight is not None:
         dtype = arithmetic_dtype(dtype, x.device)
@@ -99,34 +99,6 @@ def experts_linear(
     else:
         out, _ = _run(x, offsets, lora_A, lora_B, *numbers, weight)
     return out
-
-
-def _check(x: Tensor, offsets: Tensor, weight: Stack | None, lora_A: Tensor | None, lora_B: Tensor | None) -> None:
-    if weight is None and (lora_A is None or lora_B is None):
-        raise ValueError("experts_linear wants a weight, or A and B, or both")
-    if x.dim() != 2 or offsets.dim() != 1:
-        raise ValueError(
-            f"x must be (rows, in_features) and offsets (experts,), got {x.dim()} and {offsets.dim()} dims"
-        )
-    if offsets.dtype != torch.int32 or offsets.device != x.device:
-        raise TypeError(f"offsets must be int32 on {x.device}, got {offsets.dtype} on {offsets.device}")
-    if isinstance(weight, NF4Stack) and x.dtype not in WEIGHT_DTYPES:
-        raise TypeError(f"x must be float32, bfloat16 or float16 for NF4 weights, got {x.dtype}")
-    experts, columns = offsets.shape[0], x.shape[1]
-    rows = None
-    if weight is not None:
-        shape = (weight.experts, weight.rows, weight.columns) if isinstance(weight, NF4Stack) else tuple(weight.shape)
-        if len(shape) != 3 or (shape[0], shape[2]) != (experts, columns):
-            raise ValueError(f"the experts' weights are {shape}; expected ({experts}, out_features, {columns})")
-        rows = shape[1]
-    if lora_A is not None and lora_B is not None:
-        rank = lora_A.shape[1] if lora_A.dim() == 3 else None
-        rows = lora_B.shape[1] if rows is None and lora_B.dim() == 3 else rows
-        if tuple(lora_A.shape) != (experts, rank, columns) or tuple(lora_B.shape) != (experts, rows, rank):
-            raise ValueError(
-                f"A is {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}; expected ({experts}, r, {columns}) and "
-                f"({experts}, {'out_features' if rows is None else rows}, r)"
-            )
 
 
 class _Experts(torch.autograd.Function):
@@ -201,7 +173,6 @@ def _form_for(rows: Tensor) -> Any:
 
 def _run_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     x, offsets, lora_A, lora_B, scaling, compute_dtype, dtype, *weight = arguments
-    _check(x, offsets, unflatten_stack(weight), lora_A, lora_B)
     return _run(x, offsets, lora_A, lora_B, scaling, compute_dtype, dtype, unflatten_stack(weight))
 
 
@@ -218,9 +189,9 @@ def _recorded(
     x: Tensor, offsets: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """The operation under autograd."""
+    check_forward(x, offsets, lora_A, lora_B, *rest)
     scaling, compute_dtype, dtype, *flat_weight = rest
     weight = unflatten_stack(flat_weight)
-    _check(x, offsets, weight, lora_A, lora_B)
     outputs: tuple[Tensor, Tensor] = _Experts.apply(x, offsets, lora_A, lora_B, (scaling, compute_dtype, dtype), weight)
     return outputs
 
@@ -269,10 +240,12 @@ _experts_op = define_op(
     _run_op,
     fake=_fake,
     autograd=_recorded,
+    check=check_forward,
 )
 _experts_backward_op = define_op(
     f"experts_linear_backward(Tensor dy, Tensor offsets, Tensor? x, Tensor? lora_A, Tensor? lora_B, Tensor? low, "
     f"{_NUMBERS}, bool[3] needed, {SCHEMA}) -> (Tensor dx, Tensor dA, Tensor dB)",
     _run_backward_op,
     fake=_fake_backward,
+    check=check_backward,
 )

@@ -1,5 +1,6 @@
 """The experts' product against float64, gradients included, and what it allocates."""
 
+import random
 from typing import Any
 
 import pytest
@@ -205,3 +206,42 @@ def test_compiled_products_equal_each_rows_own_expert_in_float64(dtype: torch.dt
     for got, wanted in zip((y, *gradients[0]), (expected, *gradients[1]), strict=True):
         size = max(1.0, float(wanted.detach().abs().max()))
         torch.testing.assert_close(got.double() / size, wanted / size, **TOLERANCES[dtype])
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(0, 2**32 - 1))
+def test_raw_calls_with_misfitting_arguments_are_refused_or_computed(seed: int) -> None:
+    """Sizes, dtypes and parts of weights at random: an error of ours, or finite results of the right shape."""
+    draw = random.Random(seed)
+    rows, experts, out, columns, rank = (
+        draw.choice(sizes) for sizes in ((0, 1, 5), (3, 3, 2), (48, 48, 40), (64, 64, 32), (2, 4))
+    )
+    offsets = torch.tensor(
+        sorted(draw.randint(-1, rows + 1) for _ in range(experts)), dtype=draw.choice([torch.int32, torch.int64])
+    )
+    weight: list[Any] = list(stack_of(torch.randn(3, 48, 64)))
+    if draw.random() < 0.5:
+        place = draw.randrange(10)
+        part = weight[place]
+        if isinstance(part, int):
+            weight[place] = draw.choice([0, 1, -5, 10**6, 128])
+        else:
+            weight[place] = draw.choice([part[:1] if part.dim() else part, part.double(), torch.empty(0), None])
+    if draw.random() < 0.3:
+        weight = [torch.randn(3, 48, 64, dtype=draw.choice([torch.float32, torch.float64]))]
+    lora_A, lora_B = torch.randn(experts, rank, columns), torch.randn(3, out, draw.choice([rank, 3]))
+    x, dy, low = torch.randn(rows, columns), torch.randn(rows, out), torch.randn(draw.choice([rows, 2]), rank)
+    numbers = (0.5, torch.float32, torch.float32)
+    try:
+        if draw.random() < 0.5:
+            results = torch.ops.minipeft.experts_linear(x, offsets, lora_A, lora_B, *numbers, *weight)
+            shapes = [(rows, out), (rows, rank)]
+        else:
+            given_ = (dy, offsets, x, lora_A, lora_B, low, *numbers, [True, True, True])
+            results = torch.ops.minipeft.experts_linear_backward(*given_, *weight)
+            shapes = [(rows, columns), lora_A.shape, lora_B.shape]
+    except (ValueError, TypeError) as error:
+        assert str(error)
+    else:
+        assert [tuple(result.shape) for result in results] == [tuple(shape) for shape in shapes]
+        assert all(bool(torch.isfinite(result).all()) for result in results)

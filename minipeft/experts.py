@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minipeft.packed import PackedLayer
+
 
 class Sorted(NamedTuple):
     """The rows of T tokens, k each, in the order of their experts.
@@ -55,6 +57,22 @@ INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 def has_interface(module: nn.Module) -> bool:
     """True if `run_experts` can compute `module`: its class says how its experts are made."""
     return all(hasattr(module, name) for name in INTERFACE)
+
+
+def linear_routers(model: nn.Module) -> list[str]:
+    """The names of the linear layers of a mixture that choose its experts, or open the gate of a shared one.
+
+    In transformers they are what is, or lies in, a `router`, and what is called `gate` or `shared_expert_gate`. A model
+    without experts has none: there a `gate` is a part of an MLP.
+    """
+    if not any("Expert" in cls.__name__ for module in model.modules() for cls in type(module).__mro__):
+        return []
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | PackedLayer)]
+    return [name for name in linear if _chooses(name.split("."))]
+
+
+def _chooses(parts: list[str]) -> bool:
+    return any(part.endswith("router") for part in parts) or parts[-1] in ("gate", "shared_expert_gate")
 
 
 def weight_names(module: nn.Module) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from minipeft.adapter import base_modules
 from minipeft.errors import PeftWarning
-from minipeft.experts import has_interface, is_stack, weight_names
+from minipeft.experts import has_interface, is_stack, linear_routers, weight_names
 from minipeft.lora.config import LoraConfig
 from minipeft.lora.experts import check_target_parameters
 from minipeft.lora.find import lora_mixin_for
@@ -61,6 +61,14 @@ def name_experts(model: Any, config: LoraConfig) -> None:
     experts = [(path, fused) for path, fused in everywhere if _takes(model, config, path, fused)]
     routers = routers_of(model) if like_peft else []
     asked = [path for path in routers if _named(given, path)]
+    if asked and given == "all-linear" and config.lora_dropout:
+        warnings.warn(
+            f"target_modules='all-linear' leaves out the routers of {type(model).__name__}, whose weight is read "
+            f"updated: lora_dropout={config.lora_dropout} has no place there",
+            PeftWarning,
+            stacklevel=2,
+        )
+        asked = []
     layers = {layer for _, fused in experts for layer in fused.layers}
     left_out = _keep_others(model, config, layers, asked, like_peft) if experts or asked or like_peft else []
     if not experts and not asked:
@@ -113,14 +121,21 @@ def take_experts(model: Any, config: LoraConfig) -> None:
             stacklevel=2,
         )
     experts = [one for one in everywhere if _is_wanted(config, one[0]) and _is_wanted(config, ".".join(one))]
-    if not experts:
+    routers = linear_routers(model)
+    if not experts and not routers:
         return
     targets = match_targets(model, config, lambda module: lora_mixin_for(module) is not None)
+    targets = [name for name in targets if name not in routers]
     # Names that experts' layers had in former times would mean those in PEFT's families, and these layers no more.
-    old = [f"{path}.{layer}" for path, fused in parameters_of_experts(model) for layer in fused.layers]
+    old = [
+        f"{path}.{layer}"
+        for path, fused in parameters_of_experts(model)
+        for name in fused.layers
+        for layer in (name, f"0.{name}")
+    ]
     others = [name for name in plain_module_names(model) if name not in targets]
     config.target_modules = _find_minimal_target_modules(targets, [*others, *old])
-    config.target_parameters = short_names(experts, everywhere)
+    config.target_parameters = short_names(experts, everywhere) or None
 
 
 def _is_wanted(config: LoraConfig, path: str) -> bool:

@@ -48,7 +48,9 @@ def training_loss_sum(model: Any, batch: Batch) -> Tensor:
     logits = at_least_float32(out.logits[:, -positions.shape[1] :][positions])
     loss = F.cross_entropy(logits, labels, reduction="sum")
     balance = getattr(out, "aux_loss", None)
-    return loss if balance is None else loss + config.router_aux_loss_coef * balance * len(labels)
+    # Some configs have another name for it, and some none.
+    share = getattr(config, "router_aux_loss_coef", getattr(config, "aux_loss_coef", None))
+    return loss if balance is None or share is None else loss + share * balance * len(labels)
 
 
 def token_loss_sum(model: Any, batch: Batch) -> Tensor:

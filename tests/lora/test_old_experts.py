@@ -236,3 +236,14 @@ def test_training_leaves_a_choice_of_experts_as_it_is() -> None:
     assert targets() == experts
     assert targets(target_parameters=["down_proj"]) == {name for name in experts if "down" in name}
     assert targets(exclude_modules=["experts"]) == set()
+
+
+@false_alarm
+@left_out
+def test_dropout_with_all_linear_acts_on_experts_and_leaves_routers_out() -> None:
+    config = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1)
+    with pytest.warns(PeftWarning, match=r"leaves out the routers of Mixtral.*lora_dropout=0.1 has no place there"):
+        model = get_peft_model(CONVERTED["mixtral"].build(), config)
+    experts = [m for m in model.modules() if has_interface(m)]
+    assert all(set(m.parameter_targets("default")) == set(weight_names(m)) for m in experts)
+    assert not any("gate.weight" in path for path in model.targeted_parameter_names)

@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from minipeft.errors import PeftWarning
-from minipeft.experts import has_interface
+from minipeft.experts import has_interface, linear_routers
 from minipeft.nf4.experts import NF4Experts, expert_parameters
 from minipeft.nf4.hf.config import NF4Config
 from minipeft.nf4.linear import NF4Linear
@@ -33,7 +33,7 @@ def modules_to_skip(model: nn.Module, skip_modules: list[str] | None, packed_alr
     """Name patterns of the modules that stay dense, sorted.
 
     For a transformers model: the given list, or by default its output head, tied weights and last module; and in
-    any case the modules it keeps in float32 and its tied ones. A plain module has only the list.
+    any case the modules it keeps in float32, its tied ones, and a mixture's routers. A plain module has only the list.
 
     Args:
         model: the dense model, also on the meta device.
@@ -45,6 +45,8 @@ def modules_to_skip(model: nn.Module, skip_modules: list[str] | None, packed_alr
     keep = list(model._keep_in_fp32_modules or [])
     tied = [key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair]
     if not packed_already:
+        # transformers names some of these by their parameter; and a router's choice is not to change.
+        keep = [*(name.removesuffix(".weight") for name in keep), *linear_routers(model)]
         keep += getattr(model, "_keep_in_fp32_modules_strict", None) or []
         if skip_modules is None:
             # transformers means to leave the last module dense, and misses one that ends in a bias: a classifier

@@ -283,10 +283,14 @@ def _drop_conversions_of_packed_weights(model: PreTrainedModel) -> None:
         every = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [conversion for conversion in every if not isinstance(conversion, PrefixChange)]
     packed = packed_names(model)
+    stacks = [f"{path}.{name}" for path, experts in nf4_experts(model) for name in experts.packed_names()]
 
     def touches_packed(conversion: Any) -> bool:
         if not isinstance(conversion, WeightConverter):
-            return False
+            # A stack's own name is what its scales are stored beside: a layer's in its place would not be found.
+            back = conversion.reverse_transform()
+            renamed = ((name, back.rename_source_key(name)[0]) for name in stacks)
+            return any(old.rpartition(".")[2] != new.rpartition(".")[2] for old, new in renamed)
         if any(isinstance(operation, Deserialize) for operation in conversion.operations):
             return True
         back = conversion.reverse_transform()

@@ -27,7 +27,7 @@ from minipeft.compare import run as compare_run
 from minipeft.compare.compare import compare, in_own_process
 from minipeft.compare.plan import CompareConfig, Run, Shared, plan_runs
 from minipeft.compare.run import RunOrder, attempt
-from minipeft.train import loop
+from minipeft.train import processes
 from minipeft.train.errors import CheckpointError, OutputDirError, TrainingError, TrainingInterrupted
 from minipeft.train.records import read_jsonl
 
@@ -67,10 +67,10 @@ def finished(tmp_path_factory, base, files):
 
     def execute(order):
         took = seen.setdefault(order.run.name, [])
-        original = loop.training_loss_sum
+        original = processes.training_loss_sum
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                loop, "training_loss_sum", lambda m, b: (took.append(b.inputs["input_ids"]), original(m, b))[1]
+                processes, "training_loss_sum", lambda m, b: (took.append(b.inputs["input_ids"]), original(m, b))[1]
             )
             assert attempt(order)
 
@@ -289,7 +289,7 @@ def test_another_folder_and_a_damaged_result_are_refused(base, files, tmp_path):
     config = config_of(output, base, files, {"lora": METHODS["lora"]})
     compare(config, quiet, attempt)
     (output / "runs" / "base" / "result.json").write_text("{")
-    with pytest.raises(CheckpointError, match="is damaged"):
+    with pytest.raises(CheckpointError, match=r"result\.json is not valid JSON.*remove it"):
         compare(config, quiet, forbidden)
 
 

@@ -5,12 +5,13 @@ option, or a kernel that does not compile with the arguments it is given; this d
 """
 
 import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from stacks import stack_of
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -20,6 +21,10 @@ from minipeft_kernels import dispatch
 from minipeft_kernels.adamw.eight_bit import initial_state
 from minipeft_kernels.experts.op import experts_linear
 from minipeft_kernels.lab.sass import read_cubin
+
+# As a program it finds its own folder alone.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from stacks import stack_of
 
 SHARED_MEMORY = 232448  # bytes a program may have on an H100
 launches: list[dict[str, Any]] = []

@@ -31,6 +31,7 @@ from minipeft.dispatched import device_of
 from minipeft.errors import NoMatchingPeftModuleError
 from minipeft.experts import Sorted, has_interface, is_stack, matrices, packed, run_experts, weight_names
 from minipeft.lora.config import LoraConfig
+from minipeft.lora.rows import check_unmerged
 from minipeft.lora.variants import init_factors
 from minipeft.mixins import plain_class
 from minipeft.rows import RowAdapters
@@ -125,10 +126,7 @@ class LoraParameters(AdapterModule):
             return super().forward(*args, **kwargs)
         if self.merged_adapters:
             if rows is not None:
-                raise ValueError(
-                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
-                    f"Here {list(self.merged_adapters)} are merged."
-                )
+                check_unmerged(self.merged_adapters)
             return super().forward(*args, **kwargs)
         if self._splits(acting if rows is None else rows.names):
             return run_experts(self, self._product, *args, **kwargs)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minipeft.lora.config import LoraConfig
 from minipeft.lora.own_forward import unchanged
-from minipeft.lora.rows import add_row_updates, rows_through
+from minipeft.lora.rows import add_row_updates, check_unmerged, rows_through
 from minipeft.lora.store import AdapterStore
 from minipeft.lora.variants import init_factors, variant_for, wide
 from minipeft_kernels.linear.low_rank import Lora
@@ -82,7 +82,7 @@ class LoraLayer(AdapterStore):
         if not isinstance(base, Tensor):
             return unchanged(self, base)
         if self.switch.rows is not None:
-            self._check_unmerged()
+            check_unmerged(self.merged_adapters)
             return add_row_updates(self, self.switch.rows, x, base)
         out = base
         for adapter in self.acting():
@@ -190,13 +190,6 @@ class LoraLayer(AdapterStore):
 
     def _install_weight(self, weight: Tensor) -> None:
         self._install(self.weight_name, self.as_weight(weight).contiguous().to(self.base_weight().dtype))
-
-    def _check_unmerged(self) -> None:
-        if self.merged_adapters:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. Here "
-                f"{list(self.merged_adapters)} are merged."
-            )
 
     # Files
 

@@ -34,6 +34,15 @@ def rows_through(layer: Any, names: Sequence[str] | None, *args: Any, **kwargs: 
         shared.by_row = before
 
 
+def check_unmerged(merged: Sequence[str]) -> None:
+    """Raise ValueError if adapters, `merged`, are merged into a module whose rows are to go through their own."""
+    if merged:
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. Here "
+            f"{list(merged)} are merged."
+        )
+
+
 def check_rows(name: str, config: LoraConfig) -> None:
     """Raise ValueError for an adapter that replaces base tensors, which are the whole batch's."""
     if config.init_lora_weights == "loftq":

@@ -16,6 +16,7 @@ from minipeft.errors import AdapterNotFoundError
 from minipeft.files import atomic_path, write_text
 from minipeft.hub import adapter_folder
 from minipeft.renaming import mapped
+from minipeft.shards import whole
 from minipeft.stored import brief
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -50,12 +51,6 @@ def save_adapter(
                 save_file(flat, temporary, metadata={"format": "pt", **config.file_marks()})
     values = {**config.to_dict(), "inference_mode": True}
     write_text(directory / CONFIG_NAME, json.dumps(values, indent=2, sort_keys=True))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """`tensor`; of a shard (a DTensor, as FSDP2 makes of parameters) the whole, for which all processes must ask."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def _without_shared_memory(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.mixins import own_attributes
+from minipeft.shards import is_sharded
 
 logger = logging.getLogger("minipeft")
 
@@ -69,7 +70,7 @@ def why_unmergeable(module: nn.Module) -> str | None:
     """The reason why nothing can be added to the parameters of `module` itself, where they are, if there is one."""
     if has_lost_values(module):
         return "its weight has no values (device meta), and nothing can be added to it"
-    if any(hasattr(parameter, "full_tensor") for parameter in module._parameters.values()):
+    if any(is_sharded(parameter) for parameter in module._parameters.values()):
         # FSDP2 gathers the parameters that it was given, and would put them back over merged ones.
         return (
             "its weight is sharded over processes (FSDP2): save the adapter, and merge it into the model in one process"

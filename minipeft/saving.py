@@ -31,13 +31,14 @@ from minipeft.attach import (
 )
 from minipeft.card import write_card
 from minipeft.config import PeftConfig
-from minipeft.directory import find_adapter, read_marks, read_tensors, read_training_tensors, save_adapter, whole
+from minipeft.directory import find_adapter, read_marks, read_tensors, read_training_tensors, save_adapter
 from minipeft.files import atomic_path
 from minipeft.hub import base_names, hub_arguments
 from minipeft.meta import recall_adapters
 from minipeft.mixins import plain_class
 from minipeft.preparing import reshaped
 from minipeft.renaming import mapped
+from minipeft.shards import is_sharded, whole
 from minipeft.state import (
     LoadResult,
     fill_adapter,
@@ -157,7 +158,7 @@ def save_adapters(
         config_of(model, adapter)
     # Asked of several processes alone: walking through all parameters costs as much as saving an adapter.
     several = distributed.is_available() and distributed.is_initialized()
-    sharded = several and any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    sharded = several and any(is_sharded(parameter) for parameter in model.parameters())
     if not is_main_process and not sharded:
         return
     directory, plain = Path(save_directory), path_initial_model_for_weight_conversion is not None

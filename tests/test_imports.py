@@ -51,7 +51,19 @@ CORE = {
     ),
     *("renaming", "card", *("mixins", "disabling"), "fused"),
     # PEFT's names and small functions, for the scripts that import them.
-    *("public", "beside_peft", "errors", "mappings", "wrappers", "utilities", "signatures", "names", "shorter", "meta"),
+    *(
+        "public",
+        "beside_peft",
+        "errors",
+        "mappings",
+        "wrappers",
+        "utilities",
+        "signatures",
+        "names",
+        "shorter",
+        "meta",
+        "shards",
+    ),
     "tying",
     *("compat", "machine"),
     # What accelerate did to a model.

@@ -174,11 +174,6 @@ class _ByBuffer(Mapping[str, Tensor]):
         return len(self.under)
 
 
-def is_sharded(tensor: Any) -> bool:
-    """True for a part of a tensor, of which other processes have the rest (a DTensor, as FSDP2 makes of parameters)."""
-    return hasattr(tensor, "full_tensor")
-
-
 def _keep(held: dict[str, Any], names: tuple[str, ...]) -> None:
     for name in names:
         tensor = held[name]

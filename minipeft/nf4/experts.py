@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from minipeft.experts import Sorted, has_interface, matrices, run_experts, weight_names
 from minipeft.mixins import Mixin, mix_in, mix_out
-from minipeft.nf4.codes import HoldsCodes, is_sharded
+from minipeft.nf4.codes import HoldsCodes
 from minipeft.nf4.dense import make_dense
 from minipeft.nf4.stack import NF4ExpertsWeight
 from minipeft.packed import Packed
+from minipeft.shards import is_sharded
 from minipeft_kernels.experts.op import experts_linear
 from minipeft_kernels.experts.stack import NF4Stack
 

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.nf4.codes import HoldsCodes, is_sharded
+from minipeft.nf4.codes import HoldsCodes
 from minipeft.nf4.format import STATE_NAMES
 from minipeft.nf4.weight import NF4Weight
 from minipeft.packed import PackedLayer
+from minipeft.shards import is_sharded
 from minipeft_kernels.nf4.codebooks import NESTED_BLOCKSIZE, NF4_LEVELS, dynamic_map
 
 

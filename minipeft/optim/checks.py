@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minipeft.shards import is_sharded
+
 DEVICE_TYPES = ("cpu", "cuda")
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,7 +44,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 def check_parameter(p: Tensor, name: str) -> None:
     """Raise TypeError for a parameter that cannot be updated."""
-    if hasattr(p, "full_tensor"):
+    if is_sharded(p):
         raise TypeError(
             f"{name} is a shard (DTensor), as FSDP2 makes of parameters, whose state PagedAdamW does not page: take "
             "torch.optim.AdamW there"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -14,5 +15,43 @@ def is_sharded(tensor: Any) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """`tensor`; of a shard the whole, for which all processes must ask."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    if not is_sharded(tensor):
+        return tensor
+    shard: Any = tensor
+    # A part that was moved to host memory goes back to where its processes speak to one another.
+    kind = shard.device_mesh.device_type
+    gathered: Tensor = (shard if shard.device.type == kind else shard.to(kind)).full_tensor()
+    return gathered
+
+
+@torch.no_grad()
+def own_part(tensor: Any) -> Tensor:
+    """`tensor`; of a shard what this process has of it, in the same memory."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+@torch.no_grad()
+def part_of(tensor: Any, shard: Any) -> Tensor:
+    """This process's part of `tensor`, which is whole or a shard itself, where `shard` of the same shape has its own.
+
+    Raises ValueError where `shard` is laid out in a way of which no part can be told (FSDP2 within tensor parallelism).
+    """
+    if is_sharded(tensor):
+        if tensor.placements == shard.placements and tensor.device_mesh == shard.device_mesh:
+            return own_part(tensor)
+        tensor = whole(tensor)
+    mesh = shard.device_mesh
+    for size, at, placement in zip(mesh.shape, mesh.get_coordinate(), shard.placements, strict=True):
+        if placement.is_replicate():
+            continue
+        if type(placement).__name__ != "Shard":
+            raise ValueError(f"a tensor is laid out over processes as {placement}, and can be given no whole values")
+        # As DTensors are cut: of too few rows the last processes have none.
+        parts = tensor.chunk(size, placement.dim)
+        tensor = parts[at] if at < len(parts) else tensor.narrow(placement.dim, 0, 0)
+    return tensor
+
+
+def empty_like(shard: Any, dtype: torch.dtype) -> Tensor:
+    """A tensor in host memory that is laid out over the processes as `shard` is, its values not set."""
+    return torch.empty_like(shard, dtype=dtype, device="cpu", memory_format=torch.contiguous_format)

@@ -13,7 +13,12 @@ LIMIT = 60
 
 _context = multiprocessing.get_context("forkserver")
 # Imported once, in the process that the others are forked from.
-_context.set_forkserver_preload(["torch", "transformers", "minipeft.train.loop", "minipeft.nf4.hf"])
+_context.set_forkserver_preload(
+    [
+        *("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "transformers"),
+        *("minipeft.train.loop", "minipeft.nf4.hf"),
+    ]
+)
 
 
 def free_port() -> int:

@@ -1,5 +1,6 @@
 """What the processes of `test_several_processes.py` run: importable, since they are processes of their own."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def shard(method: str, packed: bool, folder: str) -> dict[str, Any]:
     said = {}
     for name, call in (
         ("merging", lambda: model.merge_adapter()),
-        ("paging", lambda: PagedAdamW([p for p in model.parameters() if p.requires_grad])),
+        ("8 bits", lambda: PagedAdamW([p for p in model.parameters() if p.requires_grad], state_bits=8)),
     ):
         try:
             call()
@@ -133,3 +134,100 @@ def shard(method: str, packed: bool, folder: str) -> dict[str, Any]:
             said[name] = str(error)
     processes.leave()
     return said
+
+
+def page(folder: str, first: int, last: int) -> None:
+    """Steps `first` to `last` of PagedAdamW over shards, beside those of torch.optim.AdamW over the same, and alone."""
+    from torch import nn
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+    from torch.distributed.fsdp import fully_shard
+
+    processes = join(60)
+    mesh = torch.distributed.init_device_mesh("cpu", (processes.count,))
+    settings: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
+    # Of one row and of five: some processes have none of it, or less than the others.
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Linear(70, 55), nn.Tanh(), nn.Linear(55, 5), nn.Tanh(), nn.Linear(5, 1))
+    theirs = torch.optim.AdamW(alone.parameters(), **settings)
+
+    def step(model: nn.Module, optimizer: Any, number: int) -> None:
+        x = torch.randn(6, 70, generator=torch.Generator().manual_seed(number))
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for number in range(first):
+        step(alone, theirs, number)
+    model, other, swept = (fully_shard(copy.deepcopy(alone), mesh=mesh) for _ in range(3))
+    memory = {"page_bytes": 4096, "host_budget": 2 * 4096, "spill_dir": folder}
+    # `fused` means nothing to ours: torch takes it from the settings that its state is stored with.
+    ours = PagedAdamW(model.parameters(), **settings, **memory, fused=True)
+    torchs = torch.optim.AdamW(other.parameters(), **settings, fused=True)
+    if first:
+        ours.load_state(f"{folder}/state-{first}")
+        set_optimizer_state_dict(other, torchs, get_optimizer_state_dict(model, ours))
+    in_backward = PagedAdamW(swept.parameters(), **settings, fuse_backward=True)
+    in_backward.load_state_dict(ours.state_dict())
+    for number in range(first, last):
+        for pair in ((alone, theirs), (model, ours), (other, torchs), (swept, in_backward)):
+            step(*pair, number)
+        for mine, same, whole in zip(model.parameters(), other.parameters(), alone.parameters(), strict=True):
+            assert torch.equal(mine.to_local(), same.to_local())
+            torch.testing.assert_close(mine.full_tensor(), whole, rtol=1e-5, atol=1e-6)
+        for mine, same in zip(model.parameters(), swept.parameters(), strict=True):
+            assert torch.equal(mine.to_local(), same.to_local())
+    ours.save_state(f"{folder}/state-{last}", is_main_process=processes.first)
+
+    for options in (StateDictOptions(), StateDictOptions(full_state_dict=True)):
+        mine, same = (get_optimizer_state_dict(*pair, options=options) for pair in ((model, ours), (other, torchs)))
+        assert mine["state"].keys() == same["state"].keys() and len(same["state"]) == 6
+        for name, entries in same["state"].items():
+            assert mine["state"][name].keys() == entries.keys()
+            for key, value in entries.items():
+                got = mine["state"][name][key]
+                assert getattr(got, "placements", None) == getattr(value, "placements", None)
+                assert torch.equal(
+                    getattr(got, "to_local", lambda t=got: t)(), getattr(value, "to_local", lambda t=value: t)()
+                )
+        fresh = PagedAdamW(model.parameters(), **settings)
+        set_optimizer_state_dict(model, fresh, same, options=options)
+        for p in model.parameters():
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(fresh.state[p][key].to_local(), ours.state[p][key].to_local())
+    if processes.first:
+        # The file is a single process's, and torch's optimizer takes what it holds.
+        single = PagedAdamW(alone.parameters(), **settings)
+        single.load_state(f"{folder}/state-{last}")
+        for p in alone.parameters():
+            for key in ("exp_avg", "exp_avg_sq"):
+                torch.testing.assert_close(single.state[p][key], theirs.state[p][key], rtol=1e-4, atol=1e-7)
+    ours.close()
+    processes.leave()
+
+
+def page_replicas() -> list[Any]:
+    """Steps of PagedAdamW in DistributedDataParallel; beside each, torch.optim.AdamW's on the very same gradients."""
+    from torch import nn
+
+    processes = join(60)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(70, 55), nn.Tanh(), nn.Linear(55, 5))
+    single = copy.deepcopy(model)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    settings: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1}
+    ours = PagedAdamW(model.parameters(), **settings, page_bytes=4096, device_budget=2 * 4096)
+    theirs = torch.optim.AdamW(single.parameters(), **settings, fused=True)
+    for _ in range(4):
+        parallel(torch.randn(6, 70, generator=torch.Generator().manual_seed(processes.rank))).square().sum().backward()
+        for mine, same in zip(model.parameters(), single.parameters(), strict=True):
+            same.grad = mine.grad.clone()
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+        for mine, same in zip(model.parameters(), single.parameters(), strict=True):
+            assert torch.equal(mine, same)
+    return [p.detach().numpy() for p in single.parameters()]

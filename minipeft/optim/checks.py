@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.shards import is_sharded
-
 DEVICE_TYPES = ("cpu", "cuda")
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,11 +42,6 @@ def check_group(group: dict[str, Any]) -> None:
 
 def check_parameter(p: Tensor, name: str) -> None:
     """Raise TypeError for a parameter that cannot be updated."""
-    if is_sharded(p):
-        raise TypeError(
-            f"{name} is a shard (DTensor), as FSDP2 makes of parameters, whose state PagedAdamW does not page: take "
-            "torch.optim.AdamW there"
-        )
     if p.dtype not in PARAMETER_DTYPES:
         raise TypeError(f"{name} is {p.dtype}: PagedAdamW updates {', '.join(map(str, PARAMETER_DTYPES))}")
 

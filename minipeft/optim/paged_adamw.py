@@ -29,10 +29,12 @@ from minipeft.optim.state_dicts import (
     checked_states,
     load_states,
     merged_groups,
+    own_state,
     save_states,
     write_states,
 )
 from minipeft.optim.tiers import MemoryTier, SimulatedDevice
+from minipeft.shards import is_sharded, own_part, part_of
 from minipeft.stored import naming
 from minipeft_kernels.adamw.reference import Hyper
 
@@ -45,6 +47,9 @@ Chosen = tuple[dict[str, Any], Sequence[Tensor]]
 
 class PagedAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW, with its state paged.
+
+    Of sharded parameters (DTensors, as FSDP2's `fully_shard` makes of them) every process pages the state of its own
+    part; nothing is gathered but by `save_state`.
 
     Args:
         params, lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW. Parameters may be float32, bfloat16 or
@@ -63,7 +68,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: an argument out of range or not supported; state that the budgets do not hold, without spill_dir.
-        TypeError: a parameter of another dtype.
+        TypeError: a parameter of another dtype; a sharded one with 8 bits.
         PagingError: no room in spill_dir; later on, from any call: state that could not be moved.
     """
 
@@ -121,7 +126,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self._lent: list[ParameterState] = []
         self._backward = BackwardSweep(self) if fuse_backward else None
         every = [p for group in self.param_groups for p in group["params"]]
-        self.pages = PagedState(state_bits, memory, [p.numel() for p in every if p.requires_grad], simulate)
+        self.pages = PagedState(state_bits, memory, [own_part(p).numel() for p in every if p.requires_grad], simulate)
         self._close = weakref.finalize(self, self.pages.close)
         try:
             self._reserve(p for p in every if p.requires_grad)
@@ -162,7 +167,8 @@ class PagedAdamW(torch.optim.Optimizer):
         with torch.no_grad():
             jobs = self.jobs_of([(group, group["params"]) for group in self.param_groups])
             if jobs:
-                updated = [p for _, p, _ in jobs.values()] if self._backward is not None else []
+                every = [p for group in self.param_groups for p in group["params"]]
+                updated = [p for p in every if p.grad is not None] if self._backward is not None else []
                 self.pages.prepare(common_device(p for _, p, _ in jobs.values()))
                 self.update(jobs, self.pages.sweep(jobs))
                 for p in updated:
@@ -212,12 +218,18 @@ class PagedAdamW(torch.optim.Optimizer):
         for p, state in states.items():
             self.pages.steps[loaded[p].number] = int(state["step"])
             loaded[p].settle(p, {})
-        write_states(self.pages, {loaded[p].number: state for p, state in states.items()}, set())
+        write_states(self.pages, {loaded[p].number: own_state(state, p) for p, state in states.items()}, set())
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def save_state(self, path: str | Path) -> None:
+    def save_state(self, path: str | Path, *, is_main_process: bool = True) -> None:
         """Write the state to a safetensors file, atomically, holding no more than a page of it at a time.
+
+        Of sharded parameters (FSDP2) the whole of each moment, one after the other: every process must call, and the
+        file is that of a single process.
+
+        Args:
+            is_main_process: False writes nothing: another process does.
 
         Raises:
             ValueError: state that does not fit its parameter, or of a parameter that is in no group.
@@ -232,7 +244,8 @@ class PagedAdamW(torch.optim.Optimizer):
             if self.state.get(p):
                 number = self.state[p].number
                 numbers[number] = (index, p.shape, self.pages.steps[number])
-        save_states(path, self.pages, numbers, self._packed_groups())
+        sharded = {p: state for p in every if is_sharded(p) and (state := self.state.get(p))}
+        save_states(path if is_main_process else None, self.pages, numbers, self._packed_groups(), sharded.values())
 
     def load_state(self, path: str | Path) -> None:
         """Take over what `save_state` wrote, without having it all in memory.
@@ -317,6 +330,8 @@ class PagedAdamW(torch.optim.Optimizer):
                     continue
                 if g.is_sparse or state.number in jobs:
                     self._refuse(p, g)
+                if state.sharded:
+                    p, g = own_part(p), part_of(g, p)
                 if key[1] is not p.dtype or key[2] is not g.dtype:
                     key = (hyper, p.dtype, g.dtype)
                 jobs[state.number] = (key, p, g)
@@ -354,7 +369,7 @@ class PagedAdamW(torch.optim.Optimizer):
             raise ValueError(
                 f"{names} have one state: give one of them a copy of it, copy.deepcopy(optimizer.state[p])"
             )
-        return state if state.pages is self.pages and state.shape == p.shape else None
+        return state if state.pages is self.pages and state.fits(p) else None
 
     def _settle(self, parameters: Sequence[Tensor]) -> None:
         """Have all state of these parameters in the pages: a new one for those without, the given one for the others.
@@ -387,7 +402,7 @@ class PagedAdamW(torch.optim.Optimizer):
             elif outside:
                 self.pages.steps[state.number] = int(outside.get("step", self.pages.steps[state.number]))
                 if outside.keys() - {"step"}:
-                    written[state.number] = outside
+                    written[state.number] = own_state(outside, p)
             if state.settle(p, outside):
                 self._lent.append(state)
             self.state[p] = state
@@ -482,11 +497,14 @@ class PagedAdamW(torch.optim.Optimizer):
             ValueError: there is no room for them, or they are elsewhere.
         """
         wanted = list(parameters)
+        if self._paging[0] != 32 and any(is_sharded(p) for p in wanted):
+            # Blocks that share a scale would be cut where the processes' parts end: of another number of them, no more.
+            raise TypeError("state of 8 bits cannot be that of sharded parameters (DTensor): take state_bits=32")
         if self._reserved:
             # Of parameters that were taken out of the groups: others can have their places.
             kept = {id(p) for group in self.param_groups for p in group["params"]} | {id(p) for p in wanted}
             self._reserved = {p: state for p, state in self._reserved.items() if id(p) in kept}
-        new = [p for p in wanted if p not in self._reserved or self._reserved[p].shape != p.shape]
+        new = [p for p in wanted if p not in self._reserved or not self._reserved[p].fits(p)]
         for p in new:
             self._reserved[p] = ParameterState(self.pages, p)
             if self._backward is not None and p.requires_grad:

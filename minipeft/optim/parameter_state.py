@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minipeft.optim.pages import Field, Segment
 from minipeft.optim.state import PagedState
+from minipeft.shards import empty_like, is_sharded, own_part
 
 IN_PAGES: Any = object()  # the value of an entry that nobody has asked for
 
@@ -27,6 +28,8 @@ class ParameterState(MutableMapping[str, Any]):
     it counts at the parameter's next update, after which it has the new numbers. While anybody holds it, each update
     costs a copy out of the pages and one into them.
 
+    Of a sharded parameter (DTensor) the pages hold this process's part; an entry is a shard of the same layout.
+
     Attributes:
         number: the parameter's number in the pages; given back with the last reference to this object.
         owner: the parameter.
@@ -36,11 +39,12 @@ class ParameterState(MutableMapping[str, Any]):
     """
 
     def __init__(self, pages: PagedState, owner: Tensor) -> None:
-        self.pages, self.owner, self.shape = pages, owner, owner.shape
+        self.pages, self.owner, self.shape, self.sharded = pages, owner, owner.shape, is_sharded(owner)
+        self.elements = own_part(owner).numel()
         self.settled_for: Tensor | None = None
         self._entries: dict[str, Any] = {}
         self._lent: dict[str, weakref.ref[Tensor]] = {}
-        self.number, self.blank = pages.add(owner.numel())
+        self.number, self.blank = pages.add(self.elements)
 
     def __del__(self) -> None:
         # Not there if the pages could not be had.
@@ -111,8 +115,27 @@ class ParameterState(MutableMapping[str, Any]):
     def _read(self, key: str) -> Tensor:
         if key == "step":
             return torch.tensor(float(self.pages.steps[self.number]), dtype=torch.float32, device="cpu")
-        field = next(field for field in self.pages.table.layout.fields if field.name == key)
-        return read_field(self.pages, self.number, self.shape, field)
+        return self.read(next(field for field in self.pages.table.layout.fields if field.name == key))
+
+    def read(self, field: Field) -> Tensor:
+        """A copy, in host memory, of an entry that lies in the pages."""
+        result = self.empty_entry(field)
+        index, own = self.pages.table.layout.fields.index(field), own_part(result)
+        for segments in self.pages.sweep([self.number]):
+            for segment, views in segments:
+                part(field, own, segment).copy_(views[index])
+        return result
+
+    def empty_entry(self, field: Field) -> Tensor:
+        """A tensor in host memory for a copy of an entry, its values not set."""
+        if self.sharded:
+            return empty_like(self.owner, field.dtype)
+        return torch.empty(field_shape(field, self.shape), dtype=field.dtype, device="cpu")
+
+    def fits(self, p: Tensor) -> bool:
+        """True if these pages have the room and the layout of the state of `p`."""
+        alike = self.shape == p.shape and self.sharded == is_sharded(p)
+        return alike and (not self.sharded or self.elements == own_part(p).numel())
 
     __hash__ = object.__hash__
 
@@ -133,23 +156,12 @@ def part(field: Field, whole: Tensor, segment: Segment) -> Tensor:
     return whole.reshape(-1)[segment.start // field.per : field.count(segment.stop)]
 
 
-def read_field(pages: PagedState, number: int, shape: torch.Size, field: Field) -> Tensor:
-    """A copy of one entry."""
-    result = torch.empty(field_shape(field, shape), dtype=field.dtype, device="cpu")
-    index = pages.table.layout.fields.index(field)
-    for segments in pages.sweep([number]):
-        for segment, views in segments:
-            part(field, result, segment).copy_(views[index])
-    return result
-
-
 def read_states(states: Mapping[Any, ParameterState]) -> dict[Any, dict[str, Any]]:
     """Copies of all entries, in host memory; those of one optimizer in one sweep."""
     copies: dict[Any, dict[str, Any]] = {}
     by_pages: dict[PagedState, dict[int, dict[str, Any]]] = {}
     for key, state in states.items():
-        outside, fields = state.outside(), state.pages.table.layout.fields
-        shapes = {field.name: (field_shape(field, state.shape), field.dtype) for field in fields}
+        outside, fields = state.outside(), {field.name: field for field in state.pages.table.layout.fields}
         copies[key] = {}
         for name in state:
             if name in outside:
@@ -158,10 +170,9 @@ def read_states(states: Mapping[Any, ParameterState]) -> dict[Any, dict[str, Any
             elif name == "step":
                 copies[key][name] = torch.tensor(float(state.pages.steps[state.number]), dtype=torch.float32)
             else:
-                shape, dtype = shapes[name]
-                copies[key][name] = torch.empty(shape, dtype=dtype, device="cpu")
+                copies[key][name] = state.empty_entry(fields[name])
                 wanted = by_pages.setdefault(state.pages, {}).setdefault(state.number, {})
-                wanted[name] = copies[key][name]
+                wanted[name] = own_part(copies[key][name])
     for pages, numbers in by_pages.items():
         for segments in pages.sweep(numbers):
             for segment, views in segments:

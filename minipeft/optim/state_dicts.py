@@ -19,7 +19,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from minipeft.optim.checks import check_group, parameter_name
 from minipeft.optim.pages import LAYOUTS, Segment
 from minipeft.optim.parameter_state import ParameterState, field_shape, part
 from minipeft.optim.state import PagedState, Views
+from minipeft.shards import is_sharded, part_of, whole
 from minipeft.stored import brief, shown
 from minipeft_kernels.adamw.eight_bit import dequantize_state, quantize_state
 
@@ -152,24 +153,53 @@ def check_state(state: Mapping[str, Any], p: Tensor, name: str) -> None:
             raise ValueError(f"{field.name} in the state of {name} must be {field.dtype} {shape}, and is {found}")
 
 
-def save_states(path: str | Path, pages: PagedState, numbers: Numbers, groups: list[dict[str, Any]]) -> None:
+def own_state(state: Mapping[str, Any], p: Tensor) -> Mapping[str, Any]:
+    """`state`; of a sharded parameter this process's part of each entry, whole or sharded as it may be given."""
+    if not is_sharded(p):
+        return state
+    return {name: value if name == "step" else part_of(value, p) for name, value in state.items()}
+
+
+def save_states(
+    path: str | Path | None,
+    pages: PagedState,
+    numbers: Numbers,
+    groups: list[dict[str, Any]],
+    sharded: Iterable[ParameterState] = (),
+) -> None:
     """Write the states of numbered parameters to a safetensors file, atomically.
 
     The format needs to know all shapes before the first byte of data, and they are known. A page holds parts of several
     tensors, so each part is written where it belongs in the file; the file takes its name when it is whole.
+
+    Args:
+        path: None in a process that writes nothing, and gives its part of what is sharded.
+        sharded: those of the states, of which each process has a part.
     """
-    fields = pages.table.layout.fields
+    fields, own = pages.table.layout.fields, dict(numbers)
+    if path is None:
+        for state in sharded:
+            for field in fields:
+                whole(state.read(field))
+        return
     header, offsets = _header(pages, numbers, groups)
     with atomic_path(path) as temporary, open(temporary, "r+b") as file:
+
+        def write(name: str, start: int, data: bytes) -> None:
+            _write_at(file.fileno(), len(header) + offsets[name] + start, data)
+
         file.write(header)
         for index, _, step in numbers.values():
-            _write_at(file.fileno(), len(header) + offsets[f"{index}.step"], struct.pack("<f", step))
-        for segments in pages.sweep(numbers):
+            write(f"{index}.step", 0, struct.pack("<f", step))
+        for state in sharded:
+            index, _, _ = own.pop(state.number)
+            for field in fields:
+                write(f"{index}.{field.name}", 0, whole(state.read(field)).cpu().numpy().tobytes())
+        for segments in pages.sweep(own):
             for segment, views in segments:
                 for field, view in zip(fields, views, strict=True):
-                    start = offsets[f"{numbers[segment.parameter][0]}.{field.name}"]
-                    start += segment.start // field.per * field.dtype.itemsize
-                    _write_at(file.fileno(), len(header) + start, view.cpu().numpy().tobytes())
+                    start = segment.start // field.per * field.dtype.itemsize
+                    write(f"{own[segment.parameter][0]}.{field.name}", start, view.cpu().numpy().tobytes())
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from processes import run_process
 from several import free_port, in_processes
-from several_cases import train, who_is_there
+from several_cases import page_replicas, train, who_is_there
 from tiny_folder import save_model, write_jsonl
 
 LORA = {"method": "LoraConfig"}
@@ -69,6 +69,11 @@ def test_a_run_goes_on_in_another_number_of_processes(counts: tuple[int, int], t
     in_processes(counts[0], train, str(tmp_path / "moved"), LORA)
     checkpoint = str(tmp_path / "moved" / "checkpoint-3")
     same_numbers(one, in_processes(counts[1], train, str(tmp_path / "moved"), LORA, resume=checkpoint))
+
+
+def test_paged_steps_of_replicas_are_those_of_one_process_on_their_gradients() -> None:
+    first, second = in_processes(2, page_replicas)
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_who_does_not_come_is_named() -> None:

@@ -13,6 +13,9 @@ from minipeft.train.config import SEED_END
 from minipeft.train.errors import ConfigError, OutputDirError, as_user_error
 from minipeft.train.methods import AdapterError
 
+# Those whose rules on adapters `servers.py` knows.
+SERVERS = ("vllm", "llama.cpp")
+
 
 def positive(text: str) -> int:
     """A whole number above 0; argparse.ArgumentTypeError for anything else."""

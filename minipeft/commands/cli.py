@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from minipeft.commands.arguments import positive, seed
+from minipeft.commands.arguments import SERVERS, positive, seed
 from minipeft.commands.bench import add_bench_arguments
 from minipeft.machine import version
 from minipeft.methods import METHODS
@@ -237,7 +237,11 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
         commands, "inspect", "commands.others:inspect", "say what an adapter, checkpoint, run or model directory holds"
     )
     parser.add_argument("path", help="the directory")
-    parser.add_argument(
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument(
+        "--for", dest="server", choices=SERVERS, help="say how this server reads an adapter, or what it would refuse"
+    )
+    asked.add_argument(
         "--verify",
         action="store_true",
         help="read every file of a run's checkpoints, and say if it is as it was written",

@@ -16,13 +16,19 @@ class KernelsError(TrainingError, ValueError):
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """`minipeft inspect`: say what a directory holds or, with --verify, if its checkpoints are as they were written.
+    """`minipeft inspect`: say what a directory holds.
+
+    With --verify, if its checkpoints are as they were written; with --for, how a server reads its adapter.
 
     Raises:
-        InspectError: see `describe` and `verify`.
+        InspectError: see `describe`, `verify` and `servers.served_by`.
     """
     from minipeft.commands.inspect import describe, verify
+    from minipeft.commands.servers import served_by
 
+    if args.server is not None:
+        print(served_by(args.path, args.server))
+        return
     if not args.verify:
         print(describe(args.path))
         return

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minipeft.attach import adapter_modules
 from minipeft.dispatched import follow_class, keep_in_memory
 from minipeft.mixins import own_attributes
+from minipeft.shards import is_sharded, own_part, part_of
 
 
 def take_memory(model: nn.Module, adapter: str) -> None:
@@ -24,14 +25,18 @@ def take_memory(model: nn.Module, adapter: str) -> None:
                 torch.utils.swap_tensors(tensor, empty)
 
 
-def give_memory(tensor: Tensor, like: Tensor) -> None:
-    """Give a parameter that lies on the meta device its memory back, of open values, in place.
+def take_values(tensor: Tensor, values: Tensor) -> None:
+    """Copy `values` into a parameter, in place, under no_grad; of a shard, this process's part of the whole values.
 
-    It lies where it lay before it was put there, or else (a copy of such a model) where `like` does.
+    A parameter that lies on the meta device gets its memory back: where it lay before it was put there, or else (a copy
+    of such a model) where `values` lie.
     """
     if tensor.is_meta:
-        real = torch.empty_like(tensor, device=getattr(tensor, "_in_memory_on", like.device))
+        real = torch.empty_like(tensor, device=getattr(tensor, "_in_memory_on", values.device))
         torch.utils.swap_tensors(tensor, nn.Parameter(real, requires_grad=tensor.requires_grad))
+    if is_sharded(tensor):
+        tensor, values = own_part(tensor), part_of(values, tensor)
+    tensor.copy_(values)
 
 
 def recall_adapters(model: nn.Module) -> None:

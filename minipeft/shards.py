@@ -52,6 +52,15 @@ def part_of(tensor: Any, shard: Any) -> Tensor:
     return tensor
 
 
+def laid_out(tensor: Tensor, shard: Tensor) -> Tensor:
+    """The shard of a whole `tensor` that is laid out as `shard`, where that lies; `tensor` if that is no shard."""
+    if not is_sharded(shard):
+        return tensor
+    result = torch.empty_like(shard, dtype=tensor.dtype)
+    own_part(result).copy_(part_of(tensor, shard))
+    return result
+
+
 def empty_like(shard: Any, dtype: torch.dtype) -> Tensor:
     """A tensor in host memory that is laid out over the processes as `shard` is, its values not set."""
     return torch.empty_like(shard, dtype=dtype, device="cpu", memory_format=torch.contiguous_format)

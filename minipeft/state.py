@@ -22,7 +22,7 @@ from minipeft.attach import adapter_modules
 from minipeft.config import PeftConfig
 from minipeft.embeddings import embedding_keys, embeddings_to_save, on_disk
 from minipeft.later_biases import room_for_biases
-from minipeft.meta import give_memory
+from minipeft.meta import take_values
 from minipeft.methods import method_of
 from minipeft.renaming import following
 
@@ -213,8 +213,7 @@ def load_tensors(
                 f"expected {tuple(target.shape)}"
             )
     for name, target in targets.items():
-        give_memory(target, stored[name])
-        target.copy_(stored[name])
+        take_values(target, stored[name])
 
 
 def _without_repeats(

@@ -14,8 +14,10 @@ import minipeft
 from minipeft import get_peft_model
 from minipeft.nf4 import quantize_model
 from minipeft.optim import PagedAdamW
+from minipeft.shards import own_part, whole
 from minipeft.train import Trainer, read_log
 from minipeft.train.processes import join
+from minipeft.train.processes import shard as shard_model
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "LoraConfig": {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False},
@@ -35,13 +37,17 @@ def a_model(method: str, packed: bool = False, mixture: bool = False, dropout: f
     return get_peft_model(base, getattr(minipeft, method)(task_type="CAUSAL_LM", **config))
 
 
-def train(output: str, model: dict[str, Any], resume: Any = False, count: int = 23, **settings: Any) -> dict[str, Any]:
+def train(
+    output: str, model: dict[str, Any], resume: Any = False, count: int = 23, sharded: bool = False, **settings: Any
+) -> dict[str, Any]:
     """A run of 7 steps of 4 micro-batches, shared among the processes.
 
     Returns: the losses of its log, and the trained parameters' bytes.
     """
     processes = join(60)
     adapted = a_model(**model)
+    if sharded:
+        shard_model(adapted, "cpu")
     few = {"gradient_accumulation": 4 // processes.count, "save_every": 3, "eval_every": 4, "log_every": 1, **settings}
     trainer = Trainer(
         adapted,
@@ -53,9 +59,11 @@ def train(output: str, model: dict[str, Any], resume: Any = False, count: int = 
     )
     result = trainer.train(resume=resume)
     rows = read_log(result.log_path)
-    trained = {name: p.detach().clone().numpy() for name, p in adapted.named_parameters() if p.requires_grad}
+    trained = {name: whole(p.detach()).clone().numpy() for name, p in adapted.named_parameters() if p.requires_grad}
     processes.leave()
     return {
+        "held": sum(own_part(p).numel() for p in adapted.parameters()) / sum(p.numel() for p in adapted.parameters()),
+        "norms": [row["grad_norm"] for row in rows if "grad_norm" in row],
         "losses": [row["loss"] for row in rows if "loss" in row],
         "evals": [(row["eval_loss"], row["eval_tokens"]) for row in rows if "eval_loss" in row],
         "trained": trained,
@@ -175,9 +183,9 @@ def page(folder: str, first: int, last: int) -> None:
     for number in range(first, last):
         for pair in ((alone, theirs), (model, ours), (other, torchs), (swept, in_backward)):
             step(*pair, number)
-        for mine, same, whole in zip(model.parameters(), other.parameters(), alone.parameters(), strict=True):
+        for mine, same, single in zip(model.parameters(), other.parameters(), alone.parameters(), strict=True):
             assert torch.equal(mine.to_local(), same.to_local())
-            torch.testing.assert_close(mine.full_tensor(), whole, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(mine.full_tensor(), single, rtol=1e-5, atol=1e-6)
         for mine, same in zip(model.parameters(), swept.parameters(), strict=True):
             assert torch.equal(mine.to_local(), same.to_local())
     ours.save_state(f"{folder}/state-{last}", is_main_process=processes.first)

@@ -20,6 +20,8 @@ from minipeft.train.methods import AdapterError, attach, check_settings, start
 if TYPE_CHECKING:
     from minipeft.train.processes import Processes
 
+logger = logging.getLogger(__name__)
+
 # The exit code of bad input (`cli.USER_ERROR`).
 FAILED = 2
 
@@ -96,8 +98,12 @@ def _train(config: TrainConfig, args: argparse.Namespace, processes: Processes |
             print(f"\n--- {number}: {len(example)} tokens, {example.loss_tokens} learned: between >>> and <<<")
             print(example.shown(tokenizer))
         return
+    sharded = config.fsdp and processes is not None
+    if config.fsdp and not sharded:
+        logger.warning("fsdp: this process is alone, and holds all of the model (start several: torchrun)")
+    device = "cpu" if sharded else config.device
     with without_bars():
-        model = load_base_model(config.model, quantize=config.quantize, dtype=config.dtype, device=config.device)
+        model = load_base_model(config.model, quantize=config.quantize, dtype=config.dtype, device=device)
     if config.quantize:
         print(quantized_sizes(model))
     seed_everything(config.seed)
@@ -105,6 +111,10 @@ def _train(config: TrainConfig, args: argparse.Namespace, processes: Processes |
     if config.adapter is None:
         start(model, data)
     model.print_trainable_parameters()
+    if sharded:
+        from minipeft.train.processes import shard
+
+        shard(model, config.device)
     trainer = Trainer(model, data, config, eval_data=eval_data, pad_id=pad_id_of(tokenizer), processes=processes)
     result = trainer.train(resume=resume)
     print(f"trained {result.steps} steps, {result.tokens:,} tokens, in {result.seconds:.0f} s; loss {result.loss:.4f}")

@@ -14,6 +14,7 @@ noticed by the manifest before anything is read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -29,6 +30,7 @@ from minipeft import set_peft_model_state_dict
 from minipeft.directory import TRAINING_NAME
 from minipeft.files import atomic_directory, atomic_path, remove_directory, write_text
 from minipeft.optim import PagedAdamW
+from minipeft.shards import laid_out, whole
 from minipeft.stored import brief, check_fields, is_finite, read_object, shown
 from minipeft.train.errors import CheckpointError
 from minipeft.train.manifest import MANIFEST, damage, write_manifest
@@ -82,34 +84,46 @@ def save_checkpoint(
     progress: Progress,
     random_state: RandomState,
     identity: Mapping[str, Any],
+    writes: bool = True,
 ) -> Path:
-    """Write `checkpoint-<step>` atomically and return its path. A checkpoint that exists already is kept as it is."""
-    target = output_dir / f"checkpoint-{progress.step}"
-    if target.exists():
-        return target
-    parameters = trainable_parameters(model)
-    tensors, scalars = _split_state(optimizer, parameters)
-    tensors |= {f"random/{key}": tensor for key, tensor in random_state.items()}
-    state = {
-        "format": FORMAT,
-        "progress": asdict(progress),
-        "identity": dict(identity),
-        "trainable_sha256": parameters_digest(parameters),
-        "optimizer_scalars": scalars,
-        "optimizer_groups": [_group_settings(group) for group in optimizer.param_groups],
-        "schedule": schedule.state_dict(),
-    }
-    with atomic_directory(target) as temporary:
-        model.save_pretrained(str(temporary))
-        # safetensors writes files that only their owner may read; atomic_path gives them the usual permissions.
-        with atomic_path(temporary / "training_state.safetensors") as path:
-            save_file(tensors, str(path))
+    """Write `checkpoint-<step>` atomically and return its path.
+
+    Of a sharded model every process must call, since each has a part; the files are a single process's.
+
+    Args:
+        writes: False gives the parts of a process that leaves the writing to another one.
+    """
+    target = checkpoint_path(output_dir, progress.step)
+    tensors, scalars = _split_state(optimizer, trainable_parameters(model))
+    trained = {name: whole(parameter.detach()) for name, parameter in trainable_parameters(model).items()}
+    with atomic_directory(target) if writes else contextlib.nullcontext(target) as folder:
+        model.save_pretrained(str(folder), is_main_process=writes)
         if isinstance(optimizer, PagedAdamW):
-            optimizer.save_state(temporary / "optimizer_state.safetensors")
+            optimizer.save_state(folder / "optimizer_state.safetensors", is_main_process=writes)
+        if not writes:
+            return target
+        tensors |= {f"random/{key}": tensor for key, tensor in random_state.items()}
+        state = {
+            "format": FORMAT,
+            "progress": asdict(progress),
+            "identity": dict(identity),
+            "trainable_sha256": parameters_digest(trained),
+            "optimizer_scalars": scalars,
+            "optimizer_groups": [_group_settings(group) for group in optimizer.param_groups],
+            "schedule": schedule.state_dict(),
+        }
+        # safetensors writes files that only their owner may read; atomic_path gives them the usual permissions.
+        with atomic_path(folder / "training_state.safetensors") as path:
+            save_file(tensors, str(path))
         text = json.dumps(state, indent=2, sort_keys=True, allow_nan=False)
-        write_text(temporary / "training_state.json", text + "\n")
-        write_manifest(temporary)
+        write_text(folder / "training_state.json", text + "\n")
+        write_manifest(folder)
     return target
+
+
+def checkpoint_path(output_dir: Path, step: int) -> Path:
+    """The place of the checkpoint after `step` steps."""
+    return output_dir / f"checkpoint-{step}"
 
 
 def check_whole(path: Path) -> None:
@@ -174,7 +188,7 @@ def load_checkpoint(
     tensors = _read_tensors(path / "training_state.safetensors")
     _load_adapter(path, model)
     parameters = trainable_parameters(model)
-    if parameters_digest(parameters) != state["trainable_sha256"]:
+    if parameters_digest({name: whole(p.detach()) for name, p in parameters.items()}) != state["trainable_sha256"]:
         message = f"the adapter in {path} does not give the trained parameters back bit for bit"
         raise CheckpointError(f"{message}: its files were changed, or the model is another one")
     try:
@@ -257,7 +271,7 @@ def _split_state(
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
-                tensors[f"optimizer/{key}/{name}"] = value.detach().contiguous()
+                tensors[f"optimizer/{key}/{name}"] = whole(value.detach()).contiguous()
             else:
                 scalars.setdefault(name, {})[key] = value
     return tensors, scalars
@@ -277,7 +291,9 @@ def _join_state(
     for key, tensor in tensors.items():
         if key.startswith("optimizer/"):
             _, state_key, name = key.split("/", 2)
-            states.setdefault(name, {})[state_key] = tensor
+            # "step" is a number of its own, whatever the parameter.
+            shaped = name in parameters and tensor.shape == parameters[name].shape
+            states.setdefault(name, {})[state_key] = laid_out(tensor, parameters[name]) if shaped else tensor
     names = {id(parameter): name for name, parameter in parameters.items()}
     # A state_dict numbers parameters in the order of the groups.
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]

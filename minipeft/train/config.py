@@ -96,6 +96,7 @@ class TrainConfig:
     packing: bool = _setting("pack several records into a row, each isolated from the others", False)
     batch_size: int = _setting("rows in a micro-batch, of each process", 8)
     gradient_accumulation: int = _setting("micro-batches in an optimizer step, of each process", 1)
+    fsdp: bool = _setting("give each process a part of the model alone, by FSDP2 (torchrun)", False)
     process_timeout: float = _setting("seconds that processes wait for one another (torchrun)", 600.0)
 
     # Optimization.
@@ -308,6 +309,11 @@ def _check_ranges(config: TrainConfig) -> None:
         _require(config, name, lambda v: 0 <= v < 1, "in [0, 1)")
     if config.eval_data is not None and config.eval_fraction > 0:
         raise ConfigError("settings 'eval_data' and 'eval_fraction' exclude each other: give one of them")
+    if config.fsdp and config.optimizer == "paged_adamw_8bit":
+        raise ConfigError(
+            "setting 'fsdp' leaves each process a part of every tensor, and 8-bit state takes whole ones: "
+            "set optimizer to paged_adamw or adamw"
+        )
     if config.scheduler == "constant" and (config.warmup_steps or config.warmup_ratio):
         raise ConfigError("setting 'scheduler' constant has no warm-up: choose constant_with_warmup")
     if config.scheduler.startswith("constant") and config.scheduler_args:

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from minipeft.files import atomic_directory
+from minipeft.shards import is_sharded, whole
 from minipeft.train.batches import Batch, Batches, check_isolation
 from minipeft.train.checkpoint import (
     Progress,
     capture_random,
+    checkpoint_path,
     load_checkpoint,
     prune_checkpoints,
     restore_random,
@@ -64,7 +66,8 @@ class Trainer:
         progress_bar: show one on stderr.
         on_log: called with every log row.
         processes: those that train together, each with a Trainer of its own over the same data (`processes.join`); the
-            batch size and the accumulation are each one's. None for this one alone.
+            batch size and the accumulation are each one's. The model may be sharded over them (FSDP2's `fully_shard`).
+            None for this one alone.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Trainer:
         self.group_size = config.gradient_accumulation * self.processes.count
         self.output_dir = Path(config.output_dir)
         self.device = next(model.parameters()).device
+        self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self.parameters = list(trainable_parameters(model).values())
         rows = vocabulary_of(model)
         for examples in (data.examples, [] if eval_data is None else eval_data.examples):
@@ -255,7 +259,8 @@ class Trainer:
         loss_sum, stopping = self.processes.sum(sum(loss.item() for loss in losses), stop)
         self._stopping = stopping > 0
         mean_loss = loss_sum / tokens
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf).item()
+        with self.processes.meeting():
+            norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)).item()
         self._check_finite(step, mean_loss, norm)
 
         # 3. Update.
@@ -299,13 +304,24 @@ class Trainer:
     def _save(self) -> Path:
         self.progress.seconds = self._report.seconds
         random_state = self.processes.gather(self._random)
-        return Path(self.processes.by_first(lambda: self._write_checkpoint(random_state)))
+        path = checkpoint_path(self.output_dir, self.progress.step)
+        # One that exists already is kept as it is.
+        if not self.processes.by_first(path.exists):
+            self._write(lambda writes: self._write_checkpoint(random_state, writes))
+        return path
 
-    def _write_checkpoint(self, random_state: dict[str, torch.Tensor]) -> str:
+    def _write(self, write: Callable[[bool], None]) -> None:
+        """Have the first process write; of a sharded model all take part, and the others are told False."""
+        if self._sharded:
+            with self.processes.meeting():
+                write(self.processes.first)
+        self.processes.by_first(lambda: None if self._sharded else write(True))
+
+    def _write_checkpoint(self, random_state: dict[str, torch.Tensor], writes: bool) -> None:
         state = (self.model, self.optimizer, self.schedule, self.progress, random_state, self._identity)
-        path = save_checkpoint(self.output_dir, *state)
-        prune_checkpoints(self.output_dir, self.config.keep_last)
-        return str(path)
+        save_checkpoint(self.output_dir, *state, writes=writes)
+        if writes:
+            prune_checkpoints(self.output_dir, self.config.keep_last)
 
     def _save_and_stop(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -318,7 +334,7 @@ class Trainer:
         log_path, adapter_dir = self._report.log_path, self.output_dir / "adapter"
         end = end or logged_evaluation(read_log(log_path), self.progress.step) or self._evaluate_and_log()
         seconds = self._report.seconds
-        self.processes.by_first(lambda: self._write_adapter(adapter_dir))
+        self._write(lambda writes: self._write_adapter(adapter_dir, writes))
         rows = read_log(log_path)
         plot_path = self.output_dir / "loss_curve.png" if self.config.plot else None
         losses = [row["loss"] for row in rows if "loss" in row]
@@ -335,10 +351,10 @@ class Trainer:
             peak_memory=peak_memory_bytes(self.device),
         )
 
-    def _write_adapter(self, folder: Path) -> None:
-        with atomic_directory(folder) as temporary:
-            self.model.save_pretrained(str(temporary))
-        if self.config.plot:
+    def _write_adapter(self, folder: Path, writes: bool) -> None:
+        with atomic_directory(folder) if writes else contextlib.nullcontext(folder) as temporary:
+            self.model.save_pretrained(str(temporary), is_main_process=writes)
+        if writes and self.config.plot:
             plot_loss_curve(read_log(self._report.log_path), self.output_dir / "loss_curve.png")
 
     def _check_extras(self) -> None:

@@ -1,7 +1,9 @@
 """The processes that train one model together, one a device, as torchrun and `accelerate launch` start them.
 
-Each holds the whole base model and adapter, and takes every count-th micro-batch of an optimizer step. torch's
-DistributedDataParallel averages the gradients, so all of them take the same step; the first alone writes and prints.
+Each takes every count-th micro-batch of an optimizer step. Either it holds the whole base model and adapter, and
+torch's DistributedDataParallel averages the gradients, so that all take the same step; or a part of every tensor
+(`shard`), and torch's FSDP2 gathers a layer when it is needed and gives each the averaged gradient of its own part. The
+first process alone writes and prints.
 One process alone is the case of count 1, in which nothing of torch.distributed is touched.
 """
 
@@ -19,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from minipeft.shards import is_sharded
 from minipeft.train.batches import Batch
 from minipeft.train.errors import OtherProcessError, TrainingError
 from minipeft.train.loss import training_loss_sum
@@ -119,6 +122,8 @@ class Processes:
         """
         if self.count == 1:
             return lambda batch, last: training_loss_sum(model, batch)
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            return _loss_of_shards(model)
         whole = _Loss(model)
         frozen = [name for name, parameter in whole.named_parameters() if not parameter.requires_grad]
         kind = nn.parallel.DistributedDataParallel
@@ -174,6 +179,19 @@ class Processes:
                 vars(self._parallel).pop(part, None)
         if self.count > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _loss_of_shards(model: Any) -> Callable[[Batch, bool], Tensor]:
+    """The result of `Processes.loss_of` for a model whose gradients FSDP2 averages."""
+    if hasattr(model, "set_reduce_scatter_unused_params"):  # from torch 2.13 on
+        # As DistributedDataParallel is told to: a batch need not reach all of an adapter.
+        model.set_reduce_scatter_unused_params(True)
+
+    def loss(batch: Batch, last: bool) -> Tensor:
+        model.set_requires_gradient_sync(last)
+        return training_loss_sum(model, batch)
+
+    return loss
 
 
 class _Loss(nn.Module):
@@ -234,6 +252,22 @@ def join(timeout: float = 600.0) -> Processes:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=limit)
     return Processes(rank, count, own)
+
+
+def shard(model: Any, device: str | torch.device) -> None:
+    """Leave each process its part of every parameter of `model`, on `device`: FSDP2, by decoder layers.
+
+    The layers are those that transformers does not split either (`_no_split_modules`). What is left of the model, its
+    embeddings and head among it, is gathered as one more layer.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = torch.distributed.init_device_mesh(torch.device(device).type, (torch.distributed.get_world_size(),))
+    whole_layers = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [module for module in model.modules() if type(module).__name__ in whole_layers]
+    for module in (*layers, model):
+        # The outermost too: what reads a parameter between two passes must find this process's part of it.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
 def own_device() -> str:

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from minipeft.files import file_sha256, remove_directory, remove_leftovers, write_text
+from minipeft.shards import whole
 from minipeft.stored import read_object
 from minipeft.train.checkpoint import check_whole, checkpoint_step, list_checkpoints, read_checkpoint, tensor_bytes
 from minipeft.train.config import TrainConfig
@@ -284,14 +285,14 @@ def model_fingerprint(model: Any) -> str:
     That is parameters that need no gradient, and buffers, in which 4-bit weights keep their scales.
 
     Samples are enough to tell models apart, and cost milliseconds where hashing every byte would cost
-    seconds.
+    seconds. Of a sharded model all processes must ask: a tensor at a time is gathered.
     """
     digest = hashlib.sha256()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.requires_grad:
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
+        flat = whole(tensor.detach()).reshape(-1)
         digest.update(tensor_bytes(flat[:: max(1, flat.numel() // 1024)]))
     return digest.hexdigest()
 

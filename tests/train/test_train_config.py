@@ -86,6 +86,7 @@ def test_wrong_value_is_an_error_that_names_the_setting(setting, value, message)
     [
         ({"eval_data": "e", "eval_fraction": 0.1}, "exclude each other"),
         ({"scheduler": "constant", "warmup_steps": 3}, "constant has no warm-up"),
+        ({"fsdp": True, "optimizer": "paged_adamw_8bit"}, "set optimizer to paged_adamw or adamw"),
         ({"scheduler": "constant_with_warmup", "scheduler_args": {"a": 1}}, "takes no scheduler_args"),
     ],
 )

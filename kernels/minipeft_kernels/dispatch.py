@@ -68,6 +68,16 @@ def _registered_emulator() -> Emulator:
     return _emulator
 
 
+# The dictionary behind `os.environ`, where a name that is not there takes a twentieth of the time to miss.
+_HELD = getattr(os.environ, "_data", os.environ)
+_KEY = os.environ.encodekey(VARIABLE) if _HELD is not os.environ else VARIABLE
+
+
+def _forced() -> str:
+    """MINIPEFT_BACKEND as it is now, or "" where it is not set: asked at every call of every layer."""
+    return os.environ[VARIABLE] if _KEY in _HELD else ""
+
+
 def use_triton(tensor: Tensor) -> bool:
     """True if an operation on `tensor` runs as a Triton kernel.
 
@@ -75,7 +85,7 @@ def use_triton(tensor: Tensor) -> bool:
         ValueError: MINIPEFT_BACKEND has another value than those it may have.
         RuntimeError: it asks for a form that cannot run on the tensor's device; says why.
     """
-    forced = os.environ.get(VARIABLE, "")
+    forced = _forced()
     if forced in ("reference", "native"):
         if forced == "native":
             _check_native(tensor.device)
@@ -94,12 +104,12 @@ def use_triton(tensor: Tensor) -> bool:
 
 def use_native(tensor: Tensor) -> bool:
     """True if an operation that compiled CPU code has runs there, given that `use_triton` has said no."""
-    return tensor.is_cpu and os.environ.get(VARIABLE) != "reference" and not native_obstacle()
+    return tensor.is_cpu and _forced() != "reference" and not native_obstacle()
 
 
 def runs_native(tensor: Tensor) -> bool:
     """True if `use_triton` says no and `use_native` yes: in one question, which is asked at every token and layer."""
-    if tensor.is_cpu and VARIABLE not in os.environ and _active_target() is None and not interpreting():
+    if tensor.is_cpu and not _forced() and _active_target() is None and not interpreting():
         return not native_obstacle()
     return not use_triton(tensor) and use_native(tensor)
 
@@ -132,7 +142,7 @@ def _use_emulator(device: torch.device) -> bool:
 
 def emulating(device: torch.device) -> bool:
     """True if kernels on `device` are run by the emulator."""
-    return device.type == "cpu" and (os.environ.get(VARIABLE, "") == "ptx" or _active_target() is not None)
+    return device.type == "cpu" and (_forced() == "ptx" or _active_target() is not None)
 
 
 def emulated_target() -> str:
@@ -191,6 +201,11 @@ def multiprocessors(device: torch.device) -> int:
     """The number of multiprocessors of a GPU, on a CPU of the emulated one; 1 where it is not known."""
     if emulating(device):
         return _registered_emulator().multiprocessors(emulated_target())
+    return _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -205,8 +220,11 @@ def on_device(
         reached: gives the tensors, by name, that the kernel finds by addresses in memory. A GPU does not ask; the
             emulator does.
     """
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
+    if tensor.is_cuda:
+        return _HERE if torch.cuda.current_device() == tensor.get_device() else torch.cuda.device(tensor.device)
     if emulating(tensor.device):
         return _registered_emulator().launching(emulated_target(), reached() if reached else {})
-    return contextlib.nullcontext()
+    return _HERE
+
+
+_HERE = contextlib.nullcontext()

@@ -12,7 +12,9 @@ fused kernels do not take goes the second way too (see `fused_obstacle`).
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -23,6 +25,7 @@ from ..experts.stack import NF4Stack, check_stack_for_kernel
 from ..nf4.checks import check_for_kernel
 from ..nf4.dequantize_triton import dequantize_into
 from ..packed import NF4
+from ..prepared import ALIGNMENT, Prepared
 from .checks import check_addends
 from .direct import _nf4_matmul_direct_kernel
 from .low_rank import LowRank
@@ -146,73 +149,135 @@ def launch(
     workspace, and the last of them, found by a counter, writes the tile: so few large tiles still fill the GPU. How
     many tiles the rows of experts take only the GPU knows: the grid has as many as there can be.
     """
-    obstacle = fused_obstacle(x.dtype, weight.columns, weight.blocksize)
-    if obstacle:
-        raise ValueError(f"the fused NF4 kernels cannot run: {obstacle}")
-    m, n, k = x.shape[0], weight.rows, weight.columns
-    width, depth = (k, n) if grad else (n, k)
+    m, depth = x.shape[0], x.shape[-1]
+    device, dtype = x.device, x.dtype
+    experts = 0 if offsets is None else offsets.shape[0]
     low, up = update or (None, None)
-    if x.shape != (m, depth):
-        raise ValueError(f"x must be ({m}, {depth}), as the NF4 weight has it, got {tuple(x.shape)}")
+    operands = (
+        *(m, weight.rows, weight.columns, weight.blocksize, experts, dtype, grad),
+        *(weight.nested_absmax is not None, bias is not None, update is not None),
+    )
+    gpu = (capability(device), multiprocessors(device), can_permute(x), not (x.is_cuda or x.is_cpu))
+    plan = _planned(tile_for, split_for, *operands, *gpu)
+    if depth != plan.depth or x.dim() != 2:
+        raise ValueError(f"x must be ({m}, {plan.depth}), as the NF4 weight has it, got {tuple(x.shape)}")
     each_up = up
     if isinstance(weight, NF4Stack):
-        check_stack_for_kernel(weight, offsets, up, x.device)
+        check_stack_for_kernel(weight, offsets, up, device)
         each_up = None if up is None else up[0]
     else:
-        check_for_kernel(weight, x.device)
-    check_addends(m, width, x.device, bias, low, each_up.T if each_up is not None and grad else each_up)
-    y = torch.empty(m, width, dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
+        check_for_kernel(weight, device)
+    if bias is not None or update is not None:
+        check_addends(m, plan.width, device, bias, low, each_up.T if each_up is not None and grad else each_up)
+    y = torch.empty(m, plan.width, dtype=dtype, device=device)
+    if plan.launch is None:
         return y
     if x.stride(1) != 1:
         x = x.contiguous()
+    # A bias, update or nested scale that is missing is not read; the kernel must be given some pointer all the same.
+    low, up = update or (x, x)
+    low, up = low.contiguous(), up.contiguous() if grad else up
+    bias = x if bias is None else bias.contiguous()
+    tensors = (
+        *(x, *_pointers(weight), bias, low, up, y, *_workspace(device, plan.tiles, plan.split, plan.size)),
+        x if offsets is None else offsets.contiguous(),
+    )
+    pitch, strides = x.stride(0), up.stride()
+    numbers = (
+        *(m, weight.rows, plan.chunks, pitch, low.shape[1]),
+        *(experts, strides[0] if experts else 0, strides[-2], strides[-1]),
+    )
+    # Beside these Triton looks at the dtypes, rows and columns of the weight, which go with the plan.
+    key = (bias.dtype, low.dtype, up.dtype, pitch % ALIGNMENT == 0, pitch == 1)
+    with on_device(x):
+        plan.launch(tensors, numbers, key)
+    return y
 
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The launch of a product of one shape, and its sizes.
+
+    Attributes:
+        width, depth: of y, and of what is summed over. chunks: of a row of W.
+        tiles: of the output. split: programs that share one. size: of a tile.
+        launch: the kernel with its grid and constants; None for an empty y.
+    """
+
+    width: int
+    depth: int
+    chunks: int
+    tiles: int
+    split: int
+    size: int
+    launch: Prepared | None
+
+
+@functools.lru_cache(maxsize=4096)
+def _planned(
+    tile_for: Callable[..., Tile],
+    split_for: Callable[..., int],
+    m: int,
+    n: int,
+    k: int,
+    blocksize: int,
+    experts: int,
+    dtype: torch.dtype,
+    grad: bool,
+    double: bool,
+    has_bias: bool,
+    has_update: bool,
+    capability: int,
+    multiprocessors: int,
+    permute: bool,
+    foreign: bool,
+) -> Plan:
+    """The plan of a product of m rows with an (n, k) weight, or with `experts` of them, in `dtype`.
+
+    Args:
+        tile_for, split_for: the rules of `tiles`; as arguments, so that other rules give other plans.
+        double, has_bias, has_update: which operands there are. permute: `can_permute`.
+        foreign: the GPU is of a maker that PyTorch does not call CUDA.
+    """
+    obstacle = fused_obstacle(dtype, k, blocksize)
+    if obstacle:
+        raise ValueError(f"the fused NF4 kernels cannot run: {obstacle}")
+    width, depth = (k, n) if grad else (n, k)
     chunks = k // CHUNK
-    experts = 0 if offsets is None else offsets.shape[0]
+    if m * width == 0:
+        return Plan(width, depth, chunks, 0, 1, 0, None)
+    foreign = foreign or torch.version.hip is not None
     each = rows_each(m, experts) if experts else m
-    foreign = x.device.type not in ("cuda", "cpu") or torch.version.hip is not None
     rows = max(each, PORTABLE_ROWS) if foreign else each
-    tile = tile_for(rows, grad, capability(x.device), x.dtype == torch.float32, weight.blocksize)
+    tile = tile_for(rows, grad, capability, dtype == torch.float32, blocksize)
     tile = portable(tile) if foreign else tile
     # Each expert with rows, and nobody, may end in a tile that is not full.
     parts = min(experts + 1, m) if experts else 1
     row_tiles = parts + (m - parts) // tile.rows
     tiles, steps = grid_of(tile, row_tiles, n, chunks, grad)
-    split = split_for(tiles, steps, each, depth, tile.warps, multiprocessors(x.device))
-    size = tile.rows * (CHUNK if grad else tile.bn)
-    # A bias, update or nested scale that is missing is not read; the kernel must be given some pointer all the same.
-    low, up = update or (x, x)
-    up = up.contiguous() if grad else up
-    arguments: tuple[Any, ...] = (
-        *(x, *_pointers(weight)),
-        *(x if bias is None else bias.contiguous(), low.contiguous(), up, y),
-        *_workspace(x.device, tiles, split, size),
-        *(x if offsets is None else offsets.contiguous(), m, n, chunks, x.stride(0), low.shape[1]),
-        *(experts, up.stride(0) if experts else 0, up.stride(-2), up.stride(-1)),
-    )
-    constants = constants_of(tile, n, chunks, weight.blocksize, split, grad)
+    split = split_for(tiles, steps, each, depth, tile.warps, multiprocessors)
+    constants = constants_of(tile, n, chunks, blocksize, split, grad)
     constants.update(
-        RT=RANK_TILE if update else 0,
-        DOUBLE=weight.nested_absmax is not None,
-        HAS_BIAS=bias is not None,
-        PRMT=can_permute(x),
+        RT=RANK_TILE if has_update else 0,
+        DOUBLE=double,
+        HAS_BIAS=has_bias,
+        PRMT=permute,
         UPCAST=interpreting(),
         EXPERTS=triton.next_power_of_2(experts + 1) if experts else 0,
     )
     kernel = _nf4_matmul_direct_kernel if tile.kernel == "direct" else _nf4_matmul_staged_kernel
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    with on_device(x):
-        kernel[(tiles, split)](*arguments, **constants, **options)
-    return y
+    launch = Prepared(kernel, (tiles, split), constants, options)
+    return Plan(width, depth, chunks, tiles, split, tile.rows * (CHUNK if grad else tile.bn), launch)
 
 
 def _pointers(weight: NF4 | NF4Stack) -> list[Tensor]:
     """The weight's six tensors as the kernels take them: contiguous, the codes at a multiple of four bytes."""
-    codes, *others = (None if t is None else t.contiguous() for t in weight.tensors())
-    assert codes is not None
-    if codes.data_ptr() % 4:
-        codes = codes.clone()  # a view into another buffer may start anywhere
-    return [codes, *(weight.quant_map if t is None else t for t in others)]
+    missing = weight.quant_map
+    given = [missing if t is None else t if t.is_contiguous() else t.contiguous() for t in weight.tensors()]
+    if given[0].data_ptr() % 4:
+        given[0] = given[0].clone()  # a view into another buffer may start anywhere
+    return given
 
 
 def can_permute(x: Tensor) -> bool:
@@ -223,8 +288,10 @@ def can_permute(x: Tensor) -> bool:
 
 def grid_of(tile: Tile, row_tiles: int, out_features: int, chunks: int, grad: bool) -> tuple[int, int]:
     """(tiles of the output, steps of the loop in one tile)."""
-    columns = chunks if grad else triton.cdiv(out_features, tile.bn)
-    steps = triton.cdiv(out_features, tile.bn) if grad else triton.cdiv(chunks, tile.nb)
+    # Not `triton.cdiv`, which takes 2.7 microseconds to divide: it may be called in device code, too.
+    across = -(-out_features // tile.bn)
+    columns = chunks if grad else across
+    steps = across if grad else -(-chunks // tile.nb)
     return columns * row_tiles, steps
 
 
@@ -247,8 +314,7 @@ def constants_of(
 def _workspace(device: torch.device, tiles: int, split: int, size: int) -> tuple[Tensor, Tensor]:
     """Room for partial sums, and counters that are zero before every launch and after it."""
     if split == 1:
-        nothing = torch.empty(0, dtype=torch.float32, device=device)
-        return nothing, nothing
+        return _nothing(device), _nothing(device)
     partial = torch.empty(tiles * split * size, dtype=torch.float32, device=device)
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return partial, torch.zeros(tiles, dtype=torch.int32, device=device)
@@ -258,3 +324,8 @@ def _workspace(device: torch.device, tiles: int, split: int, size: int) -> tuple
     if counters is None or counters.numel() < tiles:
         counters = _counters[key] = torch.zeros(max(tiles, 4096), dtype=torch.int32, device=device)
     return partial, counters
+
+
+@functools.cache
+def _nothing(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device=device)

@@ -16,19 +16,19 @@ from minipeft.train.methods import AdapterError, is_packed
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """`minipeft eval`: loss and perplexity on a JSONL file."""
+    """`minipeft eval`: loss and perplexity on records."""
     from minipeft.train import (
         Batches,
         encode_records,
         evaluate_loss,
         load_tokenizer,
         pad_id_of,
-        read_jsonl,
+        read_records,
         resolve_max_length,
     )
     from minipeft.train.models import text_positions
 
-    records = read_jsonl(args.data)
+    records = read_records(args.data)
     tokenizer = load_tokenizer(args.model, args.chat_template)
     max_length = resolve_max_length(args.max_length, *text_positions(args.model, read_adapter(args)))
     data = encode_records(records, tokenizer, max_length, args.too_long)

@@ -22,6 +22,11 @@ def positive(text: str) -> int:
     return whole_number(text, least=1)
 
 
+def count(text: str) -> int:
+    """A whole number of 0 or more; argparse.ArgumentTypeError for anything else."""
+    return whole_number(text, least=0)
+
+
 def seed(text: str) -> int:
     """A whole number that torch and numpy take as a seed; argparse.ArgumentTypeError for anything else."""
     if len(text) > 19 or whole_number(text, least=0) >= SEED_END:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from minipeft.commands.arguments import SERVERS, positive, seed
+from minipeft.commands.arguments import SERVERS, count, positive, seed
 from minipeft.commands.bench import add_bench_arguments
 from minipeft.machine import version
 from minipeft.methods import METHODS
@@ -130,7 +130,7 @@ def build_parser(arguments: Sequence[str] = ()) -> Parser:
     parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND", required=True)
     for add in (
-        *(_add_demo, _add_train, _add_eval, _add_generate, _add_merge, _add_inspect),
+        *(_add_demo, _add_data, _add_train, _add_eval, _add_generate, _add_merge, _add_inspect),
         *(_add_compare, _add_bench, _add_kernels, _add_env),
     ):
         add(commands)
@@ -159,9 +159,29 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "--output", default="minipeft-demo", help="directory for all results (default: ./minipeft-demo); must be new"
     )
     parser.add_argument("--model", help="model directory or hub name to use instead of SmolLM2-135M-Instruct")
-    parser.add_argument("--data", help="JSONL file of prompt/completion records to use instead of the rated snippets")
+    parser.add_argument("--data", help="prompt/completion records to use instead of the rated snippets")
     parser.add_argument("--steps", type=positive, help="optimizer steps (default: one pass over the data)")
     parser.add_argument("--seed", type=seed, default=0, help="seed of everything random (default: 0)")
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "data",
+        "commands.data:data",
+        "show how records become tokens: what is learned, how long they are, what is cut, the worst rows",
+        "The exit code is 2 if train would refuse one of them.",
+    )
+    parser.add_argument("data", help="records, as for train")
+    parser.add_argument("--model", required=True, help="whose tokenizer: model directory, hub name, or .gguf file")
+    parser.add_argument("--chat-template", metavar="FILE", help="a chat template in the place of the tokenizer's own")
+    parser.add_argument("--max-length", type=positive, help="longest sequence in tokens, as for train")
+    parser.add_argument("--too-long", choices=TOO_LONG_CHOICES, default="error", help="what to do with longer records")
+    parser.add_argument("--show", type=count, default=3, metavar="N", help="show the first N records (default: 3)")
+    parser.add_argument("--worst", type=count, default=10, metavar="N", help="name the worst N rows (default: 10)")
+    parser.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto", help="green is learned, red is cut"
+    )
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -169,8 +189,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         commands,
         "train",
         "commands.train:train",
-        "train an adapter on a JSONL file",
-        "Records are {text}, {prompt, completion} or {messages}. Settings come from the YAML file, then from flags.",
+        "train an adapter on records of text",
+        "Records are {text}, {prompt, completion} or {messages}, or have ShareGPT's or Alpaca's names. Settings come "
+        "from the YAML file, then from flags.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings, named as the flags are")
     parser.add_argument(
@@ -191,9 +212,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
-    parser = _add(commands, "eval", "commands.adapters:evaluate", "measure loss and perplexity on a JSONL file")
+    parser = _add(commands, "eval", "commands.adapters:evaluate", "measure loss and perplexity on records of text")
     _add_model(parser)
-    parser.add_argument("--data", required=True, metavar="FILE", help="JSONL file of records, as for train")
+    parser.add_argument("--data", required=True, metavar="FILE", help="records, as for train")
     parser.add_argument("--batch-size", type=positive, default=8, help="rows in a batch (default: 8)")
     parser.add_argument("--max-length", type=positive, help="longest sequence in tokens")
     parser.add_argument("--too-long", choices=TOO_LONG_CHOICES, default="error", help="what to do with longer records")
@@ -277,7 +298,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--seeds", default="1", metavar="N", help="how many, or which: 0,1,2 (default: 1, the seed 0)")
     parser.add_argument("--model", help="model directory, hub name or .gguf file (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--data", metavar="FILE", help="JSONL file of records (default: the demo's rated snippets)")
+    parser.add_argument("--data", metavar="FILE", help="records, as for train (default: the demo's rated snippets)")
     parser.add_argument("--eval-data", metavar="FILE", help="held-out records (default: a fifth of --data)")
     parser.add_argument("--other-text", metavar="FILE", help="text of another kind (default: of a constitution)")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`minipeft train`: fine-tune on a JSONL file and save the adapter."""
+"""`minipeft train`: fine-tune on records and save the adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAILED = 2
 
 
 def train(args: argparse.Namespace) -> int:
-    """`minipeft train`: fine-tune on a JSONL file and save the adapter; with torchrun in several processes.
+    """`minipeft train`: fine-tune on records and save the adapter; with torchrun in several processes.
 
     Returns the exit code: of several processes, those that have nothing more to say about an error end in silence.
     """

@@ -20,7 +20,7 @@ from minipeft.demo.data import labels_of, load_demo_data
 from minipeft.files import write_text
 from minipeft.train.encoding import EncodedDataset, Example, encode_prompt, encode_record, encode_records
 from minipeft.train.errors import ConfigError, DataError
-from minipeft.train.records import Record, read_jsonl, write_records
+from minipeft.train.records import Record, read_jsonl, read_records, write_records
 
 # Rows of the demo's snippets. Of a user's file all records are used, and a fifth of them is held out.
 TRAIN_ROWS, HELD_OUT_ROWS = 1000, 400
@@ -60,7 +60,7 @@ def load_task(
     """The demo's snippets, or the user's records.
 
     Args:
-        eval_data: JSONL file of held-out records; without one a fifth of `data`, at most 400, is held out.
+        eval_data: place of held-out records; without one a fifth of `data`, at most 400, is held out.
         other_text: UTF-8 text file.
 
     Raises:
@@ -72,12 +72,12 @@ def load_task(
             raise ConfigError("--eval-data goes with --data: the demo's texts have held-out ones of their own")
         demo = load_demo_data(None, TRAIN_ROWS, HELD_OUT_ROWS, 0, say)
         return Task(demo.train, demo.held_out, demo.labels, other, f"{demo.about}\n{about_other}")
-    records = read_jsonl(data)
+    records = read_records(data)
     if eval_data is None:
         train, held_out = _split(records, data)
         labels = _labels(records)
     else:
-        train, held_out = records, read_jsonl(eval_data)
+        train, held_out = records, read_records(eval_data)
         labels = _labels(train)
         _check_kinds(train, held_out, labels)
     if len(held_out) < 2:

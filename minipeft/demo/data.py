@@ -1,4 +1,4 @@
-"""The texts that the demo learns from: rated snippets, or a JSONL file of the user's.
+"""The texts that the demo learns from: rated snippets, or records of the user's.
 
 The demo's task: how good or bad does a snippet of text sound, in five words from terrible to great? The snippets come
 from movie reviews, product reviews, editorials and tweets, each with the mean of 20 human ratings from -4 to 4 (Hutto
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from minipeft.demo.assets import RATED_SNIPPETS, fetch
 from minipeft.train.errors import DataError
-from minipeft.train.records import Record, as_object, make_records, read_jsonl, write_records
+from minipeft.train.records import Record, as_object, make_records, read_records, write_records
 
 # With more different completions than this, the completions are taken for free text, not for labels.
 MOST_LABELS = 10
@@ -60,10 +60,10 @@ class DemoData:
 def load_demo_data(
     path: str | None, train_rows: int, held_out_rows: int, seed: int, say: Callable[[str], None] = print
 ) -> DemoData:
-    """The rated snippets, or the records of a JSONL file.
+    """The rated snippets, or the user's records.
 
     Args:
-        path: the JSONL file, or None.
+        path: their place (see `train/sources.py`), or None.
         train_rows, held_out_rows: at most. Of a file with fewer records, a fifth is held out.
 
     Raises:
@@ -93,7 +93,7 @@ def own_data(path: str, train_rows: int, held_out_rows: int, seed: int) -> DemoD
     Raises:
         DataError: the file cannot be read, or holds fewer than two different records.
     """
-    records = list({_key(record): record for record in read_jsonl(path)}.values())
+    records = list({_key(record): record for record in read_records(path)}.values())
     if len(records) < 2:
         raise DataError("expected at least two different records, one to train on and one held out", path)
     random.Random(seed).shuffle(records)

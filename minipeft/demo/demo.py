@@ -50,7 +50,7 @@ class DemoConfig:
     Attributes:
         output: directory for everything that it writes.
         model: directory or hub name to use instead of SmolLM2-135M-Instruct.
-        data: JSONL file to use instead of the rated snippets.
+        data: place of records to use instead of the rated snippets.
         steps: optimizer steps; None is one pass over the data.
         train_rows, held_out_rows: texts to learn from and to measure on, at most.
     """

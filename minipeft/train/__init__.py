@@ -47,6 +47,7 @@ _HOME = {
     "plot_loss_curve": "minipeft.train.report",
     "prepare_data": "minipeft.train.encoding",
     "read_jsonl": "minipeft.train.records",
+    "read_records": "minipeft.train.records",
     "read_log": "minipeft.train.report",
     "resolve_device": "minipeft.train.models",
     "resolve_max_length": "minipeft.train.models",

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from minipeft.train.encoding import IGNORE, Example
+from minipeft.train.encoding import IGNORE, Example, lengths
 from minipeft.train.errors import ConfigError
 
 
@@ -78,8 +78,8 @@ class Batches:
         self.pad_id = pad_id
         self.packing = packing
         self.seed = seed
-        lengths = [len(example) for example in examples]
-        self.rows = pack_lengths(lengths, max_length or 0) if packing else [[i] for i in range(len(lengths))]
+        self.lengths = lengths(examples)
+        self.rows = pack_lengths(self.lengths, max_length or 0) if packing else [[i] for i in range(len(examples))]
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
@@ -95,7 +95,7 @@ class Batches:
         return self._batches(order[start * self.batch_size :].tolist())
 
     def _row_length(self, row: int) -> int:
-        return sum(len(self.examples[i]) for i in self.rows[row])
+        return sum(self.lengths[i] for i in self.rows[row])
 
     def _batches(self, order: Sequence[int]) -> Iterator[Batch]:
         for at in range(0, len(order), self.batch_size):

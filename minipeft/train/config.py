@@ -72,7 +72,10 @@ class TrainConfig:
 
     # The model, the data, the method, and the place of the results.
     model: str = _setting("model directory, hub name, or .gguf file")
-    data: str = _setting("JSONL file of training records")
+    data: str = _setting(
+        "training records: a file (.jsonl, .json, .csv, .tsv, .parquet; .gz), a folder, or a hub's data set; several "
+        "with commas between them, each with its share after a colon, such as a.jsonl:2,b.csv"
+    )
     output_dir: str = _setting("directory for checkpoints, logs and the adapter")
     method: str = _setting("fine-tuning method", "lora", known=METHODS)
     method_args: dict[str, Any] = field(
@@ -86,7 +89,7 @@ class TrainConfig:
     quantize: str | None = _setting("quantize the base model", None, QUANTIZE_CHOICES)
     dtype: str = _setting("dtype the base model is loaded in", "auto", DTYPE_CHOICES)
     device: str = _setting("auto, cpu, cuda or cuda:N", "auto")
-    eval_data: str | None = _setting("JSONL file of evaluation records", None)
+    eval_data: str | None = _setting("evaluation records, in the formats of data", None)
     eval_fraction: float = _setting("share of the training records held out for evaluation", 0.0)
 
     # From records to batches.

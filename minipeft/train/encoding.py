@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,8 @@ from minipeft.train.chats import assistant_turns, left_out
 from minipeft.train.config import TrainConfig
 from minipeft.train.errors import DataError
 from minipeft.train.models import resolve_max_length
-from minipeft.train.records import Record, as_object, read_jsonl
+from minipeft.train.records import Record, as_object, iterate_records, read_records
+from minipeft.train.tokens import TokenStore
 
 IGNORE = -100
 
@@ -64,13 +66,15 @@ class EncodedDataset:
     """Tokenized documents, with counts of the records that were cut or left out.
 
     Attributes:
+        examples: the documents, in order (a `TokenStore`, or any sequence of them).
         max_length: longest sequence in tokens, or with packing the tokens of a row.
         records: how many records there were; `truncated` of them were cut, `dropped` left out.
         notices: sentences on cut and left-out records, for the user.
         dated: the identity of data whose tokens are others on another day, see `content_hash`.
+        shares: of each document, how often an epoch takes it on average; empty where that is once (see `by_shares`).
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     max_length: int
     records: int
     truncated: int = 0
@@ -78,6 +82,7 @@ class EncodedDataset:
     notices: list[str] = field(default_factory=list)
     chat: bool = False  # True if the records were conversations, put into the chat template
     dated: str | None = None
+    shares: array[float] = field(default_factory=lambda: array("d"))
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -85,11 +90,13 @@ class EncodedDataset:
     @property
     def tokens(self) -> int:
         """Tokens in all documents."""
-        return sum(map(len, self.examples))
+        return sum(lengths(self.examples))
 
     @property
     def loss_tokens(self) -> int:
         """Tokens that are learned."""
+        if isinstance(self.examples, TokenStore):
+            return sum(int((tokens[1:] >= 0).sum()) for tokens in self.examples.marked())
         return sum(example.loss_tokens for example in self.examples)
 
     def content_hash(self) -> str:
@@ -106,13 +113,18 @@ class EncodedDataset:
         return digest.hexdigest()
 
 
+def lengths(examples: Sequence[Example]) -> list[int]:
+    """The tokens of each document."""
+    return examples.lengths() if isinstance(examples, TokenStore) else [len(example) for example in examples]
+
+
 SHORTEN = "raise max_length, or choose too_long: truncate or too_long: drop"
 
 
 def encode_records(
-    records: Sequence[Record], tokenizer: Any, max_length: int, too_long: str = "error", advice: str = SHORTEN
+    records: Iterable[Record], tokenizer: Any, max_length: int, too_long: str = "error", advice: str = SHORTEN
 ) -> EncodedDataset:
-    """Tokenize records.
+    """Tokenize records, one after the other as they come.
 
     Args:
         max_length: longest sequence, end-of-sequence token included.
@@ -124,15 +136,19 @@ def encode_records(
         DataError: a record too long under "error", a record the tokenizer or chat template refuses, or
             nothing left.
     """
-    data = EncodedDataset([], max_length, len(records), chat=any(r.messages is not None for r in records))
+    store = TokenStore(Example, IGNORE)
+    data = EncodedDataset(store, max_length, 0)
     template = json.dumps(getattr(tokenizer, "chat_template", None))  # a text, or several by name
-    if data.chat and "strftime_now" in template:
-        whole = [template, max_length, too_long, [as_object(record) for record in records]]
-        vocabulary = sorted(tokenizer.get_vocab().items())
-        data.dated = hashlib.sha256(json.dumps([*whole, vocabulary]).encode()).hexdigest()
+    dated = _DatedHash(template, max_length, too_long) if "strftime_now" in template else None
     hopeless = 0
     silent: list[tuple[Record, str]] = []
+    first: Record | None = None
     for record in records:
+        first = first or record
+        data.records += 1
+        data.chat = data.chat or record.messages is not None
+        if dated is not None:
+            dated.add(record)
         example = encode_record(record, tokenizer)
         if example.left_out is not None:
             silent.append((record, example.left_out))
@@ -148,7 +164,10 @@ def encode_records(
                 continue
             data.truncated += 1
             example = cut
-        data.examples.append(example)
+        store.append(example.input_ids, example.labels)
+        data.shares.append(record.share)
+    if dated is not None and data.chat:
+        data.dated = dated.finish(tokenizer)
     _describe_losses(data, hopeless)
     if silent:
         record, role = silent[0]
@@ -158,9 +177,32 @@ def encode_records(
             "template does not write as they are: the model does not see them"
         )
     if not data.examples:
-        path = records[0].path if records else None
-        raise DataError(f"no record is left: all {len(records)} exceed {max_length} tokens; raise max_length", path)
+        path = first.path if first else None
+        raise DataError(f"no record is left: all {data.records} exceed {max_length} tokens; raise max_length", path)
     return data
+
+
+class _DatedHash:
+    """sha256 of what makes the tokens of conversations in a template that prints the date, record by record.
+
+    It is that of the JSON list [template, max_length, too_long, [records], vocabulary].
+    """
+
+    def __init__(self, template: str, max_length: int, too_long: str) -> None:
+        self.digest = hashlib.sha256(json.dumps([template, max_length, too_long])[:-1].encode() + b", [")
+        self.between = ""
+
+    def add(self, record: Record) -> None:
+        """Take in the next record."""
+        shown = as_object(record) if record.share == 1 else [as_object(record), record.share]
+        self.digest.update((self.between + json.dumps(shown)).encode())
+        self.between = ", "
+
+    def finish(self, tokenizer: Any) -> str:
+        """The hash, once all records are in."""
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        self.digest.update(b"], " + json.dumps(vocabulary).encode() + b"]")
+        return self.digest.hexdigest()
 
 
 def encode_record(record: Record, tokenizer: Any) -> Example:
@@ -304,11 +346,36 @@ def split_examples(data: EncodedDataset, fraction: float, seed: int) -> tuple[En
 
 def _subset(data: EncodedDataset, indices: Iterable[int]) -> EncodedDataset:
     indices = list(indices)
-    examples = [data.examples[i] for i in indices]
+    chosen = data.examples
+    examples = chosen.select(indices) if isinstance(chosen, TokenStore) else [chosen[i] for i in indices]
     dated = None
     if data.dated is not None:
         dated = hashlib.sha256(f"{data.dated} {indices}".encode()).hexdigest()
-    return EncodedDataset(examples, data.max_length, len(examples), chat=data.chat, dated=dated)
+    shares = array("d", (data.shares[i] for i in indices)) if data.shares else array("d")
+    return EncodedDataset(examples, data.max_length, len(examples), chat=data.chat, dated=dated, shares=shares)
+
+
+def by_shares(data: EncodedDataset, seed: int) -> EncodedDataset:
+    """The data of an epoch: a document whose share is 2.5 two times or three, as many of each as makes the share.
+
+    Raises:
+        DataError: nothing is left, of shares far below 1.
+    """
+    if all(share == 1 for share in data.shares):
+        return data
+    times = [int(share) for share in data.shares]
+    draw = np.random.default_rng(seed)
+    for share in sorted(set(data.shares)):
+        members = [i for i, own in enumerate(data.shares) if own == share]
+        more = round((share - int(share)) * len(members))
+        for place in draw.permutation(len(members))[:more].tolist():
+            times[members[place]] += 1
+    chosen = _subset(data, (i for i, count in enumerate(times) for _ in range(count)))
+    if not chosen.examples:
+        raise DataError(f"no record is left: shares of {sorted(set(data.shares))} of {len(data)} records round to none")
+    chosen.notices, chosen.shares = data.notices, array("d")
+    chosen.notices.append(f"{len(chosen)} records an epoch of {len(data)}, by the shares of the files")
+    return chosen
 
 
 def prepare_data(
@@ -327,13 +394,13 @@ def prepare_data(
         ConfigError: max_length exceeds what the model can take.
     """
     max_length = resolve_max_length(config.max_length, position_limit, virtual)
-    data = encode_records(read_jsonl(config.data), tokenizer, max_length, config.too_long)
+    data = encode_records(iterate_records(config.data), tokenizer, max_length, config.too_long)
+    held_out = None
     if config.eval_data is not None:
-        records = read_jsonl(config.eval_data)
-        return data, encode_records(records, tokenizer, max_length, config.too_long)
-    if config.eval_fraction:
+        held_out = encode_records(read_records(config.eval_data), tokenizer, max_length, config.too_long)
+    elif config.eval_fraction:
         notices = data.notices
         data, held_out = split_examples(data, config.eval_fraction, config.seed)
         data.notices = notices
-        return data, held_out
-    return data, None
+    # Only now, so that no record is learned that is held out.
+    return by_shares(data, config.seed), held_out

@@ -1,4 +1,4 @@
-"""Training records: JSON Lines files, checked line by line as they are read.
+"""Training records, checked one by one as they are read from files (`sources.py`) or memory.
 
 A record is a JSON object of one of three shapes:
 
@@ -10,12 +10,13 @@ A record is a JSON object of one of three shapes:
 "tools" is what the chat template tells the model of its tools. A message may have what the template knows besides, such
 as "reasoning_content" or "tool_calls", with which "content" may be null; one with "weight": 0 or "train": false is read
 and not learned. Other keys of a record are allowed and ignored, so that files may carry ids or labels of their own.
+Records under ShareGPT's and Alpaca's names become messages (`fields.py`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,20 @@ from typing import Any
 from minipeft.files import write_text
 from minipeft.train.chats import is_learned
 from minipeft.train.errors import DataError
+from minipeft.train.fields import as_ours
+from minipeft.train.sources import jsonl, objects, shares
 
 SHAPES = '{"text"}, {"prompt", "completion"} or {"messages"}'
+THEIRS = 'or ShareGPT\'s {"conversations"}, or Alpaca\'s {"instruction", "output"}'
 
 
 @dataclass(frozen=True)
 class Record:
-    """One checked record. Exactly one of `text`, `completion` (with `prompt`) and `messages` (with `tools`) is set."""
+    """One checked record. Exactly one of `text`, `completion` (with `prompt`) and `messages` (with `tools`) is set.
+
+    Attributes:
+        share: how often an epoch takes it, on average: that of the place it was read from.
+    """
 
     text: str | None = None
     prompt: str | None = None
@@ -38,6 +46,7 @@ class Record:
     tools: Any = None
     path: str | None = None
     line: int | None = None
+    share: float = 1.0
 
     def error(self, message: str) -> DataError:
         """A DataError that points at this record."""
@@ -50,68 +59,73 @@ def read_jsonl(path: str | Path) -> list[Record]:
     Raises:
         DataError: no such file, no records, or a bad record: with file, line, and what was expected.
     """
-    try:
-        content = Path(path).read_bytes()
-    except IsADirectoryError:
-        raise DataError("expected a JSONL file, found a directory", path) from None
-    except OSError as error:
-        raise DataError(f"cannot read the data file: {error.strerror or error}", path) from None
-    # Split on newlines only: str.splitlines would also cut at U+2028, which JSON allows inside strings.
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    records = [_parse_line(raw, path, number) for number, raw in enumerate(lines, 1) if raw.strip()]
-    if not records:
-        raise DataError(f"the data set is empty: expected one JSON object a line, {SHAPES}", path)
+    if Path(path).is_dir():
+        raise DataError("expected a JSONL file, found a directory", path)
+    return _not_empty([check(value, where, line) for where, line, value in jsonl(Path(path))], path)
+
+
+def read_records(data: str | Path) -> list[Record]:
+    """All records of data of any kind (see `sources.py`), each once.
+
+    Raises:
+        DataError: see `iterate_records`; a share, which is for data to train on.
+    """
+    records = list(iterate_records(data))
+    if any(record.share != 1 for record in records):
+        raise DataError("expected no share after a colon: only what is trained on has one", data)
     return records
 
 
-def make_records(objects: Iterable[Mapping[str, Any]], path: str | None = None) -> list[Record]:
+def iterate_records(data: str | Path) -> Iterator[Record]:
+    """The records of data of any kind, one after the other as they are read.
+
+    Raises:
+        DataError: no such place, nothing there, or a bad record: with file, line or row, and what was expected.
+        MissingExtraError: a format whose library is not installed.
+    """
+    for place, share in shares(data):
+        found = False
+        for path, line, value in objects(place):
+            found = True
+            yield check(value, path, line, share)
+        if not found:
+            raise _empty(place)
+
+
+def _empty(path: str | Path | None) -> DataError:
+    return DataError(f"the data set is empty: expected records of the shape {SHAPES}", path)
+
+
+def _not_empty(records: list[Record], path: str | Path | None) -> list[Record]:
+    if not records:
+        raise _empty(path)
+    return records
+
+
+def make_records(values: Iterable[Mapping[str, Any]], path: str | None = None) -> list[Record]:
     """Check records that are already in memory; errors count them from 1."""
-    records = [_check_object(obj, path, number) for number, obj in enumerate(objects, 1)]
-    if not records:
-        raise DataError(f"the data set is empty: expected records of the shape {SHAPES}", path)
-    return records
+    return _not_empty([check(value, path, number) for number, value in enumerate(values, 1)], path)
 
 
-def _parse_line(raw: bytes, path: str | Path, line: int) -> Record:
-    try:
-        obj = json.loads(raw.decode("utf-8"), object_pairs_hook=_distinct)
-    except UnicodeDecodeError as error:
-        message = f"expected UTF-8 text, found byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-        raise DataError(message, path, line) from None
-    except json.JSONDecodeError as error:
-        message = f"expected one JSON object, found invalid JSON ({error.msg} at column {error.colno})"
-        raise DataError(message, path, line) from None
-    except _RepeatedKey as error:
-        raise DataError(f"expected every key once, found {error.args[0]!r} twice in one object", path, line) from None
-    except RecursionError:
-        raise DataError("expected one JSON object, found JSON that is nested too deep", path, line) from None
-    except ValueError:
-        # Python refuses whole numbers of more than some thousand digits.
-        raise DataError("expected one JSON object, found a number of too many digits", path, line) from None
-    return _check_object(obj, path, line)
+def check(obj: Any, path: str | Path | None, line: int, share: float = 1.0) -> Record:
+    """The record that an object is; one that could not be read is the error that says so (`sources.Rows`).
 
-
-class _RepeatedKey(Exception):
-    """An object has a key twice, of which json would keep the last in silence."""
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _RepeatedKey(key)
-        found[key] = value
-    return found
-
-
-def _check_object(obj: Any, path: str | Path | None, line: int) -> Record:
-    where: dict[str, Any] = {"path": None if path is None else str(path), "line": line}
+    Raises:
+        DataError: it is none, with the place that is given, and what was expected.
+    """
+    where: dict[str, Any] = {"path": None if path is None else str(path), "line": line, "share": share}
+    if isinstance(obj, DataError):
+        raise obj
     if not isinstance(obj, Mapping):
         raise DataError(f"expected a JSON object, found {_json_type(obj)}", path, line)
+    try:
+        obj = as_ours(obj)
+    except ValueError as error:
+        raise DataError(str(error), path, line) from None
     shapes = [name for name, keys in _KEYS.items() if any(key in obj for key in keys)]
     if len(shapes) != 1:
         found = f"keys {sorted(map(str, obj))}" if obj else "an empty object"
-        raise DataError(f"expected exactly one of {SHAPES}, found {found}", path, line)
+        raise DataError(f"expected exactly one of {SHAPES}, {THEIRS}, found {found}", path, line)
     if shapes[0] == "prompt" and any(isinstance(obj.get(key), list | tuple) for key in _KEYS["prompt"]):
         obj = {**obj, "messages": _joined(obj, path, line)}
         shapes = ["messages"]

@@ -177,7 +177,7 @@ def test_held_out_examples_depend_on_the_seed_and_are_not_trained_on(tokenizer):
     data = encode_records(make_records(objects), tokenizer, 64)
     train, held = split_examples(data, 0.25, seed=3)
     assert (len(train), len(held)) == (15, 5)
-    parts = [tuple(e.input_ids) for e in train.examples + held.examples]
+    parts = [tuple(e.input_ids) for e in [*train.examples, *held.examples]]
     assert sorted(parts) == sorted(tuple(e.input_ids) for e in data.examples)
     assert split_examples(data, 0.25, seed=3)[1].content_hash() == held.content_hash()
     assert split_examples(data, 0.25, seed=4)[1].content_hash() != held.content_hash()

@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..arithmetic import cast
 from ..dispatch import capability, emulating, interpreting, multiprocessors, on_device
 from ..experts.stack import NF4Stack, check_stack_for_kernel
 from ..nf4.checks import check_for_kernel
@@ -44,7 +45,7 @@ def forward(
     rows: Tensor, weight: NF4, bias: Tensor | None, update: LowRank | None, compute_dtype: torch.dtype
 ) -> Tensor:
     """rows W^T + b + low up^T: (M, K) -> (M, N) in `compute_dtype`; `update` is (low (M, r), up (N, r))."""
-    rows = rows.to(compute_dtype)
+    rows = cast(rows, compute_dtype)
     if is_fused(rows, weight):
         return launch_forward(rows, weight, bias, update)
     w = _decoded(weight, rows.dtype)
@@ -57,7 +58,7 @@ def forward(
 
 def input_gradient(rows: Tensor, weight: NF4, update: LowRank | None, compute_dtype: torch.dtype) -> Tensor:
     """rows W + low up: (M, N) -> (M, K) in `compute_dtype`; `update` is (low (M, r), up (r, K))."""
-    rows = rows.to(compute_dtype)
+    rows = cast(rows, compute_dtype)
     if is_fused(rows, weight):
         return launch_input_gradient(rows, weight, update)
     dx = rows @ _decoded(weight, rows.dtype)

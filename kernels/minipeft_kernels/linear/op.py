@@ -16,12 +16,13 @@ computed by `dense` (a dense W), `cpu` (NF4 on a CPU) and `gpu` (NF4 in Triton k
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..arithmetic import arithmetic_dtype, as_autocast
+from ..arithmetic import arithmetic_dtype, as_autocast, cast
 from ..dispatch import runs_native, use_triton
 from ..nf4.checks import WEIGHT_DTYPES
 from ..nf4.dequantize import nf4_dequantize_reference
@@ -30,6 +31,7 @@ from ..registration import below_autograd, define_op, is_plain_call, without_aut
 from . import cpu, dense, twice
 from .checks import check_backward, check_forward
 from .low_rank import Lora, LowRank, grad_of_A, grad_of_B, project, project_back, update_dtype
+from .rows import as_rows, from_rows
 
 Numbers = tuple[float, torch.dtype, torch.dtype]
 """s, the dtype of a product with NF4, and the dtype of x A^T."""
@@ -169,9 +171,9 @@ class _Linear(torch.autograd.Function):
             call = twice.run_backward if torch.is_grad_enabled() else call  # a gradient that is differentiated
             dx, dA, dB = call(dy, x, lora_A, lora_B, low, *ctx.numbers, needed, *weight, *ctx.sizes)
         if dy is not None and needs_bias:
-            db = _as_rows(dy).sum(0, dtype=torch.float32).to(bias_dtype)  # (..., N) -> (N,), added up in float32
+            db = as_rows(dy).sum(0, dtype=torch.float32).to(bias_dtype)  # (..., N) -> (N,), added up in float32
         # Of an update alone, y and dy are in the adapter's dtype, which need not be x's.
-        dx = dx.to(dtype) if dx is not None and needs_x else None
+        dx = cast(dx, dtype) if dx is not None and needs_x else None
         return dx, db, dA if needs_A else None, dB if needs_B else None, None, None, None
 
 
@@ -191,11 +193,14 @@ def form_for(weight: Weight | None, rows: Tensor) -> Form:
     """The form that multiplies by `weight` on the device of `rows`; `dense` where there is no weight."""
     if not isinstance(weight, NF4):
         return dense
-    if use_triton(rows):
-        from . import gpu
+    return _kernels() if use_triton(rows) else cpu
 
-        return gpu
-    return cpu
+
+@functools.cache
+def _kernels() -> Form:
+    from . import gpu  # where Triton may be missing
+
+    return gpu
 
 
 def _run(
@@ -209,13 +214,12 @@ def _run(
     weight: Weight | None,
 ) -> tuple[Tensor, Tensor]:
     """y (..., N), and low (M, r), which is empty without an update."""
-    rows, update = _as_rows(x), None
+    rows, update = as_rows(x), None
     with without_autocast():
         if lora_A is not None and lora_B is not None:
             update = project(rows, lora_A, scaling, adapter_dtype), lora_B
         y = form_for(weight, rows).forward(rows, weight, bias, update, compute_dtype)
-    y = _from_rows(y, x)
-    y = y if weight is None else y.to(x.dtype)
+    y = from_rows(y if weight is None else cast(y, x.dtype), x)
     return y, x.new_empty(0) if update is None else update[0]
 
 
@@ -232,39 +236,28 @@ def _run_backward(
     weight: Weight | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx (..., K) in dy's dtype, dA and dB; one that is not needed is empty."""
-    dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+    dx = dA = dB = None
     needs_x, needs_A, needs_B = needed
-    rows, update = _as_rows(dy), None
+    rows, update = as_rows(dy), None
     with without_autocast():
         if lora_A is not None and lora_B is not None:
-            wide = rows.to(adapter_dtype)
+            wide = cast(rows, adapter_dtype)
             if needs_x or needs_A:
                 update = project_back(wide, lora_B, scaling), lora_A
             if needs_A:
                 assert x is not None and update is not None
-                dA = grad_of_A(update[0], _as_rows(x), lora_A.dtype)
+                dA = grad_of_A(update[0], as_rows(x), lora_A.dtype)
             if needs_B:
                 assert low is not None
                 dB = grad_of_B(wide, low, lora_B.dtype)
         if needs_x:
             dx = form_for(weight, rows).input_gradient(rows, weight, update, compute_dtype)
-            dx = _from_rows(dx.to(dy.dtype), dy)
-    return dx, dA, dB
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """(..., n) -> (rows, n); -1 would not do where n is 0."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _from_rows(y: Tensor, x: Tensor) -> Tensor:
-    """(rows, n) -> (..., n), with the leading dimensions of x.
-
-    By `_unsafe_view`, because autograd forbids in-place changes of a view that a Function returned, and models make
-    them.
-    """
-    out: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
-    return out
+            dx = from_rows(cast(dx, dy.dtype), dy)
+    return (
+        dy.new_empty(0) if dx is None else dx,
+        dy.new_empty(0) if dA is None else dA,
+        dy.new_empty(0) if dB is None else dB,
+    )
 
 
 def _run_op(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, SimpleNamespace
 from typing import Any
 
@@ -15,9 +15,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from minipeft.kernels import lora_matmul, nf4_matmul
 from minipeft.kernels.emulator import emulate
 from minipeft_kernels import dispatch, prepared
-from minipeft_kernels.linear import gpu
+from minipeft_kernels.linear import gpu, op
 from minipeft_kernels.linear.gpu import launch_forward
 
 pytestmark = pytest.mark.skipif(not prepared.LAUNCHES_AGAIN, reason="this Triton is asked at every launch")
@@ -158,19 +159,37 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("MINIPEFT_BACKEND", raising=False)
     for module in (dispatch, gpu):  # of tensors on a GPU it is known at once
         monkeypatch.setattr(module, "emulating", lambda device: False)
+    monkeypatch.setattr(dispatch, "triton_obstacle", lambda device: "")
+    monkeypatch.setattr(op, "runs_native", lambda x: False)
     before = driver._active
     driver.set_active(IdleDriver())
     yield
     driver.set_active(before)
 
 
+def hot_calls(call: Callable[[], Any]) -> Counter[str]:
+    """The Python functions of a call like two before: none looks into the environment, plans or asks Triton."""
+    for _ in range(2):
+        call()
+    calls = python_calls(call)
+    assert not [name for name in calls if name.startswith(("os.py", "jit.py", "tiles.py:tile", "tiles.py:split"))]
+    return calls
+
+
 @pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("rows", [1, 64])
 def test_a_launch_like_one_before_is_few_calls(rows: int) -> None:
-    """No look into the environment, no plan made again, nothing asked of Triton."""
     weight, x = Weight(128, 2048).packed, torch.randn(rows, 2048).bfloat16()
-    for _ in range(2):
-        launch_forward(x, weight)
-    calls = python_calls(lambda: launch_forward(x, weight))
-    assert not [name for name in calls if name.startswith(("os.py", "jit.py", "tiles.py", "_collections_abc.py"))]
+    calls = hot_calls(lambda: launch_forward(x, weight))
     assert sum(calls.values()) <= 30, calls
+
+
+@pytest.mark.usefixtures("idle")
+def test_products_through_their_operation_are_few_calls() -> None:
+    """Two launches, of y and of dx, and four small products of LoRA's; the rest is what is counted."""
+    weight, x, dy = Weight(96, 256).packed, torch.randn(1, 1, 256).bfloat16(), torch.ones(1, 1, 96).bfloat16()
+    lora_A, lora_B = torch.randn(4, 256, requires_grad=True), torch.randn(96, 4, requires_grad=True)
+    calls = hot_calls(lambda: nf4_matmul(x, weight))
+    assert sum(calls.values()) <= 60, calls
+    calls = hot_calls(lambda: lora_matmul(x.requires_grad_(), weight, lora_A, lora_B, 2.0).backward(dy))
+    assert sum(calls.values()) <= 170, calls

@@ -140,7 +140,7 @@ def _is_body_and_head(model: Any, body: nn.Module, head: nn.Module) -> bool:
 
 
 def head_loss_sum(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log softmax(head(hidden))[label] over the rows, differentiable in `hidden` and the head's parameters.
+    """Sum of -log softmax(head(hidden))[label] over the rows, differentiable in `hidden` and all that the head reads.
 
     Args:
         head: (rows, hidden) -> (rows, vocabulary), each row by itself.
@@ -149,7 +149,7 @@ def head_loss_sum(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     Returns:
         Scalar, float32 (float64 for float64 logits).
     """
-    trained = [p for p in head.parameters() if p.requires_grad]
+    trained = _trained_in(head, hidden) if torch.is_grad_enabled() else []
     total: Tensor
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
         total = _HeadLoss.apply(hidden, labels, head, *trained)
@@ -161,12 +161,39 @@ def head_loss_sum(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     return total
 
 
+def _trained_in(head: nn.Module, hidden: Tensor) -> list[Tensor]:
+    """The tensors that need a gradient through the head, other modules' among them.
+
+    A head that is tied to the input embeddings may read factors, rows or a network of theirs, which are none of its own
+    parameters: only the graph of its logits, here of one row, tells.
+    """
+    if _logits_of(head) is not head:
+        return []  # frozen
+    modes = [(module, module.training) for module in head.modules()]
+    head.eval()  # what dropout draws is for the rows of the loss
+    try:
+        first = head(hidden[:1].detach()).grad_fn
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    leaves: dict[int, Tensor] = {}
+    ahead, seen = [first], {first, None}
+    while ahead:
+        node: Any = ahead.pop()
+        if hasattr(node, "variable"):
+            leaves[id(node.variable)] = node.variable
+        new = {other for other, _ in getattr(node, "next_functions", ())} - seen
+        seen |= new
+        ahead += new
+    return list(leaves.values())
+
+
 class _HeadLoss(torch.autograd.Function):
     """Cross-entropy whose forward also computes the gradients, for a loss gradient of 1; the backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, labels: Tensor, head: nn.Module, *trained: Tensor) -> Tensor:
-        """(N, hidden), (N,) int64 -> scalar. `trained` are the head's parameters that need a gradient."""
+        """(N, hidden), (N,) int64 -> scalar. `trained` are the tensors that need a gradient through the head."""
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grads = [torch.zeros_like(t) for t in trained]
         logits_of, total = _logits_of(head), _zero(hidden)

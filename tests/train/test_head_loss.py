@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from minipeft import LoraConfig, get_peft_model
+from minipeft import BottleneckConfig, LoraConfig, PeftConfig, TrainableTokensConfig, get_peft_model
 from minipeft.train import loss
 from minipeft.train.batches import Batch, collate
 from minipeft.train.encoding import Example
@@ -111,6 +111,30 @@ def test_a_models_step_equals_that_over_its_logits(build: Callable[[], nn.Module
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     for got, expected in zip(gradients(ours, trained, 1.0), gradients(theirs, trained, 1.0), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=["lm_head", "embed_tokens"], ensure_weight_tying=True, init_lora_weights=False),
+        LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 5]),
+        TrainableTokensConfig(token_indices=[1, 5]),
+        BottleneckConfig(reduction_factor=8, inv_adapter="nice", inv_adapter_reduction_factor=2),
+    ],
+    ids=["factors", "rows beside LoRA", "rows", "a network"],
+)
+def test_what_a_head_reads_of_the_input_embeddings_gets_its_gradient(config: PeftConfig) -> None:
+    """Through the head as through the embeddings, of which the tensors are: autograd over all logits is the oracle."""
+    tied = not isinstance(config, BottleneckConfig)
+    model = get_peft_model(tiny_llama(tie_word_embeddings=tied), config).double().train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    batch = batch_of(some_ids())
+    assert split_model(model) is not None
+    ours = gradients(token_loss_sum(model, batch), trained, 1.0)
+    logits = model(**batch.inputs).logits[:, :-1].flatten(0, 1)
+    theirs = gradients(F.cross_entropy(logits, batch.labels[:, 1:].flatten(), reduction="sum"), trained, 1.0)
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_a_model_that_changes_its_logits_is_not_split() -> None:

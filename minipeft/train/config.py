@@ -25,6 +25,7 @@ from minipeft.stored import parse_yaml, shown
 from minipeft.train.errors import ConfigError
 
 TOO_LONG_CHOICES = ("error", "drop", "truncate")
+TRACKER_CHOICES = ("tensorboard", "wandb", "trackio", "mlflow")
 PRECISION_CHOICES = ("none", "bf16")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE_CHOICES = ("nf4",)
@@ -131,7 +132,10 @@ class TrainConfig:
     save_every: int | None = _setting("save a checkpoint every N steps (default: at the end only)", None)
     keep_last: int | None = _setting("keep only the newest N checkpoints (null: all)", 2)
     log_every: int = _setting("write a log row every N steps", 10)
-    tensorboard: bool = _setting("write TensorBoard events to output_dir/tensorboard", False)
+    report_to: str | None = _setting(
+        "trackers that are told of the run, several with commas between them", None, known=("none", *TRACKER_CHOICES)
+    )
+    tensorboard: bool = _setting("write TensorBoard events to output_dir/tensorboard (as report_to does)", False)
     plot: bool = _setting("draw output_dir/loss_curve.png at the end", False)
 
     def __post_init__(self) -> None:
@@ -169,6 +173,12 @@ class TrainConfig:
             # What a flag says is not the file's fault.
             mine = any(repr(name) in str(error) for name in given)
             raise error if mine else ConfigError(f"{where}{error}") from None
+
+    def trackers(self) -> list[str]:
+        """The trackers of `report_to`, and TensorBoard where `tensorboard` asks for it."""
+        names = [name.strip() for name in (self.report_to or "").split(",")]
+        names += ["tensorboard"] if self.tensorboard else []
+        return [name for name in dict.fromkeys(names) if name not in ("", "none")]
 
     def to_dict(self) -> dict[str, Any]:
         """Settings by name, JSON-serializable."""
@@ -317,6 +327,8 @@ def _check_ranges(config: TrainConfig) -> None:
             "setting 'fsdp' leaves each process a part of every tensor, and 8-bit state takes whole ones: "
             "set optimizer to paged_adamw or adamw"
         )
+    for name in config.trackers():
+        _check_choice("report_to", name, TRACKER_CHOICES)
     if config.scheduler == "constant" and (config.warmup_steps or config.warmup_ratio):
         raise ConfigError("setting 'scheduler' constant has no warm-up: choose constant_with_warmup")
     if config.scheduler.startswith("constant") and config.scheduler_args:

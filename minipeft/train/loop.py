@@ -42,7 +42,6 @@ from minipeft.train.report import (
     RunLog,
     TrainResult,
     check_matplotlib,
-    check_tensorboard,
     logged_evaluation,
     peak_memory_bytes,
     plot_loss_curve,
@@ -50,6 +49,7 @@ from minipeft.train.report import (
 )
 from minipeft.train.run import StopSignal, check_output_dir, hold_run, open_run, run_identity
 from minipeft.train.schedule import make_optimizer, make_schedule, trainable_parameters
+from minipeft.train.trackers import Trackers, check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -360,17 +360,16 @@ class Trainer:
     def _check_extras(self) -> None:
         if self.config.plot:
             check_matplotlib()
-        if self.config.tensorboard:
-            check_tensorboard()
+        check_trackers(self.config.trackers())
         if self.config.packing:
             check_isolation(self.model)
 
     def _reporter(self) -> Reporter:
-        log = RunLog(
-            self.output_dir / "log.jsonl",
-            self.output_dir / "tensorboard" if self.config.tensorboard and self.processes.first else None,
-            writes=self.processes.first,
-        )
+        trackers = Trackers(self.output_dir)
+        settings = {name: value for name, value in self.config.to_dict().items() if value is not None}
+        settings |= {"training_records": len(self.data), "training_tokens": self.data.tokens}
+        self.processes.by_first(lambda: trackers.start(self.config.trackers(), settings))
+        log = RunLog(self.output_dir / "log.jsonl", trackers, writes=self.processes.first)
         # A run that starts over at step 0 does its first evaluation again, so its row is dropped too.
         log.rewind(self.progress.step or -1)
         return Reporter(

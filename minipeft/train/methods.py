@@ -82,13 +82,13 @@ def check_settings(config: TrainConfig) -> Any:
     """
     import torch
 
-    from minipeft.train.report import check_matplotlib, check_tensorboard
+    from minipeft.train.report import check_matplotlib
     from minipeft.train.schedule import make_optimizer, make_schedule
+    from minipeft.train.trackers import check_trackers
 
     if config.plot:
         check_matplotlib()
-    if config.tensorboard:
-        check_tensorboard()
+    check_trackers(config.trackers())
     if config.loraplus_lr_ratio is not None and METHODS[config.method].rates is None:
         raise ConfigError(f"loraplus_lr_ratio is for LoRA, and the method is {config.method}")
     # Any parameters and length will do: only the arguments are checked.

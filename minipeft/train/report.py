@@ -1,4 +1,4 @@
-"""The report of a run: log, TensorBoard events, progress bar, loss curve, and the result that it ends with."""
+"""The report of a run: log, progress bar, loss curve, and the result that it ends with."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from minipeft.files import atomic_path, write_text
 from minipeft.train.checkpoint import Progress
 from minipeft.train.errors import MissingExtraError
 from minipeft.train.evaluation import EvalResult
+from minipeft.train.trackers import Trackers
 
 # Seconds between two drawings of the bar. In a file it is a long line of control characters, so it is drawn rarely.
 _TERMINAL_SECONDS, _FILE_SECONDS = 0.1, 10.0
@@ -29,20 +30,16 @@ FEW_ROWS, REACH = 20, 2
 
 
 class RunLog:
-    """`log.jsonl`: one JSON object a line, each with its `step`; on request TensorBoard events beside it.
+    """`log.jsonl`: one JSON object a line, each with its `step`; trackers are told the same.
 
     Args:
         writes: False in a process beside the one that writes: then it is read alone.
 
     Rows with `loss` are training rows, rows with `eval_loss` evaluation rows.
-
-    Raises:
-        MissingExtraError: TensorBoard was asked for and is not installed.
     """
 
-    def __init__(self, path: Path, tensorboard_dir: Path | None = None, writes: bool = True) -> None:
-        self.path, self._writes = path, writes
-        self._writer = None if tensorboard_dir is None else _tensorboard_writer(tensorboard_dir)
+    def __init__(self, path: Path, trackers: Trackers | None = None, writes: bool = True) -> None:
+        self.path, self._trackers, self._writes = path, trackers, writes
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row. Numbers that JSON cannot hold are written as null."""
@@ -51,10 +48,8 @@ class RunLog:
         clean = {key: _json_number(value) for key, value in row.items()}
         with open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps(clean, allow_nan=False) + "\n")
-        if self._writer is not None:
-            for key, value in row.items():
-                if key != "step":
-                    self._writer.add_scalar(key, value, row["step"])
+        if self._trackers is not None:
+            self._trackers.log(row)
 
     def rewind(self, step: int) -> None:
         """Drop rows after `step` (a killed run logs further than it saves) and a half-written last line."""
@@ -64,9 +59,9 @@ class RunLog:
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def close(self) -> None:
-        """Flush the TensorBoard events."""
-        if self._writer is not None:
-            self._writer.close()
+        """Tell the trackers that the run has ended."""
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
@@ -180,15 +175,6 @@ class Reporter:
         return self._window_tokens / max(time.perf_counter() - self._window_started, 1e-9)
 
 
-def check_tensorboard() -> None:
-    """Raise MissingExtraError now rather than after the model is loaded."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError:
-        message = "tensorboard: true needs the package tensorboard: pip install tensorboard"
-        raise MissingExtraError(message) from None
-
-
 def memory_bytes(device: torch.device) -> int:
     """Memory in use now: allocated on an accelerator, resident for the process on a CPU."""
     if device.type == "cuda":
@@ -221,13 +207,6 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _tensorboard_writer(directory: Path) -> Any:
-    check_tensorboard()
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(directory))
 
 
 @dataclass(frozen=True)

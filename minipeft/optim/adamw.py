@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minipeft.kernels import adamw_, adamw_8bit_
+from minipeft_kernels.adamw.op import launched_at_once
 from minipeft_kernels.adamw.reference import Hyper, fused_update
 
 
@@ -74,10 +75,14 @@ def _update_by_op(op: Callable[..., None], pieces: Pieces, hyper: Hyper) -> None
     """One of minipeft's operations, which take one step's number for all."""
     for step in set(pieces.steps):
         chosen = [i for i, other in enumerate(pieces.steps) if other == step]
+        params, grads = [pieces.params[i] for i in chosen], [pieces.grads[i] for i in chosen]
+        states = list(zip(*[pieces.states[i] for i in chosen], strict=True))
+        if launched_at_once(params, grads, states, step, hyper):
+            continue
         op(
-            [pieces.params[i].view(-1) for i in chosen],
-            [pieces.grads[i].view(-1) for i in chosen],
-            *zip(*(pieces.states[i] for i in chosen), strict=True),
+            [p.view(-1) for p in params],
+            [g.view(-1) for g in grads],
+            *states,
             step=step,
             lr=hyper.lr,
             betas=(hyper.beta1, hyper.beta2),

@@ -6,14 +6,14 @@ state a parameter, not 8.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
-from ..registration import define_op
+from ..registration import below_autograd, define_op, is_plain_call
 from .eight_bit import STATE_BLOCKSIZE
 from .reference import Hyper, adamw_8bit_reference, adamw_reference
 
@@ -45,7 +45,8 @@ def adamw_(
     Raises:
         ValueError, TypeError: the lists do not fit each other; names the position.
     """
-    _adamw_op(params, grads, exp_avgs, exp_avg_sqs, step, lr, *betas, eps, weight_decay, maximize)
+    lists = (params, grads, exp_avgs, exp_avg_sqs)
+    _call(_adamw_op, _check_adamw, _run_adamw, lists, (step, lr, *betas, eps, weight_decay, maximize))
 
 
 def adamw_8bit_(
@@ -71,8 +72,53 @@ def adamw_8bit_(
         exp_avg_absmax, exp_avg_sq_absmax: float32 (ceil(numel/256),), the scale of each block.
         The rest as `adamw_`.
     """
-    states = (exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax)
-    _adamw_8bit_op(params, grads, *states, step, lr, *betas, eps, weight_decay, maximize)
+    lists = (params, grads, exp_avg_codes, exp_avg_absmax, exp_avg_sq_codes, exp_avg_sq_absmax)
+    _call(_adamw_8bit_op, _check_adamw_8bit, _run_adamw_8bit, lists, (step, lr, *betas, eps, weight_decay, maximize))
+
+
+def _call(
+    op: Callable[..., None],
+    check: Callable[..., None],
+    run: Callable[..., None],
+    lists: tuple[Sequence[Tensor], ...],
+    numbers: tuple[Any, ...],
+) -> None:
+    """The operation, past the dispatcher where nothing but itself would happen: of hundreds of tensors that halves it.
+
+    (The dispatcher takes the lists apart and puts them together again, twice.)
+    """
+    params = lists[0]
+    types = set().union(*(map(type, tensors) for tensors in lists))
+    if params and types <= _PLAIN and is_plain_call(params[0]) and not any(any(map(Tensor.is_neg, t)) for t in lists):
+        with below_autograd():
+            check(*lists, *numbers)
+            run(*lists, *numbers)
+    else:
+        op(*lists, *numbers)
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def launched_at_once(
+    params: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[Sequence[Tensor]], step: int, hyper: Hyper
+) -> bool:
+    """`adamw_`, or of four states `adamw_8bit_`, of what is known to fit: contiguous, of equal lengths, of any shapes.
+
+    The checks and views of hundreds of small tensors take longer than all else that a step does on the host.
+
+    Returns:
+        False where no kernel would run, or not the kernel alone: call the operation then.
+    """
+    plain = set(map(type, params)) <= _PLAIN and set(map(type, grads)) <= _PLAIN and is_plain_call(params[0])
+    if not plain or not use_triton(params[0]):
+        return False
+    from .triton import launch_adamw, launch_adamw_8bit
+
+    launch: Callable[..., None] = launch_adamw if len(states) == 2 else launch_adamw_8bit
+    launch(params, grads, *states, step=step, hyper=hyper)
+    _mark_changed(params, *states)
+    return True
 
 
 def _check_adamw(
@@ -84,8 +130,9 @@ def _check_adamw(
     *hyper: Any,
 ) -> None:
     _check(params, grads, step, hyper)
+    shapes = [p.shape for p in params]
     for name, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        _check_state(name, params, states, torch.float32, [p.shape for p in params])
+        _check_state(name, params, states, torch.float32, shapes)
 
 
 def _check_adamw_8bit(
@@ -113,6 +160,11 @@ def _check(params: Sequence[Tensor], grads: Sequence[Tensor], step: int, hyper: 
         raise ValueError(f"betas must be from 0 up to 1, 1 left out, got {(beta1, beta2)}")
     if len(grads) != len(params):
         raise ValueError(f"{len(params)} params and {len(grads)} grads: one for each is needed")
+    if not params or (
+        _are_alike(grads, [p.shape for p in params], PARAMETER_DTYPES, params[0].device)
+        and _are_alike(params, None, PARAMETER_DTYPES, params[0].device)
+    ):
+        return
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         for name, t in (("params", p), ("grads", g)):
             if t is None:
@@ -126,11 +178,33 @@ def _check(params: Sequence[Tensor], grads: Sequence[Tensor], step: int, hyper: 
             )
 
 
+def _are_alike(
+    tensors: Sequence[Tensor],
+    shapes: Sequence[tuple[int, ...]] | None,
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> bool:
+    """True if these are dense tensors of the shapes (None: of any), of some of the dtypes and on the device.
+
+    Attribute by attribute: tensor by tensor, as is looked for the one that does not fit, takes three times as long.
+    """
+    if type(None) in map(type, tensors):
+        return False
+    return (
+        {t.device for t in tensors} == {device}
+        and {t.layout for t in tensors} == {torch.strided}
+        and {t.dtype for t in tensors}.issubset(dtypes)
+        and (shapes is None or [t.shape for t in tensors] == shapes)
+    )
+
+
 def _check_state(
     name: str, params: Sequence[Tensor], states: Sequence[Tensor], dtype: torch.dtype, shapes: Sequence[tuple[int, ...]]
 ) -> None:
     if len(states) != len(params):
         raise ValueError(f"{len(params)} params and {len(states)} {name}: one for each is needed")
+    if not params or _are_alike(states, shapes, (dtype,), params[0].device):
+        return
     for i, (p, s, shape) in enumerate(zip(params, states, shapes, strict=True)):
         if s is None:
             raise TypeError(f"{name}[{i}] must be a tensor, got None")
@@ -180,7 +254,7 @@ def _run_adamw_8bit(
     _mark_changed(params, *states)
 
 
-def _mark_changed(*written: list[Tensor]) -> None:
+def _mark_changed(*written: Sequence[Tensor]) -> None:
     """Let autograd know: neither a kernel, which writes by address, nor torch's fused loop tells it."""
     torch.autograd.graph.increment_version([t for tensors in written for t in tensors if not t.is_inference()])
 

@@ -13,7 +13,10 @@ The hyperparameters are arguments, not constants: a schedule changes them at eve
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import functools
-from collections.abc import Sequence
+import operator
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 import triton
@@ -247,23 +250,21 @@ def _launch(
     step: int,
     hyper: Hyper,
 ) -> None:
-    groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[Tensor, ...]]] = {}
-    for tensors in zip(grads, *written, strict=True):
-        grad, param = tensors[:2]
-        if grad.numel():
-            groups.setdefault((param.dtype, grad.dtype, _is_aligned(tensors)), []).append(tensors)
+    flat = [_contiguous(tensors) for tensors in (grads, *written)]
+    rows = list(zip(map(Tensor.numel, grads), *(map(Tensor.data_ptr, tensors) for tensors in flat), strict=True))
+    groups = _groups(rows, [p.dtype for p in written[0]], [g.dtype for g in grads])
+    device = grads[0].device
     # The gradient's sign goes with its weight in the first moment; the second is of its square.
     rest1 = (hyper.beta1 - 1) if hyper.maximize else (1 - hyper.beta1)
     scalars = [hyper.beta1, rest1, hyper.beta2, 1 - hyper.beta2]
     scalars += [hyper.eps, hyper.decay, hyper.step_size(step), hyper.bias2_sqrt(step)]
     for (param_dtype, grad_dtype, aligned), group in groups.items():
-        flat = [tuple(t.contiguous() for t in tensors) for tensors in group]
-        device = flat[0][0].device
-        rows = [(tensors[0].numel(), *(t.data_ptr() for t in tensors)) for tensors in flat]
-        table = _to_device(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
-        chunks = _chunk_table(tuple(numel for numel, *_ in rows), constants["CHUNK"], device)
+        chosen = [rows[i] for i in group]
+        numbers = array("q", chain.from_iterable(chosen))
+        table = _to_device(torch.frombuffer(numbers, dtype=torch.int64).view(len(group), -1), device)
+        chunks = _chunk_table(tuple([row[0] for row in chosen]), constants["CHUNK"], device)
         dtypes = {"PARAM": _DTYPES[param_dtype], "GRAD": _DTYPES[grad_dtype]}
-        with on_device(table, functools.partial(_by_name, flat)):
+        with on_device(table, functools.partial(_by_name, flat, group)):
             kernel[(len(chunks),)](
                 *(table, chunks, *maps, *scalars),
                 **dtypes,
@@ -272,22 +273,41 @@ def _launch(
                 num_warps=NUM_WARPS,
                 enable_fp_fusion=False,
             )
-        for tensors, copies in zip(group, flat, strict=True):
-            for tensor, copy in zip(tensors[1:], copies[1:], strict=True):
+    for tensors, copies in zip(written, flat[1:], strict=True):
+        if copies is not tensors:
+            for tensor, copy in zip(tensors, copies, strict=True):
                 if copy is not tensor:
                     tensor.copy_(copy)
 
 
-def _by_name(rows: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-    """The tensors of the table by the names that an emulator's errors give them, such as "params[0]"."""
-    return {f"{n}[{i}]": t for i, row in enumerate(rows) for n, t in zip(_NAMES, row, strict=False)}
+def _contiguous(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors, copies of those that are not contiguous among them."""
+    return tensors if all(map(Tensor.is_contiguous, tensors)) else [t.contiguous() for t in tensors]
 
 
-def _is_aligned(tensors: tuple[Tensor, ...]) -> bool:
-    """True if all accesses can be of 16 bytes. (What is not contiguous will be copied to where it is aligned.)"""
-    return tensors[0].numel() % ALIGNMENT == 0 and all(
-        t.data_ptr() % ALIGNMENT == 0 or not t.is_contiguous() for t in tensors
-    )
+def _groups(
+    rows: list[tuple[int, ...]], params: list[torch.dtype], grads: list[torch.dtype]
+) -> dict[tuple[torch.dtype, torch.dtype, bool], Sequence[int]]:
+    """The rows of each launch: of one dtype of parameters and one of gradients, all of them aligned or none."""
+    # Hundreds of tensors that are alike take one look, not one each.
+    alike = len(set(params)) == 1 and len(set(grads)) == 1 and 0 not in [row[0] for row in rows]
+    if alike and _is_aligned(chain.from_iterable(rows)):
+        return {(params[0], grads[0], True): range(len(rows))}
+    groups: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = {}
+    for i, row in enumerate(rows):
+        if row[0]:
+            groups.setdefault((params[i], grads[i], _is_aligned(row)), []).append(i)
+    return dict(groups)
+
+
+def _by_name(lists: Sequence[Sequence[Tensor]], group: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors of a group's table by the names that an emulator's errors give them, such as "p[0]"."""
+    return {f"{n}[{row}]": t[i] for n, t in zip(_NAMES, lists, strict=False) for row, i in enumerate(group)}
+
+
+def _is_aligned(numbers: Iterable[int]) -> bool:
+    """True if all accesses can be of 16 bytes: of tensors of these sizes at these addresses."""
+    return not functools.reduce(operator.or_, numbers) % ALIGNMENT
 
 
 @functools.lru_cache(maxsize=8)

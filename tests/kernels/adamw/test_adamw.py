@@ -1,7 +1,9 @@
 """AdamW's update against torch.optim.AdamW and float64, in both backends, and its 8-bit state."""
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -10,9 +12,11 @@ from guarded import Guarded, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from minipeft.kernels import adamw_, adamw_8bit_
 from minipeft_kernels.adamw.eight_bit import dequantize_state, initial_state, quantize_state
+from minipeft_kernels.adamw.op import launched_at_once
 from minipeft_kernels.adamw.reference import Hyper, adamw_update
 from minipeft_kernels.nf4.codebooks import dynamic_map
 
@@ -270,3 +274,75 @@ def test_what_does_not_fit_is_refused_by_name_and_place() -> None:
 def test_no_parameters_are_no_error() -> None:
     adamw_([], [], [], [], step=1, lr=0.1)
     adamw_8bit_([], [], [], [], [], [], step=1, lr=0.1)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flat_moments_of_tensors_of_any_shape_equal_float64(dtype: torch.dtype) -> None:
+    """As pages hold them; by a launch, which takes no views and checks nothing."""
+    params, grads = ([torch.randn(s).to(dtype) for s in SHAPES] for _ in range(2))
+    moments = [torch.randn(p.numel()) for p in params], [torch.rand(p.numel()) for p in params]
+    exact = [[t.double().view(-1) for t in ts] for ts in (params, grads, *moments)]
+    hyper = Hyper(1e-2, 0.9, 0.99, 1e-8, 0.1, False)
+    for tensors in zip(*exact, strict=True):
+        adamw_update(*tensors, 7, hyper)
+    params = [p.requires_grad_() for p in params]
+    version = params[0]._version
+    with torch.no_grad():
+        assert launched_at_once(params, grads, moments, 7, hyper)
+    assert params[0]._version > version
+    for a, b in zip((*params, *moments[0], *moments[1]), (*exact[0], *exact[2], *exact[3]), strict=True):
+        ulp = torch.finfo(a.dtype).eps / 2 if a.dtype != torch.float32 else 1e-6
+        torch.testing.assert_close(a.detach().double().view(-1), b, rtol=1.01 * ulp, atol=1e-6)
+
+
+def test_what_is_no_plain_launch_is_left_to_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, hyper = [torch.ones(3)], Hyper(1e-2, 0.9, 0.99, 1e-8, 0.1, False)
+    moments = zeros(tensors), zeros(tensors)
+    assert not launched_at_once(tensors, tensors, moments, 1, hyper)  # the reference is asked for
+    monkeypatch.setenv("MINIPEFT_BACKEND", "triton")
+    watched = [torch.ones(3).as_subclass(type("Watched", (Tensor,), {}))]
+    assert not launched_at_once(watched, tensors, moments, 1, hyper)
+    with FakeTensorMode():
+        assert not launched_at_once(tensors, tensors, moments, 1, hyper)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_step_of_hundreds_of_tensors_runs_no_python_for_each(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of LoRA on a model of 32 layers: no more Python functions than of 8 tensors. The kernel itself is left out."""
+    launcher = importlib.import_module("minipeft_kernels.adamw.triton")
+    for name in ("_adamw_kernel", "_adamw_8bit_kernel"):
+        monkeypatch.setattr(launcher, name, Idle())
+
+    def calls(count: int) -> int:
+        params, grads = ([torch.randn(16, 4) for _ in range(count)] for _ in range(2))
+        states = list(zip(*map(initial_state, params), strict=True)) if bits == 8 else [zeros(params), zeros(params)]
+        update: Callable[..., None] = adamw_8bit_ if bits == 8 else adamw_
+        update(params, grads, *states, step=1, lr=1e-3)
+        return python_calls(lambda: update(params, grads, *states, step=2, lr=1e-3))
+
+    assert calls(448) < calls(8) + 40  # a collection of garbage may fall into it
+
+
+class Idle:
+    """A kernel that is launched and does nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+def python_calls(call: Callable[[], Any]) -> int:
+    """How many Python functions a call runs."""
+    count = 0
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count

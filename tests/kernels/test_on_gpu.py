@@ -13,7 +13,7 @@ from tolerances import TOLERANCES
 from torch import Tensor
 
 from minipeft import LoraConfig, get_peft_model
-from minipeft.kernels import adamw_, adamw_8bit_, lora_matmul, nf4_quantize
+from minipeft.kernels import adamw_, adamw_8bit_, lora_matmul, nf4_matmul, nf4_quantize
 from minipeft.nf4 import NF4Config, NF4Weight, quantize_model
 from minipeft_kernels.adamw.eight_bit import initial_state
 from minipeft_kernels.dispatch import interpreting
@@ -149,3 +149,30 @@ def test_a_training_step_equals_the_references(monkeypatch: pytest.MonkeyPatch) 
     assert len(results[0]) == 29
     for ours, right in zip(*results, strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-4)
+
+
+def test_captured_graphs_have_counters_of_their_own_and_launch_nothing_to_clear_them() -> None:
+    """Two graphs and launches of no graph at the same time, on three streams, give the bits that each gives alone."""
+    w = NF4Weight.quantize(torch.randn(1024, 4096, device=DEVICE).bfloat16())
+    inputs = [torch.randn(1, 4096, device=DEVICE).bfloat16() for _ in range(3)]
+    with torch.no_grad():
+        right = [nf4_matmul(x, w.packed()) for x in inputs]
+        graphs, outputs = [], []
+        for x in inputs[:2]:
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1]):
+                outputs.append([nf4_matmul(x, w.packed()) for _ in range(50)])
+        for _ in range(20):
+            torch.cuda.synchronize()
+            for graph in graphs:
+                with torch.cuda.stream(torch.cuda.Stream()):
+                    graph.replay()
+            beside = [nf4_matmul(inputs[2], w.packed()) for _ in range(20)]
+            torch.cuda.synchronize()
+            for ys, y in zip([*outputs, beside], right, strict=True):
+                assert all(torch.equal(each, y) for each in ys)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            graphs[0].replay()
+            torch.cuda.synchronize()
+    launched = [event.key for event in profile.key_averages()]
+    assert not [name for name in launched if "fill" in name.lower() or "memset" in name.lower()], launched

@@ -28,6 +28,7 @@ from ..nf4.dequantize_triton import dequantize_into
 from ..packed import NF4
 from ..prepared import ALIGNMENT, Prepared
 from .checks import check_addends
+from .counters import counters_for
 from .direct import _nf4_matmul_direct_kernel
 from .low_rank import LowRank
 from .staged import _nf4_matmul_staged_kernel
@@ -37,8 +38,6 @@ NESTED_BLOCKSIZE = 256
 # Ranks of the update multiplied at a time: what the tensor core takes at once. With more, registers spill.
 RANK_TILE = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def forward(
@@ -317,14 +316,9 @@ def _workspace(device: torch.device, tiles: int, split: int, size: int) -> tuple
     if split == 1:
         return _nothing(device), _nothing(device)
     partial = torch.empty(tiles * split * size, dtype=torch.float32, device=device)
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return partial, torch.zeros(tiles, dtype=torch.int32, device=device)
-    # Launches of one stream follow each other, so they may share counters; two streams may not.
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    counters = _counters.get(key)
-    if counters is None or counters.numel() < tiles:
-        counters = _counters[key] = torch.zeros(max(tiles, 4096), dtype=torch.int32, device=device)
-    return partial, counters
+    if device.type == "cuda":
+        return partial, counters_for(device, tiles)
+    return partial, torch.zeros(tiles, dtype=torch.int32, device=device)
 
 
 @functools.cache

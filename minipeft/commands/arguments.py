@@ -13,6 +13,8 @@ from minipeft.train.config import SEED_END
 from minipeft.train.errors import ConfigError, OutputDirError, as_user_error
 from minipeft.train.methods import AdapterError
 
+# Types of the matrices in a GGUF file.
+GGUF_CHOICES = ("auto", "f32", "f16", "bf16", "q8_0")
 # Those whose rules on adapters `servers.py` knows.
 SERVERS = ("vllm", "llama.cpp")
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from minipeft.commands.arguments import SERVERS, count, positive, seed
+from minipeft.commands.arguments import GGUF_CHOICES, SERVERS, count, positive, seed
 from minipeft.commands.bench import add_bench_arguments
 from minipeft.machine import version
 from minipeft.methods import METHODS
@@ -83,6 +83,7 @@ def check_not_empty(args: argparse.Namespace) -> None:
         "json",
         "runs",
         "other_text",
+        "base",
     ):
         if getattr(args, name, None) == "":
             flag = {"path": "path", "output_dir": "--output"}.get(name, "--" + name.replace("_", "-"))
@@ -130,7 +131,7 @@ def build_parser(arguments: Sequence[str] = ()) -> Parser:
     parser.add_argument("--debug", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND", required=True)
     for add in (
-        *(_add_demo, _add_data, _add_train, _add_eval, _add_generate, _add_merge, _add_inspect),
+        *(_add_demo, _add_data, _add_train, _add_eval, _add_export, _add_generate, _add_merge, _add_inspect),
         *(_add_compare, _add_bench, _add_kernels, _add_env),
     ):
         add(commands)
@@ -250,6 +251,22 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="directory for the merged model; must be new")
     parser.add_argument(
         "--requantize", action="store_true", help="keep a 4-bit base in 4 bits; rounding again loses small updates"
+    )
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "export",
+        "commands.export:export",
+        "write a model's folder, or a LoRA adapter's, as a GGUF file for llama.cpp",
+        "Of models of Llama, Mistral, Qwen 2 and 3. An adapter is merged first, or written alone for --lora.",
+    )
+    parser.add_argument("path", help="the folder of a model (such as a merged one), or of an adapter")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the file to write, which must not exist")
+    parser.add_argument("--base", metavar="DIR", help="of an adapter, its base model (default: the one it names)")
+    parser.add_argument(
+        "--type", choices=GGUF_CHOICES, default="auto", help="of the matrices (default: auto, as they are stored)"
     )
 
 

@@ -1,6 +1,5 @@
 """The command line, from its arguments to the files it leaves and the sentences it refuses with."""
 
-import contextlib
 import io
 import json
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import ok, refused, run
 from processes import run_process
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -32,29 +32,6 @@ from minipeft.train.run import hold_run
 
 RECORDS = [{"prompt": f"{word}?", "completion": f" {word[::-1]}"} for word in ("abc", "cab", "bca", "acb") * 4]
 QUICK = ["--max-steps", "6", "--lr", "0.02", "--batch-size", "4", "--method-args", "{r: 4, lora_alpha: 8}"]
-
-
-def run(*argv):
-    """Exit code, standard output and standard error of one command."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(part) for part in argv])
-    return code, out.getvalue(), err.getvalue()
-
-
-def ok(*argv):
-    """Standard output of a command that must succeed."""
-    code, out, err = run(*argv)
-    assert code == 0, err
-    return out
-
-
-def refused(*argv):
-    """The sentence of a command that must be refused: one line, no traceback, exit code 2."""
-    code, _, err = run(*argv)
-    assert code == 2
-    assert err.startswith("minipeft: error: ") and err.count("\n") == 1, err
-    return err.removeprefix("minipeft: error: ").strip()
 
 
 def tree(folder):

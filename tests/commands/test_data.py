@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import QUICK, ok, refused
+from command_line import ok, refused
+from test_cli import QUICK
 from tiny_folder import save_model, write_jsonl
 
 from minipeft.commands.cli import main

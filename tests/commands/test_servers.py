@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import ok, refused
 from safetensors.torch import load_file
-from test_cli import ok, refused
 from tiny import tiny_gpt2, tiny_llama
 
 from minipeft import LoraConfig, PrefixTuningConfig, get_peft_model

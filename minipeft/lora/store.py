@@ -91,7 +91,7 @@ class AdapterStore(LoraCalls):
         """The live A (r, in_features) and B (out_features, r) of `adapter`."""
         # Read from the dictionaries, since nn.Module searches three of them for an attribute, at every token.
         held: Any = self._modules
-        return held["lora_A"][adapter].weight, held["lora_B"][adapter].weight
+        return held["lora_A"]._modules[adapter].weight, held["lora_B"]._modules[adapter].weight
 
     def is_watched(self, adapter: str) -> bool:
         """True if A's or B's module has hooks, which run where the module is called: per-sample gradients use them.
@@ -101,8 +101,8 @@ class AdapterStore(LoraCalls):
         held: Any = self._modules
         for name in ("lora_A", "lora_B"):
             factors = held.get(name)
-            factor = factors[adapter] if factors is not None and adapter in factors else None
-            if not isinstance(factor, nn.Linear) or factor.bias is not None:
+            factor = None if factors is None else factors._modules.get(adapter)
+            if not isinstance(factor, nn.Linear) or factor._parameters.get("bias") is not None:
                 return False
             if factor._forward_hooks or factor._forward_pre_hooks:
                 return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..arithmetic import arithmetic_dtype, dense_product
+from ..arithmetic import arithmetic_dtype, cast, dense_product
 from .low_rank import LowRank
 
 
@@ -24,14 +24,14 @@ def forward(
     if weight is None:
         assert update is not None and bias is None
         low, up = update
-        return dense_product(low, up.to(low.dtype))
+        return dense_product(low, cast(up, low.dtype))
     y = _base_product(rows, weight)
     if bias is not None:
-        y.add_(bias.to(y.dtype))
+        y.add_(cast(bias, y.dtype))
     if update is None:
         return y
     low, up = update
-    return _add_product(y, low, up.to(low.dtype).T)
+    return _add_product(y, low, cast(up, low.dtype).T)
 
 
 def input_gradient(rows: Tensor, weight: Tensor | None, update: LowRank | None, compute_dtype: torch.dtype) -> Tensor:
@@ -39,18 +39,18 @@ def input_gradient(rows: Tensor, weight: Tensor | None, update: LowRank | None, 
     if weight is None:
         assert update is not None
         low, up = update
-        return dense_product(low, up.to(low.dtype).T)
+        return dense_product(low, cast(up, low.dtype).T)
     dx = _base_product(rows, weight.T)
     if update is None:
         return dx
     low, up = update
-    return _add_product(dx, low, up.to(low.dtype))
+    return _add_product(dx, low, cast(up, low.dtype))
 
 
 def _base_product(rows: Tensor, weight: Tensor) -> Tensor:
     """rows W^T, computed and given in the dtype of the arithmetic."""
     dtype = arithmetic_dtype(rows.dtype, rows.device)
-    return dense_product(rows.to(dtype), weight.to(dtype))
+    return dense_product(cast(rows, dtype), cast(weight, dtype))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

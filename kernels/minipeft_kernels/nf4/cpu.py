@@ -43,16 +43,18 @@ def as_numbers(weight: NF4) -> tuple[list[Tensor], list[int]]:
     counts, dtypes = needed_of(weight)
     kept: list[Tensor] = []
     numbers: list[int] = []
-    for name, tensor, count, dtype in zip(NF4._fields, tensors, counts, dtypes):  # noqa: B905, the shortest decides
-        if tensor is None or tensor.dtype != dtype or tensor.numel() < count or not tensor.is_cpu:
-            raise misfit(name, tensor, count, dtype, torch.device("cpu"))
+    # This runs at every token and layer: a look more at each of six tensors is a microsecond.
+    for tensor, count, dtype in zip(tensors, counts, dtypes):  # noqa: B905, the shortest decides
+        if tensor is None or tensor.dtype is not dtype or tensor.numel() < count or not tensor.is_cpu:
+            raise misfit(NF4._fields[len(kept)], tensor, count, dtype, torch.device("cpu"))
         if not tensor.is_contiguous():
             tensor = tensor.contiguous()
         kept.append(tensor)
-        address = tensor.data_ptr()
-        numbers.append(address)
-        if not address and count:
-            raise ValueError(f"{name} of the NF4 weight has no memory: its storage was freed")
+        numbers.append(tensor.data_ptr())
+    if 0 in numbers:  # of a tensor without elements, too
+        for name, address, count in zip(NF4._fields, numbers, counts):  # noqa: B905, the shortest decides
+            if not address and count:
+                raise ValueError(f"{name} of the NF4 weight has no memory: its storage was freed")
     if weight.nested_absmax is None:
         numbers += (0, 0, 0)
     numbers += (rows, columns, blocksize, nested_blocksize)

@@ -1,0 +1,94 @@
+"""The command: stages one after the other, each in a process and a box of time; the summary last."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.first_contact.record import Contact, append, read_rows
+
+# Seconds that each stage may take, and in which call it runs.
+BOXES = {"machine": 25, "checks": 60, "products": 100, "host": 30, "suite": 100, "sweep": 150, "step": 120, "optimizers": 60}
+PHASES = {
+    "smoke": ("machine", "suite", "checks", "products", "host"),
+    "main": ("step", "sweep", "optimizers"),
+}
+SPARED = 8.0  # seconds before the deadline that no stage gets
+
+
+def main(argv: list[str]) -> int:
+    """0 when all stages ended well and nothing was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.first_contact", description=__doc__)
+    parser.add_argument("phase", choices=tuple(PHASES))
+    parser.add_argument("--only", action="append", choices=tuple(BOXES), help="this stage alone (may be repeated)")
+    parser.add_argument("--deadline", type=float, default=400.0, metavar="S", help="seconds for everything")
+    parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT", "first_contact")), metavar="DIR")
+    parser.add_argument("--pretend", action="store_true", help="on a CPU, tiny sizes: shows that all runs")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.stage:
+        contact = Contact(args.output, args.stage, args.pretend)
+        importlib.import_module(f"benchmarks.first_contact.{args.stage}").run(contact)
+        return 0
+    started = time.monotonic()
+    for stage in args.only or PHASES[args.phase]:
+        left = args.deadline - (time.monotonic() - started) - SPARED
+        if left < 5:
+            append(args.output, {"stage": stage, "ended": "not begun: no time left"})
+            continue
+        _stage(stage, min(BOXES[stage], left), args)
+    return _summary(args.output)
+
+
+def _stage(stage: str, seconds: float, args: argparse.Namespace) -> None:
+    words = [sys.executable, "-m", "benchmarks.first_contact", args.phase, "--stage", stage]
+    words += ["--output", str(args.output), *(["--pretend"] if args.pretend else [])]
+    environment = {**os.environ, "SWEEP_SECONDS": str(seconds - 10)}
+    if args.pretend:
+        environment |= {"MINIPEFT_BACKEND": "ptx", "MINIPEFT_PTX_TARGET": "sm_90", "TRITON_INTERPRET": "0"}
+    start = time.monotonic()
+    log = args.output / "stderr.txt"
+    with log.open("a") as errors:
+        process = subprocess.Popen(words, stderr=errors, env=environment, start_new_session=True)
+        try:
+            code: int | str = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = f"killed after its {seconds:.0f} s"
+    row = {"stage": stage, "ended": code, "seconds": round(time.monotonic() - start, 1)}
+    if code != 0:
+        row["errors"] = log.read_text()[-1500:]
+    append(args.output, row)
+
+
+def _summary(folder: Path) -> int:
+    """The table, short enough for a terminal's last page; 1 if anything was wrong."""
+    rows = read_rows(folder)
+    wrong = [r for r in rows if r.get("right") is False or "failed" in r or r.get("ended", 0) != 0]
+    by: dict[tuple, dict] = {}
+    for r in rows:
+        if r["stage"] == "products" and "us" in r:
+            by.setdefault((r["what"], tuple(r["shape"]), r["rows"]), {})[r["who"]] = r["us"]
+    print("\nmicroseconds: minipeft | bitsandbytes | torch bf16 | torch int4")
+    for (what, shape, m), us in by.items():
+        cells = " | ".join(f"{us[n]:9.2f}" if n in us else "        -" for n in ("minipeft", "bitsandbytes", "torch bf16", "torch int4"))
+        print(f"{what[:14]:14} {shape[0]:5}x{shape[1]:<5} M={m:<5} {cells}")
+    for r in rows:
+        if r["stage"] in ("host", "step", "optimizers") and "us" in r:
+            print(f"{r['stage']}: {r['what']}: {r['us']:.1f} us")
+    print(f"{len(rows)} rows; wrong or failed: {len(wrong)}")
+    for r in wrong[:20]:
+        print({k: (str(v)[:300]) for k, v in r.items()})
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -14,10 +14,20 @@ from pathlib import Path
 from benchmarks.first_contact.record import Contact, append, read_rows
 
 # Seconds that each stage may take, and in which call it runs.
-BOXES = {"machine": 25, "checks": 60, "products": 100, "host": 30, "suite": 100, "sweep": 150, "step": 120, "optimizers": 60}
+BOXES = {
+    "machine": 25,
+    "checks": 60,
+    "products": 100,
+    "host": 30,
+    "suite": 100,
+    "sweep": 150,
+    "step": 120,
+    "optimizers": 60,
+    "counters": 60,
+}
 PHASES = {
     "smoke": ("machine", "suite", "checks", "products", "host"),
-    "main": ("step", "sweep", "optimizers"),
+    "main": ("step", "optimizers", "counters", "sweep"),
 }
 SPARED = 8.0  # seconds before the deadline that no stage gets
 
@@ -79,7 +89,10 @@ def _summary(folder: Path) -> int:
             by.setdefault((r["what"], tuple(r["shape"]), r["rows"]), {})[r["who"]] = r["us"]
     print("\nmicroseconds: minipeft | bitsandbytes | torch bf16 | torch int4")
     for (what, shape, m), us in by.items():
-        cells = " | ".join(f"{us[n]:9.2f}" if n in us else "        -" for n in ("minipeft", "bitsandbytes", "torch bf16", "torch int4"))
+        cells = " | ".join(
+            f"{us[n]:9.2f}" if n in us else "        -"
+            for n in ("minipeft", "bitsandbytes", "torch bf16", "torch int4")
+        )
         print(f"{what[:14]:14} {shape[0]:5}x{shape[1]:<5} M={m:<5} {cells}")
     for r in rows:
         if r["stage"] in ("host", "step", "optimizers") and "us" in r:

@@ -33,6 +33,8 @@ def run(contact: Contact) -> None:
     source, target = torch.rand(nbytes // 4, device=device), torch.empty(nbytes // 4, device=device)
     a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
     tiny = torch.zeros(1, device=device)
+    for _ in range(0 if contact.pretend else 300):  # until the clocks are up
+        a @ b.T
     us = {
         name: timed({name: [call] * times}, rounds=5)[name]["us"]
         for name, call, times in (
@@ -47,6 +49,9 @@ def run(contact: Contact) -> None:
     if contact.pretend:
         return
     pinned, resident = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), source.view(torch.uint8)
-    for what, call in (("to device", lambda: resident.copy_(pinned, non_blocking=True)), ("to host", lambda: pinned.copy_(resident, non_blocking=True))):
+    for what, call in (
+        ("to device", lambda: resident.copy_(pinned, non_blocking=True)),
+        ("to host", lambda: pinned.copy_(resident, non_blocking=True)),
+    ):
         us["copy"] = 1e6 * Graph([call]).seconds()
         contact.row(what=f"pinned {what}", us=us["copy"], gb_per_s=nbytes / us["copy"] / 1e3)

@@ -16,7 +16,19 @@ TESTS = ROOT / "tests" / "kernels" / "test_on_gpu.py"
 def run(contact: Contact) -> None:
     """One row: how many passed, and the names of those that failed."""
     # Warnings of versions that the project does not know must not fail a test.
-    words = [sys.executable, "-m", "pytest", "-o", "addopts=", "-o", "filterwarnings=", "-q", "-rf", "-p", "no:cacheprovider"]
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "-o",
+        "filterwarnings=",
+        "-q",
+        "-rf",
+        "-p",
+        "no:cacheprovider",
+    ]
     words += [*([] if contact.pretend else ["-n", "14", "--dist", "worksteal"]), str(TESTS)]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     environment.pop("MINIPEFT_BACKEND", None)

@@ -93,8 +93,8 @@ def matmul_kernel(
     blocksize: int = BLOCKSIZE,
     experts: int = 0,
 ) -> Kernel:
-    """One product in one tile, for a weight whose shape the tile divides, four programs to a tile."""
-    constants: dict[str, Any] = dict(constants_of(tile, TYPICAL_N, TYPICAL_K // CHUNK, blocksize, 4, grad))
+    """One product in one tile, for a weight whose shape the tile divides."""
+    constants: dict[str, Any] = dict(constants_of(tile, TYPICAL_N, TYPICAL_K // CHUNK, blocksize, grad))
     constants |= {"RT": RANK_TILE if rank else 0, "DOUBLE": double, "HAS_BIAS": False}
     constants |= {"PRMT": dtype != "fp32", "UPCAST": False, "EXPERTS": next_power_of_2(experts + 1) if experts else 0}
     floats = ("levels", "nested_absmax", "nested_map", "offset", "low", "up", "workspace")

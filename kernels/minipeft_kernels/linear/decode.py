@@ -16,7 +16,7 @@ import triton.language as tl
 from ..rounding_triton import _round_to
 
 # Arguments of the products that must not choose the compiled kernel.
-UNSPECIALIZED = ("M", "rank", "experts", "up_expert", "up_row", "up_rank")
+UNSPECIALIZED = ("M", "rank", "experts", "up_expert", "up_row", "up_rank", "split")
 # A selector nibble of prmt is three bits of a byte's index and a mode bit that must be zero.
 INDEX_MASK = 0x77777777
 # The bit that is left over chooses between the two half-tables: byte j of the first, or byte 4 + j, the second's.
@@ -250,31 +250,37 @@ def _add_low_rank(
 
 
 @triton.jit
-def _store_or_reduce(acc, out, mask, workspace, counters, tile, part, SPLIT: tl.constexpr):
-    """Write a tile, or its partial sum; the last of SPLIT programs to arrive adds the parts up, always in one order.
+def _store_or_reduce(acc, out, mask, workspace, counters, tile, part, split):
+    """Write a tile, or its partial sum; the last of `split` programs to arrive adds the parts up, always in one order.
 
     Args:
         acc: (R, C) float32. out: (R, C) pointers, with the mask of those to write.
-        workspace: float32 (tiles, SPLIT, R * C). counters: int32 (tiles,), zero before and after.
+        workspace: float32 (tiles, split, R * C). counters: int32 (tiles,), zero before and after.
         tile, part: of this program.
     """
     dtype = out.dtype.element_ty
-    if SPLIT == 1:
+    if split == 1:
         tl.store(out, _round_to(acc, dtype), mask=mask)
     else:
         R: tl.constexpr = acc.shape[0]
         C: tl.constexpr = acc.shape[1]
-        place = (
-            workspace + tile.to(tl.int64) * (SPLIT * R * C) + tl.arange(0, R)[:, None] * C + tl.arange(0, C)[None, :]
-        )
+        # Parts read at a time, so that their loads wait together: as many as registers hold.
+        GROUP: tl.constexpr = 8 if R * C <= 1024 else 4 if R * C <= 4096 else 1
+        r = tl.arange(0, R)[:, None]
+        c = tl.arange(0, C)[None, :]
+        # Of few columns most may have no row of x: the sums of a column lie together, and those masked are not moved.
+        place = workspace + tile.to(tl.int64) * (split * R * C) + (c * R + r if C <= 8 else r * C + c)
         # .cg: through the second-level cache, which all multiprocessors share.
-        tl.store(place + part * (R * C), acc, cache_modifier=".cg")
+        tl.store(place + part * (R * C), acc, mask=mask, cache_modifier=".cg")
         # All stores of this program happen before its arrival is counted.
         tl.debug_barrier()
         arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")
-        if arrived == SPLIT - 1:
+        if arrived == split - 1:
             total = tl.zeros([R, C], tl.float32)
-            for i in range(SPLIT):
-                total += tl.load(place + i * (R * C), cache_modifier=".cg")
+            for first in range(0, split, GROUP):
+                for i in tl.static_range(GROUP):
+                    at = first + i
+                    there = mask & (r < tl.where(at < split, R, 0))
+                    total += tl.load(place + at * (R * C), mask=there, other=0.0, cache_modifier=".cg")
             tl.store(out, _round_to(total, dtype), mask=mask)
             tl.store(counters + tile, 0)

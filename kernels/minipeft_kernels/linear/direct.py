@@ -98,12 +98,12 @@ def _nf4_matmul_direct_kernel(
     up_expert,
     up_row,
     up_rank,
+    split,
     BM: tl.constexpr,
     BN: tl.constexpr,
     CHUNK: tl.constexpr,
     SHIFT: tl.constexpr,
     NB: tl.constexpr,
-    SPLIT: tl.constexpr,
     RT: tl.constexpr,
     DOUBLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -124,7 +124,7 @@ def _nf4_matmul_direct_kernel(
     A scale belongs to one row and one chunk, so it multiplies the chunk's partial product, BM values a row, instead of
     its CHUNK weights: BM / CHUNK operations a weight, and the weight is the level itself rounded to 16 bits.
     Bytes: N K / 2 + N K / blocksize once, x once per column of tiles, y. Operations: 2 M N K.
-    SPLIT programs share a tile's K. EVEN: row_chunks divides by NB.
+    `split` programs share a tile's K. EVEN: row_chunks divides by NB.
     EXPERTS above 0: x has the rows of many experts, sorted, and W, up and the scales one matrix an expert; a tile of
     rows is one expert's (`_rows_of_tile`), and the rows of nobody become zeros.
     """
@@ -160,7 +160,7 @@ def _nf4_matmul_direct_kernel(
         ranks = tl.where(part == 0, rank, 0)
         acc = _add_low_rank(acc, up, n.to(tl.int64) * up_row, up_rank, low, m, in_n, in_m, ranks, dtype, RT, UPCAST)
 
-    share = tl.cdiv(tl.cdiv(row_chunks, NB), SPLIT) * NB
+    share = tl.cdiv(tl.cdiv(row_chunks, NB), split) * NB
     first = part * share
     last = tl.minimum(first + share, depth)
     q_at = codes + n[:, None].to(tl.int64) * (row_chunks * (CHUNK // 2)) + first * (CHUNK // 2)
@@ -195,4 +195,4 @@ def _nf4_matmul_direct_kernel(
         x_at += NB * CHUNK
 
     out = y + m[None, :].to(tl.int64) * N + n[:, None]
-    _store_or_reduce(acc, out, in_n[:, None] & in_m[None, :], workspace, counters, tile, part, SPLIT)
+    _store_or_reduce(acc, out, in_n[:, None] & in_m[None, :], workspace, counters, tile, part, split)

@@ -185,7 +185,7 @@ def launch(
     pitch, strides = x.stride(0), up.stride()
     numbers = (
         *(m, weight.rows, plan.chunks, pitch, low.shape[1]),
-        *(experts, strides[0] if experts else 0, strides[-2], strides[-1]),
+        *(experts, strides[0] if experts else 0, strides[-2], strides[-1], plan.split),
     )
     # Beside these Triton looks at the dtypes, rows and columns of the weight, which go with the plan.
     key = (bias.dtype, low.dtype, up.dtype, pitch % ALIGNMENT == 0, pitch == 1)
@@ -256,7 +256,7 @@ def _planned(
     row_tiles = parts + (m - parts) // tile.rows
     tiles, steps = grid_of(tile, row_tiles, n, chunks, grad)
     split = split_for(tiles, steps, each, depth, tile.warps, multiprocessors)
-    constants = constants_of(tile, n, chunks, blocksize, split, grad)
+    constants = constants_of(tile, n, chunks, blocksize, grad)
     constants.update(
         RT=RANK_TILE if has_update else 0,
         DOUBLE=double,
@@ -295,16 +295,13 @@ def grid_of(tile: Tile, row_tiles: int, out_features: int, chunks: int, grad: bo
     return columns * row_tiles, steps
 
 
-def constants_of(
-    tile: Tile, out_features: int, chunks: int, blocksize: int, split: int, grad: bool
-) -> dict[str, int | bool]:
+def constants_of(tile: Tile, out_features: int, chunks: int, blocksize: int, grad: bool) -> dict[str, int | bool]:
     """The constants that a tile's kernel is compiled with, except for those of the operands."""
     constants: dict[str, int | bool] = {
         "BM": tile.rows,
         "BN": tile.bn,
         "CHUNK": CHUNK,
         "SHIFT": (blocksize // CHUNK).bit_length() - 1,
-        "SPLIT": split,
     }
     if tile.kernel == "direct":
         return constants | {"NB": tile.nb, "EVEN": chunks % tile.nb == 0}

@@ -71,11 +71,11 @@ def _nf4_matmul_staged_kernel(
     up_expert,
     up_row,
     up_rank,
+    split,
     BM: tl.constexpr,
     BN: tl.constexpr,
     CHUNK: tl.constexpr,
     SHIFT: tl.constexpr,
-    SPLIT: tl.constexpr,
     RT: tl.constexpr,
     DOUBLE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -131,7 +131,7 @@ def _nf4_matmul_staged_kernel(
     m = first_row + tl.arange(0, BM)
     in_m = m < M
     if GRAD:
-        share = tl.cdiv(tl.cdiv(N, BN), SPLIT) * BN
+        share = tl.cdiv(tl.cdiv(N, BN), split) * BN
         first = part * share
         last = tl.minimum(first + share, depth)
         row = first + tl.arange(0, BN)
@@ -141,7 +141,7 @@ def _nf4_matmul_staged_kernel(
         width = row_chunks * CHUNK
         walked = first + tl.arange(0, BN)
     else:
-        share = tl.cdiv(row_chunks, SPLIT)
+        share = tl.cdiv(row_chunks, split)
         first = part * share
         last = tl.minimum(first + share, depth)
         row = column * BN + tl.arange(0, BN)
@@ -221,4 +221,4 @@ def _nf4_matmul_staged_kernel(
         x_at += BN if GRAD else CHUNK
 
     out = y + m[None, :].to(tl.int64) * width + o[:, None]
-    _store_or_reduce(acc, out, in_o[:, None] & in_m[None, :], workspace, counters, tile, part, SPLIT)
+    _store_or_reduce(acc, out, in_o[:, None] & in_m[None, :], workspace, counters, tile, part, split)

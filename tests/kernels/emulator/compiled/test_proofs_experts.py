@@ -79,4 +79,4 @@ def test_one_token_of_a_file_that_is_not_doubly_quantized(target: str, grad: boo
     """Whole tiles, programs that share them, and blocks larger than a step of the loop."""
     sizes = (1024, 128) if grad else (64, 1024)
     launched = prove(target, [0, 1, 1], sizes, torch.bfloat16, grad, 0, double=False, blocksize=128)
-    assert launched.constants["SPLIT"] > 1 and launched.constants["EVEN"]
+    assert launched.grid[1] > 1 and launched.constants["EVEN"]

@@ -20,9 +20,9 @@ BOXES = {
     "products": 100,
     "host": 30,
     "suite": 100,
-    "sweep": 150,
+    "sweep": 105,
     "step": 120,
-    "optimizers": 60,
+    "optimizers": 35,
     "counters": 60,
 }
 PHASES = {

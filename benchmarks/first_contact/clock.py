@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -63,10 +62,16 @@ class Graph:
             for call in self.calls[:2]:
                 call()
         torch.cuda.synchronize()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream()):
-            for call in self.calls:
-                call()
+        # Not by torch.cuda.graph, which collects garbage and empties the allocator's cache before each capture.
+        graph = torch.cuda.CUDAGraph()
+        with on_stream():
+            graph.capture_begin()
+            try:
+                for call in self.calls:
+                    call()
+            finally:
+                graph.capture_end()
+        self._graph = graph
 
     def seconds(self) -> float:
         """Of one call, the mean of a replay (or of enough replays to be timed well)."""
@@ -125,5 +130,4 @@ def timed(calls: dict[str, Sequence[Call]], rounds: int = ROUNDS) -> dict[str, d
             results[name]["ratio"] = median(a / b for a, b in zip(ours, seconds, strict=True))
     for graph in graphs.values():
         graph.free()
-    gc.collect()
     return results

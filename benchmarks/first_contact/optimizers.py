@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.first_contact.clock import timed
 from benchmarks.first_contact.record import Contact
 from benchmarks.peers import BITSANDBYTES, Peers
 from minipeft.kernels import adamw_, adamw_8bit_
@@ -19,6 +18,7 @@ ADAPTERS = [(16, 4096), (4096, 16), (16, 4096), (1024, 16), (16, 4096), (14336, 
 LARGE = [(1 << 26,)]
 PAGED = 1 << 28  # parameters, whose state is 2 GiB
 STEPS = 4
+CLOCK = 2e9  # the most that a multiprocessor counts in a second
 
 
 def run(contact: Contact) -> None:
@@ -50,10 +50,8 @@ def _update(contact: Contact, what: str, shapes: list[tuple[int, ...]]) -> None:
         except Exception as error:
             contact.row(what=f"{what}, {name}", failed=f"{type(error).__name__}: {error}"[:300])
             continue
-        found = timed({name: [call]}, rounds=5).get(name, {})
-        gpu = found.get("us")
-        rate = {"gpu_gb_per_s": nbytes * numel / gpu / 1e3} if gpu else {}
-        contact.row(what=f"{what}, {name}", us=1e6 * wall, gpu_us=gpu, why=found.get("failed"), **rate)
+        gpu = 1e6 * _on_gpu(contact, call, wall)
+        contact.row(what=f"{what}, {name}", us=1e6 * wall, gpu_us=gpu, gpu_gb_per_s=nbytes * numel / gpu / 1e3)
 
 
 def _peers(contact: Contact) -> dict[str, Callable[[Any], Any]]:
@@ -74,6 +72,23 @@ def _wall(contact: Contact, call: Callable[[], Any]) -> float:
         call()
     _wait(contact)
     return (time.perf_counter() - start) / STEPS
+
+
+def _on_gpu(contact: Contact, call: Callable[[], Any], wall: float) -> float:
+    """Seconds of the GPU's work: it waits until Python has queued all of a call, for half as long again as it takes."""
+    if contact.pretend:
+        return wall
+    times = []
+    for _ in range(5):
+        _wait(contact)
+        torch.cuda._sleep(int(1.5 * wall * CLOCK) + 100_000)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return min(times)
 
 
 def _wait(contact: Contact) -> None:

@@ -184,6 +184,12 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+def has_permutes(device: torch.device) -> bool:
+    """True if kernels on `device` may permute bytes in inline assembly: compiled, for NVIDIA hardware."""
+    nvidia = (device.type == "cuda" and torch.version.hip is None) or emulating(device)
+    return nvidia and not interpreting()
+
+
 def capability(device: torch.device) -> int:
     """The compute capability of an NVIDIA GPU, 90 for 9.0; 80 for other GPUs, which are in no table."""
     return int(emulated_target().removeprefix("sm_")) if emulating(device) else _capability(device)

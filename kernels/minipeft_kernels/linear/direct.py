@@ -9,18 +9,16 @@ x, so that one row of x costs half of what it would on the other side.
 import triton
 import triton.language as tl
 
+from ..nf4.permutes_triton import _byte_planes, _pairs_from_bytes, _unpack_pairs
 from ..rounding_triton import _round_to
 from .decode import (
     UNSPECIALIZED,
     _add_low_rank,
     _block_scales,
-    _byte_planes,
     _dot,
-    _pairs_from_bytes,
     _portable_levels,
     _rows_of_tile,
     _store_or_reduce,
-    _unpack_pairs,
 )
 
 

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from ..arithmetic import cast
-from ..dispatch import capability, emulating, interpreting, multiprocessors, on_device
+from ..dispatch import capability, has_permutes, interpreting, multiprocessors, on_device
 from ..experts.stack import NF4Stack, check_stack_for_kernel
 from ..nf4.checks import check_for_kernel
 from ..nf4.dequantize_triton import dequantize_into
@@ -282,8 +282,7 @@ def _pointers(weight: NF4 | NF4Stack) -> list[Tensor]:
 
 def can_permute(x: Tensor) -> bool:
     """True if levels are decoded by byte permutes: 16-bit products on NVIDIA hardware."""
-    nvidia = (x.is_cuda and torch.version.hip is None) or emulating(x.device)
-    return nvidia and x.element_size() == 2 and not interpreting()
+    return x.element_size() == 2 and has_permutes(x.device)
 
 
 def grid_of(tile: Tile, row_tiles: int, out_features: int, chunks: int, grad: bool) -> tuple[int, int]:

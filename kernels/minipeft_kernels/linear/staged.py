@@ -8,19 +8,17 @@ Computed transposed, like the kernel for few rows (`nf4_matmul_direct`), with W'
 import triton
 import triton.language as tl
 
+from ..nf4.permutes_triton import _byte_planes, _pairs_from_words, _unpack_pairs
 from ..rounding_triton import _round_to
 from .decode import (
     UNSPECIALIZED,
     _add_low_rank,
     _block_scales,
-    _byte_planes,
     _dot,
-    _pairs_from_words,
     _portable_levels,
     _rows_of_tile,
     _scale_pairs,
     _store_or_reduce,
-    _unpack_pairs,
 )
 
 

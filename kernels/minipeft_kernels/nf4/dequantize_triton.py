@@ -6,20 +6,28 @@ scale is decoded by the threads that use it: one byte, one table entry, one nest
 # Device code has no Python types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import on_device
+from ..dispatch import has_permutes, on_device
 from ..packed import NF4
 from ..rounding_triton import _round_to
 from .checks import check_for_kernel
+from .permutes_triton import _pairs_from_words, _scaled_planes
 
 # Bytes a program writes: 16 a thread at 4 warps, in one access, neighbouring threads neighbouring bytes. (With more,
 # the values would go through shared memory to be stored in this order.) Of a 16-bit dtype that is 1024 weights.
 TILE_BYTES = 2048
 NUM_WARPS = 4
+
+# By byte permutes: weights that a thread takes at a time (16 bytes of codes), threads of a program, times it does so.
+COLUMNS = 32
+ROWS = 128
+TURNS = 2
 
 _DTYPES = {
     torch.float32: tl.float32,
@@ -75,6 +83,52 @@ def _nf4_dequantize_kernel(
     tl.store(out + place, _round_to(value, DTYPE), mask=place < n)
 
 
+@triton.jit
+def _nf4_dequantize_pairs_kernel(
+    out,
+    codes,
+    absmax,
+    levels,
+    nested_absmax,
+    nested_map,
+    offset,
+    n_rows,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    BF16: tl.constexpr,
+    COLS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TURNS: tl.constexpr,
+):
+    """The same numbers in 16 bits, on NVIDIA hardware; a thread takes a row, COLS weights of one block.
+
+    A block has one scale, so each of its weights is one of sixteen numbers, level * scale rounded: they are made first,
+    and the packed codes pick among them by byte permutes, in place of a look-up, a product and a rounding a weight.
+
+        codes          [ 8 weights | 8 weights | ... ]   int32, COLS/8 words a row
+        out            [ w0 w1 | w2 w3 | ... ]           int32, two weights each, COLS/2 a row
+
+    The rest is as in `_nf4_dequantize_kernel`. A program takes TURNS times ROWS rows.
+    """
+    shift = 0.0
+    if DOUBLE:
+        shift = tl.load(offset)
+    for turn in tl.static_range(TURNS):
+        row = (tl.program_id(0).to(tl.int64) * TURNS + turn) * ROWS + tl.arange(0, ROWS)
+        inside = row < n_rows
+        block = row // (BLOCK // COLS)
+        scale = tl.load(absmax + block, mask=inside, other=0)
+        if DOUBLE:
+            nested = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
+            scale = tl.load(nested_map + scale.to(tl.int32)) * nested + shift
+        word = row[:, None] * (COLS // 8) + tl.arange(0, COLS // 8)[None, :]
+        packed = tl.load(codes + word, mask=inside[:, None], other=0)
+        pairs = _pairs_from_words(packed, _scaled_planes(levels, scale[:, None], BF16))
+        place = row[:, None] * (COLS // 2) + tl.arange(0, COLS // 2)[None, :]
+        tl.store(out + place, pairs, mask=inside[:, None])
+
+
 def dequantize_into(out: Tensor, weight: NF4) -> Tensor:
     """Launch the decoding into contiguous `out`, of any shape and the weight's size, and return it."""
     n = out.numel()
@@ -82,23 +136,28 @@ def dequantize_into(out: Tensor, weight: NF4) -> Tensor:
         return out
     assert out.is_contiguous()
     check_for_kernel(weight, out.device)
-    tile = TILE_BYTES // out.element_size()
-    columns = min(weight.blocksize, tile)
-    constants = {
-        "BLOCK": weight.blocksize,
-        "NESTED": weight.nested_blocksize,
-        "DOUBLE": weight.nested_absmax is not None,
-        "DTYPE": _DTYPES[out.dtype],
-        "ROWS": tile // columns,
-        "COLS": columns,
-    }
     # Without double quantization the nested tensors are not read; the kernel must be given some pointers all the same.
-    tensors = (weight.quant_map.contiguous() if t is None else t.contiguous() for t in weight.tensors())
+    codes, *others = (weight.quant_map.contiguous() if t is None else t.contiguous() for t in weight.tensors())
+    double = weight.nested_absmax is not None
+    constants: dict[str, Any] = {"BLOCK": weight.blocksize, "NESTED": weight.nested_blocksize, "DOUBLE": double}
+    if takes_pairs(out, codes, weight.blocksize):
+        constants |= {"BF16": out.dtype == torch.bfloat16, "COLS": COLUMNS, "ROWS": ROWS, "TURNS": TURNS}
+        views = (out.view(-1).view(torch.int32), codes.view(-1).view(torch.int32))
+        grid = (-(-n // (COLUMNS * ROWS * TURNS)),)
+        kernel, arguments, warps = _nf4_dequantize_pairs_kernel, (*views, *others, n // COLUMNS), ROWS // 32
+    else:
+        tile = TILE_BYTES // out.element_size()
+        columns = min(weight.blocksize, tile)
+        constants |= {"DTYPE": _DTYPES[out.dtype], "ROWS": tile // columns, "COLS": columns}
+        grid = (-(-n // tile),)
+        kernel, arguments, warps = _nf4_dequantize_kernel, (out, codes, *others, n, (n + 1) // 2), NUM_WARPS
     with on_device(out):
-        _nf4_dequantize_kernel[(-(-n // tile),)](
-            *(out, *tensors, n, (n + 1) // 2),
-            **constants,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-        )
+        kernel[grid](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
     return out
+
+
+def takes_pairs(out: Tensor, codes: Tensor, blocksize: int) -> bool:
+    """True if decoding goes by byte permutes: 16 bits on NVIDIA hardware, whole rows, words at multiples of 4 bytes."""
+    if out.dtype not in (torch.bfloat16, torch.float16) or not has_permutes(out.device):
+        return False
+    return not (out.numel() % COLUMNS or blocksize % COLUMNS or codes.data_ptr() % 4 or out.data_ptr() % 4)

@@ -54,13 +54,28 @@ def test_scales_bit_by_bit(target: str, blocks: int) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("double", [True, False])
-@pytest.mark.parametrize("shape", [(32, 64), (7, 151)])
+@pytest.mark.parametrize("shape", [(32, 64), (7, 151), (150, 192)])
 def test_decoding_bit_by_bit(target: str, dtype: torch.dtype, double: bool, shape: tuple[int, int]) -> None:
     weight = Weight(*shape, 64, double)
     out = Guarded(*shape, dtype=dtype)
     with emulate(target):
         dequantize_into(out.out, weight.packed)
     assert torch.equal(out.check(), nf4_dequantize_reference(weight.packed, dtype))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_by_any_scale(target: str, dtype: torch.dtype) -> None:
+    """Zero, subnormal, overflowing, infinite and not a number; negative zeros keep their sign."""
+    packed = Weight(8, 64, 64, double=False).packed
+    scales = torch.tensor([0.0, -0.0, 1e-40, 3e38, 7e4, float("inf"), float("nan"), -1.0])
+    packed = packed._replace(absmax=scales)
+    ours = torch.empty(8, 64, dtype=dtype)
+    with emulate(target):
+        dequantize_into(ours, packed)
+    right = nf4_dequantize_reference(packed, dtype)
+    torch.testing.assert_close(ours, right, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(ours.signbit() & ~ours.isnan(), right.signbit() & ~right.isnan())
 
 
 def guarded(tensors: list[Tensor]) -> list[Guarded]:

@@ -5,23 +5,23 @@ import pytest
 import torch
 from inline_asm import run
 
-from minipeft_kernels.linear import decode
+from minipeft_kernels.nf4 import permutes_triton as permutes
 from minipeft_kernels.nf4.codebooks import NF4_LEVELS
 
-TABLES = {torch.bfloat16: decode._TABLE_BF16, torch.float16: decode._TABLE_FP16}
+TABLES = {torch.bfloat16: permutes._TABLE_BF16, torch.float16: permutes._TABLE_FP16}
 
 
 def planes(levels: torch.Tensor, dtype: torch.dtype, count: int) -> list[np.ndarray]:
     """The ten words of `prmt_assembly`, made by the kernels' own assembly, each `count` times."""
     bits = levels.numpy().view(np.uint32)
     words = [run(TABLES[dtype].value, 2, [np.full(count, b) for b in bits[i : i + 4]]) for i in range(0, 16, 4)]
-    factors = run(decode._SHIFT_FACTORS.value, 2, [np.full(count, bits[0])])
+    factors = run(permutes._SHIFT_FACTORS.value, 2, [np.full(count, bits[0])])
     return [low for low, _ in words] + [high for _, high in words] + factors
 
 
 def decoded(words: np.ndarray, levels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint32 words of four packed bytes -> (words, 8) levels."""
-    pairs = run(decode.prmt_assembly(stride=1), 4, [words, *planes(levels, dtype, len(words))])
+    pairs = run(permutes.prmt_assembly(stride=1), 4, [words, *planes(levels, dtype, len(words))])
     return torch.from_numpy(np.stack(pairs, 1).view(np.int16).copy()).view(dtype)
 
 
@@ -45,14 +45,14 @@ def test_every_byte_in_every_place_decodes_to_its_two_levels(dtype: torch.dtype,
 
 
 def test_the_factors_are_those_of_the_shifts() -> None:
-    by_16, by_31 = run(decode._SHIFT_FACTORS.value, 2, [np.zeros(1, np.uint32)])
+    by_16, by_31 = run(permutes._SHIFT_FACTORS.value, 2, [np.zeros(1, np.uint32)])
     assert by_16 == 1 << 16 and by_31 == 1 << 31
-    assert run(decode._LANE_ZERO.value, 1, [np.zeros(1, np.uint32)])[0] == 0
+    assert run(permutes._LANE_ZERO.value, 1, [np.zeros(1, np.uint32)])[0] == 0
 
 
 def test_the_two_forms_of_the_assembly_are_one() -> None:
     """Over bytes an argument is named four times, so operands lie four apart; nothing else differs."""
-    bytes_form, words_form = decode.prmt_assembly(stride=4), decode.prmt_assembly(stride=1)
+    bytes_form, words_form = permutes.prmt_assembly(stride=4), permutes.prmt_assembly(stride=1)
     for i in reversed(range(10)):
         bytes_form = bytes_form.replace(f"${5 + 4 * i},", f"#{i},").replace(f"${5 + 4 * i};", f"#{i};")
         words_form = words_form.replace(f"${5 + i},", f"#{i},").replace(f"${5 + i};", f"#{i};")

@@ -179,8 +179,8 @@ def _name(tile: Tile) -> str:
 
 def _dequantize(contact: Contact, shape: tuple[int, int], weights: Weights) -> None:
     times = []
-    for columns, rows, turns in itertools.product((32, 64), (64, 128, 256), (1, 2, 4)):
-        with patch.multiple(dequantize_triton, COLUMNS=columns, ROWS=rows, TURNS=turns):
-            times.append((1e6 * _time(lambda w: w.dequantize(torch.bfloat16), weights), columns, rows, turns))
-    lines = [f"{us:.2f} us: {c} columns, {r} rows, {t} turns" for us, c, r, t in sorted(times)]
+    for columns, rows in itertools.product((32, 64), (64, 128, 256)):
+        with patch.multiple(dequantize_triton, COLUMNS=columns, ROWS=rows):
+            times.append((1e6 * _time(lambda w: w.dequantize(torch.bfloat16), weights), columns, rows))
+    lines = [f"{us:.2f} us: {c} columns, {r} rows" for us, c, r in sorted(times)]
     contact.row(what="dequantize", shape=shape, best=lines)

@@ -55,8 +55,8 @@ class PagedAdamW(torch.optim.Optimizer):
         params, lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW. Parameters may be float32, bfloat16 or
             float16; the moments and the arithmetic are float32 for all of them.
         state_bits: 32, or 8: moments in blocks of 256 with 8 bits each (Dettmers et al. 2022).
-        page_bytes: size of a page, a multiple of 4096. None: 4 MiB, or an eighth of the smallest budget; 64 MiB
-            without a budget.
+        page_bytes: size of a page, a multiple of 4096. None: 4 MiB, on a CUDA device 32 MiB, or an eighth of
+            the smallest budget; 64 MiB without a budget.
         device_budget: bytes of state on the parameters' GPU at most. None: all of it may be there.
         host_budget: bytes of state in host memory at most. None: whatever is not on the device may be there.
         spill_dir: directory, on a disk, for what the budgets do not hold. Needed only then.
@@ -126,7 +126,9 @@ class PagedAdamW(torch.optim.Optimizer):
         self._lent: list[ParameterState] = []
         self._backward = BackwardSweep(self) if fuse_backward else None
         every = [p for group in self.param_groups for p in group["params"]]
-        self.pages = PagedState(state_bits, memory, [own_part(p).numel() for p in every if p.requires_grad], simulate)
+        own = [own_part(p) for p in every if p.requires_grad]
+        on_cuda = any(p.is_cuda for p in own)
+        self.pages = PagedState(state_bits, memory, [p.numel() for p in own], simulate, on_cuda)
         self._close = weakref.finalize(self, self.pages.close)
         try:
             self._reserve(p for p in every if p.requires_grad)

@@ -101,8 +101,9 @@ class MemoryTier(Tier):
 
     def grow(self, slots: int) -> None:
         if slots > self.slots:
-            block = self._allocate((slots - self.slots) * self.page_bytes)
-            self._views += block.split(self.page_bytes)
+            more = slots - self.slots
+            for pages in pinned_pieces(more, self.page_bytes) if self._pinned else [more]:
+                self._views += self._allocate(pages * self.page_bytes).split(self.page_bytes)
         super().grow(slots)
 
     def close(self) -> None:
@@ -121,6 +122,21 @@ class MemoryTier(Tier):
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         start = -whole.data_ptr() % HUGE_PAGE
         return whole[start : start + size]
+
+
+def pinned_pieces(pages: int, page_bytes: int) -> list[int]:
+    """So many pages in pieces that fill powers of two bytes: PyTorch takes such for any pinned memory, or the next.
+
+    In one piece, 33 GB of a budget would take 64 GB of the machine's memory.
+    """
+    pieces = []
+    while pages:
+        room = 1 << (page_bytes - 1).bit_length()
+        while 2 * room // page_bytes <= pages:
+            room *= 2
+        pieces.append(room // page_bytes)
+        pages -= pieces[-1]
+    return pieces
 
 
 class SimulatedDevice(MemoryTier):
@@ -175,7 +191,9 @@ class CudaDevice(MemoryTier):
         super().__init__(name, slots, page_bytes)
 
     def mark_used(self, slot: int) -> None:
-        event = self._used.setdefault(slot, torch.cuda.Event())
+        event = self._used.get(slot)
+        if event is None:
+            event = self._used[slot] = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
 
     def clear(self, slot: int) -> None:

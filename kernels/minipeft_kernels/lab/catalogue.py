@@ -21,8 +21,8 @@ from ..linear.direct import _nf4_matmul_direct_kernel
 from ..linear.gpu import NESTED_BLOCKSIZE, RANK_TILE, constants_of
 from ..linear.staged import _nf4_matmul_staged_kernel
 from ..linear.tiles import CHUNK, Tile, tile_for
+from ..nf4.dequantize_triton import COLUMNS, ROWS, TILE_BYTES, _nf4_dequantize_kernel, _nf4_dequantize_pairs_kernel
 from ..nf4.dequantize_triton import NUM_WARPS as DEQUANTIZE_WARPS
-from ..nf4.dequantize_triton import TILE_BYTES, _nf4_dequantize_kernel
 from ..nf4.quantize_triton import NESTED_ROWS, TILE, _nf4_quantize_kernel, _quantize_absmax_kernel
 from ..nf4.quantize_triton import NUM_WARPS as QUANTIZE_WARPS
 
@@ -138,18 +138,19 @@ def streaming_kernels(dtype: str = "bf16") -> list[Kernel]:
         {"NESTED": NESTED_BLOCKSIZE, "ROWS": NESTED_ROWS},
         *(QUANTIZE_WARPS, 3, exact, NESTED_BLOCKSIZE * NESTED_ROWS / (WARP * QUANTIZE_WARPS)),
     )
-    tile = TILE_BYTES // (4 if dtype == "fp32" else 2)
-    dequantize = Kernel(
-        f"dequantize {dtype}",
-        _nf4_dequantize_kernel,
-        dict.fromkeys(("levels", "nested_absmax", "nested_map", "offset"), "*fp32")
-        | {"out": f"*{dtype}", "codes": "*u8", "absmax": "*u8", "n": "i64", "n_bytes": "i64"},
-        {
-            **{"BLOCK": BLOCKSIZE, "NESTED": NESTED_BLOCKSIZE, "DOUBLE": True, "DTYPE": _DTYPES[dtype]},
-            **{"ROWS": tile // BLOCKSIZE, "COLS": BLOCKSIZE},
-        },
-        *(DEQUANTIZE_WARPS, 3, exact, tile / (WARP * DEQUANTIZE_WARPS)),
-    )
+    constants = {"BLOCK": BLOCKSIZE, "NESTED": NESTED_BLOCKSIZE, "DOUBLE": True}
+    types = dict.fromkeys(("levels", "nested_absmax", "nested_map", "offset"), "*fp32") | {"absmax": "*u8"}
+    if dtype == "fp32":
+        tile = TILE_BYTES // 4
+        types |= {"out": "*fp32", "codes": "*u8", "n": "i64", "n_bytes": "i64"}
+        constants |= {"DTYPE": _DTYPES[dtype], "ROWS": tile // BLOCKSIZE, "COLS": BLOCKSIZE}
+        decoding = (_nf4_dequantize_kernel, types, constants, DEQUANTIZE_WARPS)
+    else:
+        tile = COLUMNS * ROWS
+        types |= {"out": "*i32", "codes": "*i32", "n_rows": "i64"}
+        constants |= {"BF16": dtype == "bf16", "ROWS": ROWS, "COLS": COLUMNS}
+        decoding = (_nf4_dequantize_pairs_kernel, types, constants, ROWS // WARP)
+    dequantize = Kernel(f"dequantize {dtype}", *decoding, 3, exact, tile / (WARP * decoding[-1]))
     numbers = ("beta1", "rest1", "beta2", "rest2", "eps", "decay", "step_size", "bias2_sqrt")
     types = {"table": "*i64", "chunks": "*i32"} | dict.fromkeys(numbers, "fp32")
     maps = dict.fromkeys(("m_map", "m_thresholds", "v_map", "v_thresholds"), "*fp32")

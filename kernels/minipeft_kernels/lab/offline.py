@@ -121,7 +121,7 @@ def floors(reports: Iterable[Report], target: str) -> list[Floor]:
         tile = tile_for(m, grad, capability, wide=False)
         report = products[grad, tile.rows]
         tiles, steps = grid_of(tile, -(-m // tile.rows), n, k // CHUNK, grad)
-        split = split_for(tiles, steps, m, n if grad else k, tile.warps, gpu.multiprocessors)
+        split = split_for(tiles, steps, m, n if grad else k, tile, gpu.multiprocessors)
         counts = (report.per_element, report.integer_per_element)
         found.append(floor(gpu, shape, m, *counts, tiles=-(-m // tile.rows), split=split, grad=grad))
     return found

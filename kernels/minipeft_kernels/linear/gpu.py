@@ -255,7 +255,7 @@ def _planned(
     parts = min(experts + 1, m) if experts else 1
     row_tiles = parts + (m - parts) // tile.rows
     tiles, steps = grid_of(tile, row_tiles, n, chunks, grad)
-    split = split_for(tiles, steps, each, depth, tile.warps, multiprocessors)
+    split = split_for(tiles, steps, each, depth, tile, multiprocessors)
     constants = constants_of(tile, n, chunks, blocksize, grad)
     constants.update(
         RT=RANK_TILE if has_update else 0,

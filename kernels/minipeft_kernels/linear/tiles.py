@@ -1,8 +1,9 @@
 """The tile that a product with a packed weight runs in, the programs that share one, and where fusing stops paying.
 
-**Nothing here was timed.** The tiles were chosen by their machine code (`offline.py`: instructions a weight, registers,
-no spills), the numbers of programs and the crossovers come from the model in kernels/README.md. They wait to be
-measured; this file is the one place to change.
+**Hopper's were timed**, on an H200 with Triton 3.6, in bfloat16, for weights of 4096 x 4096, 14336 x 4096 and 4096 x
+14336 (`python -m benchmarks.first_contact main --only sweep`; its times are in benchmarks/results/first_contact). The
+others were chosen by their machine code (`offline.py`: instructions a weight, registers, no spills) and by the model in
+kernels/README.md, and wait to be measured; this file is the one place to change.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Tile:
         rows: rows of x in a tile (BM). bn: rows of W.
         nb: chunks of 64 weights a step, for "direct".
         warps, stages: of the program; stages of asynchronous copies.
+        fill: warps that a multiprocessor should have: a tile is shared until there are so many.
     """
 
     kernel: str
@@ -36,6 +38,7 @@ class Tile:
     nb: int
     warps: int
     stages: int
+    fill: int = 8
 
 
 # Two stages, not three: a third halves the warps that a multiprocessor holds, for the same bytes in flight.
@@ -63,6 +66,23 @@ INPUT_GRAD = (*_STAGED_SMALL, _STAGED_32, _STAGED_64)
 BLACKWELL_FORWARD = (*_DIRECT, _BLACKWELL_64)
 BLACKWELL_INPUT_GRAD = (*_STAGED_SMALL, _BLACKWELL_32, _BLACKWELL_GRAD_64)
 
+# Measured. Up to 32 rows small programs of one or two warps, forward; for the gradient, and from 33 rows to 128, four
+# warps on 64 rows of W, where 128 rows hold twice the registers: 17 against 22 microseconds for 64 rows, 4096 x 4096.
+HOPPER_FORWARD = (
+    Tile("direct", rows=8, bn=32, nb=2, warps=1, stages=3, fill=6),
+    Tile("direct", rows=16, bn=32, nb=2, warps=1, stages=3, fill=6),
+    Tile("direct", rows=32, bn=64, nb=2, warps=2, stages=2, fill=6),
+    Tile("staged", rows=64, bn=64, nb=1, warps=4, stages=3, fill=12),
+    Tile("staged", rows=128, bn=64, nb=1, warps=4, stages=3, fill=7),
+)
+HOPPER_INPUT_GRAD = (
+    Tile("staged", rows=8, bn=64, nb=1, warps=2, stages=3, fill=12),
+    Tile("staged", rows=16, bn=64, nb=1, warps=4, stages=3, fill=12),
+    Tile("staged", rows=32, bn=64, nb=1, warps=4, stages=3, fill=12),
+    Tile("staged", rows=64, bn=64, nb=1, warps=4, stages=3, fill=12),
+    Tile("staged", rows=128, bn=64, nb=1, warps=4, stages=3, fill=7),
+)
+
 # float32 has no 16-bit levels to permute: the table is read by pointer and the product is on the ordinary cores.
 FLOAT32_FORWARD = (Tile("direct", rows=16, bn=32, nb=1, warps=4, stages=2),)
 FLOAT32_INPUT_GRAD = (Tile("staged", rows=16, bn=32, nb=1, warps=4, stages=2),)
@@ -73,15 +93,13 @@ PORTABLE_CHUNKS = 2
 PORTABLE_ROWS = 16
 """The fewest rows that Triton multiplies wherever it may run."""
 
-# From the model, unmeasured: rows up to which one fused kernel beats one dequantization and the vendor's product.
+# From the model, on Hopper (9.0) measured: rows up to which one fused kernel beats a dequantization and the vendor's
+# product.
 # Above, the weight is decoded once into a buffer that is used again. None: at every size, since consumer cards have
 # little bandwidth for their arithmetic, and a dense copy of the weight costs nine times the packed bytes.
-FUSED_MAX_ROWS: dict[int, int | None] = {80: 128, 86: None, 87: 128, 89: None, 90: 64, 100: 64, 103: 64, 120: None}
+FUSED_MAX_ROWS: dict[int, int | None] = {80: 128, 86: None, 87: 128, 89: None, 90: 128, 100: 64, 103: 64, 120: None}
 DEFAULT_FUSED_MAX_ROWS = 64
 FLOAT32_FUSED_MAX_ROWS = 16
-
-# From the model, unmeasured: warps a multiprocessor should have in flight to cover the latency of its loads.
-WARPS_PER_MULTIPROCESSOR = 8
 
 
 def portable(tile: Tile) -> Tile:
@@ -100,6 +118,8 @@ def tile_for(rows: int, grad: bool, capability: int, wide: bool, blocksize: int 
     table: tuple[Tile, ...]
     if wide:
         table = FLOAT32_INPUT_GRAD if grad else FLOAT32_FORWARD
+    elif 90 <= capability < 100:
+        table = HOPPER_INPUT_GRAD if grad else HOPPER_FORWARD
     elif 100 <= capability < 120:
         table = BLACKWELL_INPUT_GRAD if grad else BLACKWELL_FORWARD
     else:
@@ -120,20 +140,20 @@ def rows_each(rows: int, experts: int) -> int:
     return min(rows, int(mean + 2 * mean**0.5)) if mean > 1 else 1
 
 
-def split_for(tiles: int, steps: int, rows: int, depth: int, warps: int, multiprocessors: int) -> int:
+def split_for(tiles: int, steps: int, rows: int, depth: int, tile: Tile, multiprocessors: int) -> int:
     """The number of programs that share a tile: enough to fill the GPU, while each keeps two steps or more.
 
     Args:
         tiles: of the output. steps: of the loop in one tile. rows: of x. depth: length of what is summed over.
-        warps: a program. multiprocessors: of the GPU.
+        tile: says the warps of a program, and how many a multiprocessor should have. multiprocessors: of the GPU.
     """
-    wanted = WARPS_PER_MULTIPROCESSOR * multiprocessors
+    wanted = tile.fill * multiprocessors
     split = 1
     for candidate in SPLITS[1:]:
         # Written and read, `candidate` float32 sums of each of `rows` outputs, against `depth` packed weights of half
-        # a byte: beyond, the partial sums move more bytes than the weight.
-        heavy = 16 * candidate * rows > depth
-        if tiles * split * warps >= wanted or steps // candidate < 2 or heavy:
+        # a byte: beyond, the partial sums move four times the weight's bytes, in the second-level cache.
+        heavy = 4 * candidate * rows > depth
+        if tiles * split * tile.warps >= wanted or steps // candidate < 2 or heavy:
             break
         split = candidate
     return split

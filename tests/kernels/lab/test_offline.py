@@ -14,10 +14,17 @@ from minipeft_kernels.lab.offline import main
 
 # Instructions a weight that the shipped tiles may take, by (input gradient, rows of x): what was counted and a tenth.
 BUDGETS = {
-    **{(False, 8): 4.1, (False, 16): 4.7, (False, 32): 6.1, (False, 64): 7.0},
-    **{(True, 8): 5.2, (True, 16): 5.4, (True, 32): 6.3, (True, 64): 7.5},
+    "sm_80": {
+        **{(False, 8): 4.1, (False, 16): 4.7, (False, 32): 6.1, (False, 64): 7.0},
+        **{(True, 8): 5.2, (True, 16): 5.4, (True, 32): 6.3, (True, 64): 7.5},
+    },
+    # Tiles that a GPU chose: with more instructions than others, and more warps at a time.
+    "sm_90": {
+        **{(False, 8): 4.4, (False, 16): 5.1, (False, 32): 6.1, (False, 64): 8.7, (False, 128): 9.3},
+        **{(True, 8): 5.2, (True, 16): 7.6, (True, 32): 7.9, (True, 64): 8.3, (True, 128): 9.3},
+    },
 }
-TARGETS = ("sm_80", "sm_90")
+TARGETS = tuple(BUDGETS)
 
 # Compiling takes half a second a kernel, and a process in which kernels are not interpreted.
 COMPILE = """
@@ -78,8 +85,10 @@ def test_products_use_tensor_cores_and_decode_each_weight_once(target: str, repo
     assert len(products) >= 8
     for kernel in products:
         assert kernel["tensor_instructions"], kernel["name"]
-        # Sixteen permutes decode eight weights; a second decode, or a copy between layouts, would show here.
-        assert kernel["permutes_per_element"] == pytest.approx(2, abs=0.1), kernel["name"]
+        # Sixteen permutes decode eight weights; a second decode, or a copy between layouts, would show here. For Hopper's
+        # own instructions dy W's tile is turned round in registers: four more.
+        turned = kernel["grad"] and "HGMMA" in kernel["tensor_instructions"]
+        assert kernel["permutes_per_element"] == pytest.approx(2.5 if turned else 2, abs=0.1), kernel["name"]
         if "HMMA" in kernel["tensor_instructions"]:
             # 16 x 8 x 16 for each weight and row: the turn of the loop is the one that was thought of.
             assert kernel["tensor_instructions"]["HMMA"] * 64 / kernel["rows"] == kernel["elements"], kernel["name"]
@@ -88,14 +97,20 @@ def test_products_use_tensor_cores_and_decode_each_weight_once(target: str, repo
 @pytest.mark.parametrize("target", TARGETS)
 def test_products_stay_within_their_instructions_a_weight(target: str, report: Any) -> None:
     counted = {(k["grad"], k["rows"]): k["per_element"] for k in report(target)["kernels"] if k["rows"]}
-    assert {key: counted[key] <= limit for key, limit in BUDGETS.items()} == dict.fromkeys(BUDGETS, True)
+    assert {key: counted[key] <= limit for key, limit in BUDGETS[target].items()} == dict.fromkeys(counted, True)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_decoding_to_16_bits_stays_within_its_instructions_a_weight(target: str, report: Any) -> None:
+    (kernel,) = (k for k in report(target)["kernels"] if k["name"] == "dequantize bf16")
+    assert kernel["per_element"] <= 9.5
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_finding_its_expert_costs_a_product_nothing_a_weight(target: str, report: Any) -> None:
     dense = {(k["grad"], k["rows"]): k["per_element"] for k in report(target)["kernels"] if k["rows"]}
     ratios = {k["name"]: k["per_element"] / dense[k["grad"], k["rows"]] for k in report(target)["experts"]}
-    assert len(ratios) == len(dense) == 8
+    assert len(ratios) == len(dense) == len(BUDGETS[target])
     assert {name: ratio for name, ratio in ratios.items() if ratio > 1.05} == {}
 
 

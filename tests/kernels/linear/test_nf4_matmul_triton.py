@@ -204,11 +204,52 @@ def test_a_product_that_cannot_be_fused_raises() -> None:
 
 
 def test_tiles_are_shared_until_the_gpu_is_full_and_no_further() -> None:
-    assert configs.split_for(tiles=64, steps=16, rows=1, depth=4096, warps=2, multiprocessors=108) == 8
-    assert configs.split_for(tiles=1000, steps=16, rows=1, depth=4096, warps=2, multiprocessors=108) == 1
-    assert configs.split_for(tiles=1, steps=3, rows=1, depth=4096, warps=2, multiprocessors=108) == 1
-    # 64 rows: from eight on, partial sums would move more bytes than the weight.
-    assert configs.split_for(tiles=32, steps=64, rows=64, depth=4096, warps=4, multiprocessors=1000) == 4
+    tile = configs.Tile("direct", rows=8, bn=64, nb=4, warps=2, stages=2, fill=8)
+    assert configs.split_for(tiles=64, steps=16, rows=1, depth=4096, tile=tile, multiprocessors=108) == 8
+    assert configs.split_for(tiles=1000, steps=16, rows=1, depth=4096, tile=tile, multiprocessors=108) == 1
+    assert configs.split_for(tiles=1, steps=3, rows=1, depth=4096, tile=tile, multiprocessors=108) == 1
+    # 64 rows: with more than 16 programs the partial sums would move more than four times the weight's bytes.
+    assert configs.split_for(tiles=32, steps=64, rows=64, depth=4096, tile=tile, multiprocessors=1000) == 16
+    assert configs.split_for(tiles=32, steps=64, rows=256, depth=4096, tile=tile, multiprocessors=1000) == 4
+
+
+# (out, in), rows, gradient: the division that a sweep on an H200 found best, or within a twentieth of it.
+MEASURED = [
+    ((4096, 4096), 1, False, (8,)),
+    ((4096, 14336), 1, False, (8,)),
+    ((14336, 4096), 1, False, (2, 4, 8)),
+    ((4096, 4096), 16, False, (8,)),
+    ((14336, 4096), 16, False, (2, 4)),
+    ((4096, 4096), 32, False, (4, 8)),
+    ((14336, 4096), 32, False, (2,)),
+    ((4096, 4096), 64, False, (4, 8)),
+    ((4096, 14336), 64, False, (8,)),
+    ((14336, 4096), 64, False, (2, 4)),
+    ((4096, 4096), 128, False, (4,)),
+    ((4096, 14336), 128, False, (4,)),
+    ((14336, 4096), 128, False, (2, 4)),
+    ((4096, 4096), 1, True, (16,)),
+    ((14336, 4096), 1, True, (16,)),
+    ((4096, 14336), 1, True, (4, 8)),
+    ((4096, 4096), 16, True, (8,)),
+    ((4096, 14336), 16, True, (2, 4, 8)),
+    ((4096, 4096), 64, True, (8,)),
+    ((4096, 14336), 64, True, (2, 4)),
+    ((14336, 4096), 64, True, (8,)),
+    ((4096, 4096), 128, True, (4,)),
+    ((14336, 4096), 128, True, (4,)),
+]
+
+
+@pytest.mark.parametrize(("shape", "rows", "grad", "best"), MEASURED)
+def test_the_division_on_hopper_is_the_measured_one(
+    shape: tuple[int, int], rows: int, grad: bool, best: tuple[int, ...]
+) -> None:
+    n, k = shape
+    tile = configs.tile_for(rows, grad, capability=90, wide=False)
+    assert tile.rows == max(8, rows)
+    tiles, steps = module.grid_of(tile, 1, n, k // configs.CHUNK, grad)
+    assert configs.split_for(tiles, steps, rows, n if grad else k, tile, multiprocessors=132) in best
 
 
 def test_gpus_of_other_makers_take_fewer_chunks_at_a_time() -> None:

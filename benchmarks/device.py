@@ -18,9 +18,10 @@ MIB = 1 << 20
 # Emptying a cache writes twice its size, within these bounds; on CUDA never less than triton.testing.do_bench does.
 MIN_CPU_FLUSH, MAX_CPU_FLUSH, MIN_CUDA_FLUSH = 64 * MIB, 512 * MIB, 256 * MIB
 
-# Clock cycles, some half a millisecond, that the GPU then waits, so that Python, which takes 0.1 ms for a backward, has
-# queued the call before the GPU comes to it. A call that takes Python longer is timed with its Python.
-HEAD_START = 1_000_000
+# Before each call a GPU waits until Python has queued all of it: half as long again as the slowest call of a case took
+# to be queued, the same for all of them. Clock cycles, of which a GPU has two in a nanosecond at most; and the longest
+# wait, for calls that themselves wait for the GPU, which no head start helps.
+LEAST_HEAD_START, CYCLES_A_SECOND, LONGEST_WAIT = 1_000_000, 2e9, 0.5
 
 
 class Device(Protocol):
@@ -44,6 +45,9 @@ class Device(Protocol):
 
     def flush(self) -> None:
         """Put other data in the caches: in a model, other layers ran since this weight was last read."""
+
+    def expect(self, host_seconds: float) -> None:
+        """The host takes at most so long to queue one of the calls that come."""
 
     def synchronize(self) -> None:
         """Wait for all work; raises if any of it failed."""
@@ -79,6 +83,9 @@ class CpuDevice:
         """Read and write the buffer, which leaves nothing else in the cache."""
         self._buffer.add_(1)
 
+    def expect(self, host_seconds: float) -> None:
+        """A CPU's calls are not queued."""
+
     def synchronize(self) -> None:
         """Nothing to wait for: a CPU's calls return when they are done."""
 
@@ -94,6 +101,7 @@ class CudaDevice:
         properties = torch.cuda.get_device_properties(self.torch_device)
         size = max(MIN_CUDA_FLUSH, 2 * getattr(properties, "L2_cache_size", 0))
         self._buffer = torch.empty(size // 4, dtype=torch.int32, device=self.torch_device)
+        self.head_start = LEAST_HEAD_START
 
     def mark(self) -> torch.cuda.Event:
         """An event in the stream, which the GPU passes when it has done all that was queued before."""
@@ -108,7 +116,11 @@ class CudaDevice:
     def flush(self) -> None:
         """Overwrite the L2 cache, and let the GPU wait until Python has queued the next call."""
         self._buffer.zero_()
-        torch.cuda._sleep(HEAD_START)
+        torch.cuda._sleep(self.head_start)
+
+    def expect(self, host_seconds: float) -> None:
+        """Wait so much longer than that before the calls that come."""
+        self.head_start = max(LEAST_HEAD_START, int(1.5 * min(host_seconds, LONGEST_WAIT) * CYCLES_A_SECOND))
 
     def synchronize(self) -> None:
         """Wait for the GPU; raises RuntimeError if any of its work failed."""

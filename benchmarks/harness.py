@@ -81,7 +81,7 @@ class Case:
     """One operation at one size: ours first, then the peers.
 
     unit: "us" for times; "bytes" where every call gives a `Measured` of bytes.
-    rounds: None for as many as fit in SECONDS_PER_CASE, within bounds.
+    rounds: None for as many as fit in the seconds of a case, within bounds.
     """
 
     op: str
@@ -136,11 +136,14 @@ class _Entry:
     seconds: list[float] = field(default_factory=list)
 
 
-def measure(case: Case, device: Device, roofline: Roofline, quick: bool = False) -> list[Row]:
+def measure(
+    case: Case, device: Device, roofline: Roofline, quick: bool = False, seconds: float = SECONDS_PER_CASE
+) -> list[Row]:
     """Check and time the candidates of a case.
 
     Args:
         quick: one round and no warm-up: shows that everything runs, not how fast.
+        seconds: that the rounds of the case should take.
 
     Returns:
         One row for each candidate, in their order.
@@ -150,7 +153,7 @@ def measure(case: Case, device: Device, roofline: Roofline, quick: bool = False)
     rounds = 1 if quick else case.rounds
     try:
         times = _known(timed) if rounds == 1 else None
-        times = times or interleave([entry.run for entry in timed if entry.run], device, rounds)
+        times = times or interleave([entry.run for entry in timed if entry.run], device, rounds, seconds)
     except Exception as error:
         for entry in timed:
             entry.row.status, entry.row.note = "failed", f"while timing: {describe(error)}"
@@ -192,14 +195,16 @@ def _check(case: Case, candidate: Candidate | Missing, device: Device) -> _Entry
     return _Entry(row, candidate.work, run, first)
 
 
-def interleave(runs: Sequence[Run], device: Device, rounds: int | None = None) -> list[list[float]]:
+def interleave(
+    runs: Sequence[Run], device: Device, rounds: int | None = None, seconds: float = SECONDS_PER_CASE
+) -> list[list[float]]:
     """Seconds of every call of every run (or what it `Measured`), round by round: each run once a round, in order.
 
     Args:
-        rounds: None for as many as fit in SECONDS_PER_CASE, within bounds, after the device's warm-up.
+        rounds: None for as many as fit in `seconds`, within bounds, after the device's warm-up.
     """
     if rounds is None:
-        rounds = _warm_up(runs, device)
+        rounds = _warm_up(runs, device, seconds)
     marks: list[list[tuple[Any, Any] | float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, own in zip(runs, marks, strict=True):
@@ -213,8 +218,16 @@ def interleave(runs: Sequence[Run], device: Device, rounds: int | None = None) -
     return [[mark if isinstance(mark, float) else device.seconds(*mark) for mark in own] for own in marks]
 
 
-def _warm_up(runs: Sequence[Run], device: Device) -> int:
-    """Run the untimed rounds, and say how many timed ones fit."""
+def _warm_up(runs: Sequence[Run], device: Device, seconds: float) -> int:
+    """Run the untimed rounds, tell the device how long a call takes to be queued, and say how many timed ones fit."""
+    queued = 0.0
+    for run in runs if device.warmups > 1 else ():
+        run()
+        device.synchronize()
+        start = time.perf_counter()
+        run()
+        queued = max(queued, time.perf_counter() - start)
+    device.expect(queued)
     for _ in range(device.warmups):
         device.synchronize()
         start = time.perf_counter()
@@ -223,7 +236,7 @@ def _warm_up(runs: Sequence[Run], device: Device) -> int:
             run()
         device.synchronize()
         spent = time.perf_counter() - start
-    return min(MAX_ROUNDS, max(MIN_ROUNDS, round(SECONDS_PER_CASE / max(spent, 1e-9))))
+    return min(MAX_ROUNDS, max(MIN_ROUNDS, round(seconds / max(spent, 1e-9))))
 
 
 def _fill(entry: _Entry, ours: list[float] | None, roofline: Roofline) -> None:

@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="run each once on a small size: shows that all works")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="that the timed rounds of a case take (default: 3, on a GPU 1)"
+    )
     parser.add_argument("--only", metavar="TEXT", help="only the cases whose title has this in it")
     parser.add_argument("--model", metavar="DIR", help="model that finetune measures (default: the demo's)")
     parser.add_argument(

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.device import Device, open_device
 from benchmarks.environment import ROOT, backend, describe_environment, describe_limits, device_name, device_slug, load
-from benchmarks.harness import OURS, Row, describe, measure
+from benchmarks.harness import OURS, SECONDS_PER_CASE, Row, describe, measure
 from benchmarks.limits import Roofline, roofline_of
 from benchmarks.options import OPS, BenchError, add_arguments
 from benchmarks.output import case_title, plot, table, write_csv
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> list[str]:
-    return bench(args.ops, args.quick, args.device, args.output, args.threads, args.model, args.only)
+    return bench(args.ops, args.quick, args.device, args.output, args.threads, args.model, args.only, args.seconds)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Session:
     """The device, its limits, the sizes and the options that all operations of a run share.
 
     folder: for the files, or None for none. options: of the command line. only: what titles must have in them.
+    seconds: that the rounds of a case take.
     """
 
     device: Device
@@ -68,6 +69,7 @@ class Session:
     folder: Path | None
     options: list[str]
     only: str | None = None
+    seconds: float = SECONDS_PER_CASE
 
     @property
     def kind(self) -> str:
@@ -83,6 +85,7 @@ def bench(
     threads: int | None = None,
     model: str | None = None,
     only: str | None = None,
+    seconds: float | None = None,
 ) -> list[str]:
     """Measure operations, print their tables and write their files.
 
@@ -94,6 +97,7 @@ def bench(
         threads: of the CPU; None for as many as PyTorch takes.
         model: folder of the model that "finetune" measures; None for the demo's, or for a tiny one when quick.
         only: what a case's title must have in it to be measured; no files are written then, unless `output` is given.
+        seconds: that the timed rounds of a case should take; None for 3, on a GPU for 1.
 
     Returns:
         A line for each result of ours that was wrong, or failed.
@@ -107,6 +111,8 @@ def bench(
         if threads < 1:
             raise BenchError(f"threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise BenchError(f"seconds must be above 0, got {seconds}")
     chosen = list(ops) or list(OPS)
     device = open_device(device_kind, quick)
     kind, name = device.torch_device.type, device_name(device.torch_device)
@@ -116,8 +122,10 @@ def bench(
     folder = output or (None if quick or only else RESULTS)
     options = [*["--quick"] * quick, "--device", kind, *(["--threads", str(threads)] if threads else [])]
     options += [*(["--model", model] if model else []), *(["--only", only] if only else [])]
+    options += ["--seconds", str(seconds)] if seconds else []
     sizes = dataclasses.replace(sizes_for(kind, quick), model=model)
     session = Session(device, roofline_of(device, name, quick), sizes, quick, folder, options, only)
+    session = dataclasses.replace(session, seconds=seconds or (1.0 if kind == "cuda" else SECONDS_PER_CASE))
     bad: list[str] = []
     for i, op in enumerate(chosen):
         bad += [f"{case_title(row)}: {row.status}: {row.note}" for row in run_op(op, session) if _is_bad(row)]
@@ -140,7 +148,7 @@ def run_op(op: str, session: Session) -> list[Row]:
         for case in module.cases(device, session.sizes, Peers(session.kind)):
             if session.only is not None and session.only not in case_title(case):
                 continue
-            rows += measure(case, session.device, session.roofline, session.quick)
+            rows += measure(case, session.device, session.roofline, session.quick, session.seconds)
             _progress(case_title(case))
     # On hardware that we have not seen, preparing a case may fail too.
     except Exception as error:

@@ -26,6 +26,9 @@ class FakeDevice:
         self.now += 1000.0
         self.events.append("flush")
 
+    def expect(self, host_seconds: float) -> None:
+        self.events.append("expect")
+
     def synchronize(self) -> None:
         self.synchronized = self.now
 

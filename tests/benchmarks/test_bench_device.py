@@ -53,6 +53,20 @@ def test_cuda_times_what_the_stream_did_between_two_events(stream):
     assert times == [[1.0] * 3, [2.5] * 3]
 
 
+def test_cuda_waits_until_the_slowest_call_is_queued(stream, monkeypatch):
+    gpu = CudaDevice()
+    clock = iter(range(0, 1000, 2))  # every call takes two seconds of the host's
+    monkeypatch.setattr("benchmarks.harness.time.perf_counter", lambda: float(next(clock)) / 100)
+    slept = []
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    interleave([lambda: None], gpu, seconds=0.01)
+    assert slept[-1] == int(1.5 * 0.02 * 2e9) and len(set(slept)) == 1
+    gpu.expect(60.0)
+    assert gpu.head_start == int(1.5 * 0.5 * 2e9), "a call that waits for the GPU itself"
+    gpu.expect(0.0)
+    assert gpu.head_start == device.LEAST_HEAD_START
+
+
 def test_cuda_empties_twice_the_cache(stream):
     assert CudaDevice()._buffer.size * 4 == 600 * MIB
 

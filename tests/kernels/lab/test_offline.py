@@ -85,8 +85,8 @@ def test_products_use_tensor_cores_and_decode_each_weight_once(target: str, repo
     assert len(products) >= 8
     for kernel in products:
         assert kernel["tensor_instructions"], kernel["name"]
-        # Sixteen permutes decode eight weights; a second decode, or a copy between layouts, would show here. For Hopper's
-        # own instructions dy W's tile is turned round in registers: four more.
+        # Sixteen permutes decode eight weights; a second decode, or a copy between layouts, would show here. For the
+        # instructions that Hopper alone has, the tile of dy W is turned round in registers: four more.
         turned = kernel["grad"] and "HGMMA" in kernel["tensor_instructions"]
         assert kernel["permutes_per_element"] == pytest.approx(2.5 if turned else 2, abs=0.1), kernel["name"]
         if "HMMA" in kernel["tensor_instructions"]:

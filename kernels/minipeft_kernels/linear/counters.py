@@ -2,7 +2,7 @@
 
 Launches that follow each other can have the same ones, and those of one stream do. What a CUDA graph launches runs
 whenever and beside whatever it is replayed, so each captured graph has counters of its own, from a supply that was
-filled before: zeros made while it is captured would be a launch in the graph for every product.
+filled before; where that is used up, zeros that the graph makes once a replay.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.runtime import driver
 
 # Counters of a stream, or of a graph: more than a product has tiles, but for many rows of a large vocabulary.
 COUNT = 4096
-# Graphs that have counters from the supply, and streams within them; later ones make zeros for each launch.
+# Graphs that have counters from the supply, and streams within them; later ones make zeros of their own.
 GRAPHS = 128
 
 
@@ -50,9 +50,11 @@ class Counters:
         known, held = self._of_capture.get(stream, (None, None))
         if held is not None and known == capture and held.numel() >= tiles:
             return held
-        if capture is None or not self._supply or tiles > COUNT:
+        if capture is None:
             return self._zeros(tiles)
-        held = self._supply.pop()  # for good: nobody says when a graph is gone
+        # From the supply for good: nobody says when a graph is gone. What is made here belongs to the graph, which
+        # fills it at the start of every replay.
+        held = self._supply.pop() if self._supply and tiles <= COUNT else self._zeros(max(tiles, COUNT))
         self._of_capture[stream] = capture, held
         return held
 

@@ -35,15 +35,15 @@ def test_each_captured_graph_has_its_own_whatever_is_launched_between() -> None:
     assert all(t.dtype == torch.int32 and not t.any() for t in taken)
 
 
-def test_where_there_is_no_supply_each_launch_gets_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
-    """None was made before, it is used up, it is too small, or no number tells the capture from others."""
+def test_where_there_is_no_supply_each_graph_gets_zeros_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None was made before, it is used up, or it is too small; where no number tells the capture, each launch does."""
     monkeypatch.setattr(counters, "GRAPHS", 1)
     held = Counters(CPU)
-    assert held.captured(7, 1, 8) is not held.captured(7, 1, 8)
+    first = held.captured(7, 1, 8)
+    assert held.captured(7, 1, COUNT) is first
     held.of(7, 8)
-    assert held.captured(7, 1, COUNT + 1).numel() == COUNT + 1
+    assert held.captured(7, 2, COUNT + 1).numel() == COUNT + 1
     assert held.captured(7, None, 8) is not held.captured(7, None, 8)
-    last = held.captured(7, 1, 8)
-    assert held.captured(7, 1, 8) is last
-    assert held.captured(7, 2, 8) is not held.captured(7, 2, 8)
-    assert held.captured(7, 1, 8) is last
+    last = held.captured(7, 3, 8)
+    used_up = held.captured(7, 4, 8)
+    assert held.captured(7, 4, 8) is used_up and not overlap(used_up, last) and not used_up.any()

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from minipeft.kernels import lora_matmul, nf4_matmul
 from minipeft.kernels.emulator import emulate
 from minipeft_kernels import dispatch, prepared
-from minipeft_kernels.linear import gpu, op
+from minipeft_kernels.linear import op
 from minipeft_kernels.linear.gpu import launch_forward
 
 pytestmark = pytest.mark.skipif(not prepared.LAUNCHES_AGAIN, reason="this Triton is asked at every launch")
@@ -157,8 +157,7 @@ def python_calls(call: Any) -> Counter[str]:
 def idle(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A GPU that computes nothing."""
     monkeypatch.delenv("MINIPEFT_BACKEND", raising=False)
-    for module in (dispatch, gpu):  # of tensors on a GPU it is known at once
-        monkeypatch.setattr(module, "emulating", lambda device: False)
+    monkeypatch.setattr(dispatch, "emulating", lambda device: False)  # of tensors on a GPU it is known at once
     monkeypatch.setattr(dispatch, "triton_obstacle", lambda device: "")
     monkeypatch.setattr(op, "runs_native", lambda x: False)
     before = driver._active

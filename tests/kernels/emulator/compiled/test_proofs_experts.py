@@ -18,7 +18,7 @@ from minipeft_kernels.lab.catalogue import Kernel, matmul_kernels
 from minipeft_kernels.linear.gpu import launch
 
 # Rows of three experts for each height of a tile: more than one tile, none, part of one.
-COUNTS = {8: [9, 0, 2], 16: [17, 0, 5], 32: [40, 0, 15], 64: [65, 0, 60]}
+COUNTS = {8: [9, 0, 2], 16: [17, 0, 5], 32: [40, 0, 15], 64: [65, 0, 60], 128: [129, 0, 65]}
 KERNELS = [
     pytest.param(target, dtype, kernel, id=f"{target} {kernel.name}")
     for target in TARGETS

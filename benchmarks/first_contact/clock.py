@@ -101,7 +101,9 @@ class Graph:
 def interleaved(graphs: dict[str, Graph], rounds: int = ROUNDS) -> dict[str, list[float]]:
     """Seconds a call of each, round by round, in turn."""
     times: dict[str, list[float]] = {name: [] for name in graphs}
-    for graph in graphs.values():
+    if not torch.cuda.is_available():
+        rounds = 1
+    for graph in graphs.values() if rounds > 1 else ():
         graph.seconds()
     for _ in range(rounds):
         for name, graph in graphs.items():

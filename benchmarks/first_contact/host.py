@@ -77,9 +77,10 @@ def _row(contact: Contact, what: str, call: Callable[[], Any], calls: int = CALL
     """Best of three: other programs on the host only ever add."""
     calls = 2 if contact.pretend else calls
     try:
-        for _ in range(3):
+        rounds = 1 if contact.pretend else 3
+        for _ in range(rounds):
             call()
-        best = min(_queueing(contact, call, calls) for _ in range(3))
+        best = min(_queueing(contact, call, calls) for _ in range(rounds))
         contact.row(what=what, us=1e6 * best)
     # A peer that fails is a row.
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Why a kernel takes as long as it does: the GPU's own counters, by Nsight Compute, of a few launches."""
+"""The counters of the GPU, by Nsight Compute, of a few launches: they say why a kernel takes as long as it does.
 
 from __future__ import annotations
 

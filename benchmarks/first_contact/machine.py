@@ -1,4 +1,4 @@
-"""Which GPU, which versions, and what the GPU reaches at best: bytes copied, bfloat16 products, the smallest kernel."""
+"""The GPU, the versions and the limits: bytes read and written, bfloat16 products, the smallest kernel, the bus."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ FILE = "rows.jsonl"
 
 @dataclass(frozen=True)
 class Contact:
-    """What a stage is given.
+    """The folder, the name and the device that a stage is given.
 
     folder: for its files. pretend: no GPU is there: tiny sizes, by the emulator. stage: its name.
     """

@@ -1,4 +1,4 @@
-"""The counters of the GPU, by Nsight Compute, of a few launches: they say why a kernel takes as long as it does.
+"""The counters of the GPU, by Nsight Compute, of a few launches: they say why a kernel takes as long as it does."""
 
 from __future__ import annotations
 

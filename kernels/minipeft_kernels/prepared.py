@@ -50,21 +50,17 @@ class Prepared:
         Args:
             tensors, numbers: its arguments before the constants, in its order.
             key: two calls with equal keys have tensors of the same dtypes, and numbers that Triton takes for alike, but
-                for those that need 64 bits. Addresses are not in it: if one is no multiple of 16, Triton is asked.
+                for those that need 64 bits. Addresses are looked at here.
         """
         addresses = [t.data_ptr() for t in tensors]
         bits = 0
         for address in addresses:
             bits |= address
-        if (
-            not LAUNCHES_AGAIN
-            or bits % ALIGNMENT
-            or max(numbers) >= 2**31
-            or interpreting()
-            or _is_watched(self.kernel)
-        ):
+        if not LAUNCHES_AGAIN or max(numbers) >= 2**31 or interpreting() or _is_watched(self.kernel):
             self._ask_triton(tensors, numbers)
             return
+        if bits % ALIGNMENT:
+            key = key, *[address % ALIGNMENT == 0 for address in addresses]
         on_gpu, active = tensors[0].is_cuda, driver.active
         device = tensors[0].get_device() if on_gpu else active.get_current_device()
         launch = self._kept.get((device, key))

@@ -6,6 +6,7 @@ scale is decoded by the threads that use it: one byte, one table entry, one nest
 # Device code has no Python types.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..dispatch import has_permutes, on_device
 from ..packed import NF4
+from ..prepared import Prepared
 from ..rounding_triton import _round_to
 from .checks import check_for_kernel
 from .permutes_triton import _pairs_from_words, _scaled_planes
@@ -135,23 +137,45 @@ def dequantize_into(out: Tensor, weight: NF4) -> Tensor:
     assert out.is_contiguous()
     check_for_kernel(weight, out.device)
     # Without double quantization the nested tensors are not read; the kernel must be given some pointers all the same.
-    codes, *others = (weight.quant_map.contiguous() if t is None else t.contiguous() for t in weight.tensors())
-    double = weight.nested_absmax is not None
-    constants: dict[str, Any] = {"BLOCK": weight.blocksize, "NESTED": weight.nested_blocksize, "DOUBLE": double}
-    if takes_pairs(out, codes, weight.blocksize):
-        constants |= {"BF16": out.dtype == torch.bfloat16, "COLS": COLUMNS, "ROWS": ROWS}
-        views = (out.view(-1).view(torch.int32), codes.view(-1).view(torch.int32))
-        grid = (-(-n // (COLUMNS * ROWS)),)
-        kernel, arguments, warps = _nf4_dequantize_pairs_kernel, (*views, *others, n // COLUMNS), ROWS // 32
-    else:
-        tile = TILE_BYTES // out.element_size()
-        columns = min(weight.blocksize, tile)
-        constants |= {"DTYPE": _DTYPES[out.dtype], "ROWS": tile // columns, "COLS": columns}
-        grid = (-(-n // tile),)
-        kernel, arguments, warps = _nf4_dequantize_kernel, (out, codes, *others, n, (n + 1) // 2), NUM_WARPS
+    given = (weight.quant_map if t is None else t for t in weight.tensors())
+    codes, *others = (t if t.is_contiguous() else t.contiguous() for t in given)
+    pairs = takes_pairs(out, codes, weight.blocksize)
+    sizes = (n, weight.blocksize, weight.nested_blocksize)
+    launch, numbers = _planned(*sizes, weight.nested_absmax is not None, out.dtype, (COLUMNS, ROWS) if pairs else None)
+    if pairs:
+        out_words, codes = out.view(-1).view(torch.int32), codes.view(-1).view(torch.int32)
     with on_device(out):
-        kernel[grid](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
+        launch((out_words if pairs else out, codes, *others), numbers, None)
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _planned(
+    n: int,
+    blocksize: int,
+    nested_blocksize: int,
+    double: bool,
+    dtype: torch.dtype,
+    pairs: tuple[int, int] | None,
+) -> tuple[Prepared, tuple[int, ...]]:
+    """The launch that decodes n weights, and the numbers that its kernel is given.
+
+    Args:
+        pairs: COLUMNS and ROWS, where `takes_pairs`.
+    """
+    numbers: tuple[int, ...]
+    constants: dict[str, Any] = {"BLOCK": blocksize, "NESTED": nested_blocksize, "DOUBLE": double}
+    if pairs is not None:
+        columns, rows = pairs
+        constants |= {"BF16": dtype == torch.bfloat16, "COLS": columns, "ROWS": rows}
+        kernel, numbers, tile, warps = _nf4_dequantize_pairs_kernel, (n // columns,), columns * rows, rows // 32
+    else:
+        tile = TILE_BYTES // dtype.itemsize
+        columns = min(blocksize, tile)
+        constants |= {"DTYPE": _DTYPES[dtype], "ROWS": tile // columns, "COLS": columns}
+        kernel, numbers, warps = _nf4_dequantize_kernel, (n, (n + 1) // 2), NUM_WARPS
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return Prepared(kernel, (-(-n // tile), 1), constants, options), numbers
 
 
 def takes_pairs(out: Tensor, codes: Tensor, blocksize: int) -> bool:

@@ -20,6 +20,8 @@ from minipeft.kernels.emulator import emulate
 from minipeft_kernels import dispatch, prepared
 from minipeft_kernels.linear import op
 from minipeft_kernels.linear.gpu import launch_forward
+from minipeft_kernels.nf4.dequantize import nf4_dequantize_reference
+from minipeft_kernels.nf4.dequantize_triton import dequantize_into
 
 pytestmark = pytest.mark.skipif(not prepared.LAUNCHES_AGAIN, reason="this Triton is asked at every launch")
 
@@ -81,7 +83,18 @@ def test_what_chooses_a_compilation_is_not_taken_for_what_was_before(asked: Aske
     product(torch.randn(4, 280).bfloat16()[:, :256], weight)
     product(x, weight, bias=torch.randn(96))
     product(x, weight, update=(torch.randn(4, 5).bfloat16(), torch.randn(96, 5).bfloat16()))
+    product(torch.randn(4 * 256 + 5).bfloat16()[5:].view(4, 256), weight)  # another address of that kind
     assert asked.count == 10
+
+
+def test_decoding_asks_once_a_size_and_dtype(asked: Asked) -> None:
+    for _ in range(2):
+        for weight in (Weight(96, 256), Weight(96, 256, double=False), Weight(5, 100)):
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                with emulate("sm_80", counts=False):
+                    out = dequantize_into(torch.empty(weight.dense.shape, dtype=dtype), weight.packed)
+                assert torch.equal(out, nf4_dequantize_reference(weight.packed, dtype))
+    assert asked.count == 9
 
 
 def test_a_weight_that_moved_is_read_where_it_is() -> None:

@@ -55,16 +55,13 @@ def without_autocast() -> Any:
     return torch._C._DisableAutocast()
 
 
-def is_plain_call(x: Tensor, forward_mode_too: bool = False) -> bool:
+def is_plain_call(x: Tensor) -> bool:
     """True if nothing but the operation itself would happen in a call with x, a gradient aside.
 
     Nothing traces, compiles or watches the call, no derivative is taken forward, and x is a plain tensor with data that
     lies as it reads (no view that changes the sign, as of a conjugate's imaginary part). Then an operation's arithmetic
     or its autograd function may be called directly: going through the dispatcher takes 12 microseconds, more than a
     small layer's product.
-
-    Args:
-        forward_mode_too: True even if derivatives are taken forward.
     """
     if torch.compiler.is_compiling() or (type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter):
         return False
@@ -73,8 +70,18 @@ def is_plain_call(x: Tensor, forward_mode_too: bool = False) -> bool:
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch._C._get_tracing_state() is None
-        and (forward_mode_too or forward_ad._current_level < 0)
+        and forward_ad._current_level < 0
     )
+
+
+def is_transformed() -> bool:
+    """True under torch.func's transforms and where derivatives are taken forward: what only torch's own operations do.
+
+    What torch.compile traces goes its own way.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return forward_mode() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def forward_mode() -> bool:

@@ -76,10 +76,9 @@ class Family:
             raise ExportError(
                 f"{folder}: llama.cpp has silu in {self.name} models, the config {config['hidden_act']!r}"
             )
-        self.rope = config.get("rope_parameters") or {
-            "rope_theta": config.get("rope_theta", 10000.0),
-            **(config.get("rope_scaling") or {}),
-        }
+        self.rope = _mapping(config, "rope_parameters")
+        if not self.rope:
+            self.rope = {"rope_theta": config.get("rope_theta"), **_mapping(config, "rope_scaling")}
         self.rope_type = self.rope.get("rope_type", self.rope.get("type", "default"))
         if self.rope_type not in ("default", "linear", "llama3") or self.rope.get("partial_rotary_factor", 1) != 1:
             raise ExportError(f"{folder}: rotary embeddings of type {self.rope_type!r} are not written as GGUF")
@@ -93,6 +92,13 @@ class Family:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ExportError(f"config.json: expected {key!r} to be a whole number above 0, found {value!r}")
         return value
+
+    def _real(self, values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+        value = values.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise ExportError(f"config.json: expected {key!r} to be a number above 0, found {value!r}")
+        return float(value)
 
     @property
     def window(self) -> int | None:
@@ -123,6 +129,8 @@ class Family:
         if found is None:
             return values
         heads = self.heads if found[1] == "q" else self.kv_heads
+        if len(values) % (2 * heads):
+            raise ExportError(f"{tensor} has {len(values)} rows, which {heads} heads do not divide in halves")
         halves = values.reshape(heads, 2, len(values) // heads // 2, *values.shape[1:])
         return halves.transpose(1, 2).reshape(values.shape)
 
@@ -139,19 +147,19 @@ class Family:
         writer.add_value_length(self.head_dim)
         writer.add_rope_dimension_count(self.head_dim)
         writer.add_vocab_size(self._number("vocab_size"))
-        writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
-        writer.add_rope_freq_base(float(self.rope.get("rope_theta", 10000.0)))
+        writer.add_layer_norm_rms_eps(self._real(config, "rms_norm_eps", 1e-6))
+        writer.add_rope_freq_base(self._real(self.rope, "rope_theta", 10000.0))
         if self.rope_type == "linear":
             writer.add_rope_scaling_type(gguf_library().RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(float(self.rope["factor"]))
+            writer.add_rope_scaling_factor(self._real(self.rope, "factor"))
 
     def further(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors that say what is a setting elsewhere: Llama 3's factors of the frequencies, (head_dim / 2,)."""
         if self.rope_type != "llama3":
             return
-        rope, theta = self.rope, float(self.rope.get("rope_theta", 10000.0))
-        low, high, factor = (float(rope[key]) for key in ("low_freq_factor", "high_freq_factor", "factor"))
-        trained = float(rope.get("original_max_position_embeddings", self._number("max_position_embeddings")))
+        rope, theta = self.rope, self._real(self.rope, "rope_theta", 10000.0)
+        low, high, factor = (self._real(rope, key) for key in ("low_freq_factor", "high_freq_factor", "factor"))
+        trained = self._real(rope, "original_max_position_embeddings", self._number("max_position_embeddings"))
         factors = []
         for pair in range(self.head_dim // 2):
             turns = trained / (2 * math.pi * theta ** (2 * pair / self.head_dim))
@@ -163,6 +171,13 @@ class Family:
                 smooth = (turns - low) / (high - low)
                 factors.append(1 / ((1 - smooth) / factor + smooth))
         yield "rope_freqs.weight", torch.tensor(factors, dtype=torch.float32)
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise ExportError(f"config.json: expected {key!r} to be an object, found {value!r}")
+    return value
 
 
 def write_gguf(

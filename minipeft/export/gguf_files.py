@@ -45,6 +45,8 @@ def export_model(folder: Path, output: Path, kind: str = "auto") -> list[str]:
             shape, dtype = stored.about(name)
             tensors[other] = (shape, _kind(shape, dtype, kind))
         sources = {other: name for name, other in names.items()}
+        if "token_embd.weight" not in tensors:
+            raise ExportError(f"{folder} has no embeddings: its files are not whole")
         rows = tensors["token_embd.weight"][0][0]
         writer.add_type(gguf_library().GGUFType.MODEL)
         writer.add_name(folder.resolve().name)

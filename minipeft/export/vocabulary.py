@@ -144,7 +144,9 @@ def _write_special(writer: Any, tokenizer: Any) -> None:
     template = getattr(tokenizer, "chat_template", None)
     if not template:
         return
-    writer.add_chat_template(template if isinstance(template, str) else template["default"])
+    if not isinstance(template, str):
+        template = template.get("default") or next(iter(template.values()))
+    writer.add_chat_template(template)
     end = end_of_turn(tokenizer)
     if end is not None:
         writer.add_eot_token_id(tokenizer.convert_tokens_to_ids(end))

@@ -200,8 +200,9 @@ class Dora(Plain):
 
     def apply(self, layer: LoraLayer, adapter: str, x: Tensor, base: Tensor, out: Tensor) -> Tensor:
         update = self.update(layer, adapter, x)
-        # The length is a constant for the gradient (section 4.3).
-        ratio = self.magnitude(layer, adapter) / _divisor(self._length_now(layer, adapter)).to(update.dtype)
+        # The length is a constant for the gradient (section 4.3), for one that is taken forward, too.
+        length = self._length_now(layer, adapter).detach()
+        ratio = self.magnitude(layer, adapter) / _divisor(length).to(update.dtype)
         ratio = layer.per_output(ratio)
         bias = getattr(layer, "bias", None)
         unbiased = base if bias is None else base - layer.per_output(bias)

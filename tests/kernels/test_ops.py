@@ -131,13 +131,15 @@ def packed_layer() -> Any:
 # torch's own rules for derivatives are scripted when the first dual number is made.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_derivative_that_is_taken_forward_is_refused_and_not_lost(recorded: bool) -> None:
-    model = packed_layer()
-    for layer in (model[0], NF4Linear(128, 48, bias=False)):
+def test_packed_layers_have_forward_derivatives(recorded: bool) -> None:
+    model, x, tangent = packed_layer(), torch.randn(3, 128), torch.randn(3, 128)
+    for layer in (model[0], NF4Linear.from_linear(torch.nn.Linear(128, 48))):
+        with torch.no_grad():
+            exact = layer(x + tangent).double() - layer(x).double()  # the layers are linear
         with forward_ad.dual_level(), torch.set_grad_enabled(recorded):
-            assert layer(torch.randn(1, 128)).shape == (1, 48)
-            with pytest.raises(NotImplementedError, match="forward mode"):
-                layer(forward_ad.make_dual(torch.randn(1, 128), torch.ones(1, 128)))
+            y = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent)))
+        torch.testing.assert_close(y.primal, layer(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(y.tangent.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_a_view_of_the_other_sign_is_read_so() -> None:
@@ -183,7 +185,7 @@ def test_a_compiled_layer_takes_any_number_of_rows_in_one_graph() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("size", [64, 1200])
-def test_dense_products_that_record_nothing_have_forward_derivatives(recorded: bool, size: int) -> None:
+def test_dense_products_have_forward_derivatives(recorded: bool, size: int) -> None:
     x, tangent, w, bias = torch.randn(2, size), torch.randn(2, size), torch.randn(size, size), torch.randn(size)
     lora = (torch.randn(4, size), torch.randn(size, 4), 0.5)
     with forward_ad.dual_level(), torch.set_grad_enabled(recorded):

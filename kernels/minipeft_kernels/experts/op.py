@@ -28,10 +28,10 @@ from torch import Tensor
 from ..arithmetic import arithmetic_dtype, as_autocast
 from ..dispatch import use_triton
 from ..linear.low_rank import Lora, update_dtype
-from ..linear.op import Numbers
+from ..linear.op import Numbers, linear
 from ..nf4.dequantize import nf4_dequantize_reference
 from ..packed import SCHEMA, TENSORS
-from ..registration import below_autograd, define_op, is_plain_call, without_autocast
+from ..registration import below_autograd, define_op, is_plain_call, is_transformed, without_autocast
 from . import loop
 from .checks import check_backward, check_forward, check_sizes
 from .stack import NF4Stack, Stack, flatten_stack, unflatten_stack
@@ -92,13 +92,32 @@ def experts_linear(
     numbers = (scaling, compute_dtype or x.dtype, dtype)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, lora_A, lora_B))
     out: Tensor
-    if not is_plain_call(x):
+    if is_transformed():
+        out = _differentiable(x, offsets, weight, lora, compute_dtype)
+    elif not is_plain_call(x):
         out, _ = _experts_op(x, offsets, lora_A, lora_B, *numbers, *flatten_stack(weight))
     elif recorded:
         out, _ = _Experts.apply(x, offsets, lora_A, lora_B, numbers, weight)
     else:
         out, _ = _run(x, offsets, lora_A, lora_B, *numbers, weight)
     return out
+
+
+def _differentiable(
+    x: Tensor, offsets: Tensor, weight: Stack | None, lora: Lora | None, compute_dtype: torch.dtype | None
+) -> Tensor:
+    """`experts_linear`, one expert after the other by `linear`, which has derivatives of every kind."""
+    parts, done = [], 0
+    for e, start, done in loop.groups(offsets):
+        own = None if lora is None else (lora[0][e], lora[1][e], lora[2])
+        w = weight.expert(e) if isinstance(weight, NF4Stack) else None if weight is None else weight[e]
+        parts.append(linear(x[start:done], w, None, own, compute_dtype))
+    if not parts:
+        like = weight if lora is None else lora[1]
+        assert like is not None
+        columns = like.rows if isinstance(like, NF4Stack) else like.shape[1]
+        return x.new_zeros(x.shape[0], columns)
+    return torch.cat([*parts, parts[0].new_zeros(x.shape[0] - done, parts[0].shape[1])])
 
 
 class _Experts(torch.autograd.Function):

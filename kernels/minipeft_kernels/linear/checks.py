@@ -7,6 +7,7 @@ there, what is passed by its address is looked at where the address is taken.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def check_backward(
         if low is None:
             raise ValueError("the gradient of B is made from low, which is None")
         _check_tensor("low", low, dy.device)
-        _check_shape("low", low, (dy.shape[:-1].numel(), lora_A.shape[0]))
+        _check_shape("low", low, (math.prod(dy.shape[:-1]), lora_A.shape[0]))
         if low.dtype != adapter_dtype:
             raise TypeError(f"low must be of the adapter's dtype, {adapter_dtype}, got {low.dtype}")
 

@@ -17,6 +17,7 @@ computed by `dense` (a dense W), `cpu` (NF4 on a CPU) and `gpu` (NF4 in Triton k
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Protocol
 
 import torch
@@ -25,9 +26,9 @@ from torch import Tensor
 from ..arithmetic import arithmetic_dtype, as_autocast, cast
 from ..dispatch import runs_native, use_triton
 from ..nf4.checks import WEIGHT_DTYPES
-from ..nf4.dequantize import nf4_dequantize_reference
+from ..nf4.dequantize import nf4_dequantize, nf4_dequantize_reference
 from ..packed import NF4, SCHEMA, TENSORS, Weight, flatten, unflatten
-from ..registration import below_autograd, define_op, is_plain_call, without_autocast
+from ..registration import below_autograd, define_op, is_plain_call, is_transformed, without_autocast
 from . import cpu, dense, twice
 from .checks import check_backward, check_forward
 from .low_rank import Lora, LowRank, grad_of_A, grad_of_B, project, project_back, update_dtype
@@ -57,9 +58,10 @@ def linear(
     lora: Lora | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x W^T + b + s (x A^T) B^T, differentiable once, in reverse mode, in x, b, A and B.
+    """x W^T + b + s (x A^T) B^T, differentiable in x, b, A and B.
 
-    Forward-mode derivatives are taken of a dense product that records no gradient, and refused elsewhere.
+    Under torch.func's transforms (grad, vmap, jvp) and forward-mode derivatives it is PyTorch's own operations, with
+    an NF4 weight decoded whole.
 
     Args:
         x: (..., in_features), floating point; float32, bfloat16 or float16 for an NF4 weight. Under autocast it is
@@ -94,8 +96,8 @@ def linear(
         dtype = arithmetic_dtype(dtype, x.device)
     numbers = (scaling, compute_dtype or x.dtype, dtype)
     out: Tensor
-    if not plain and not recorded and isinstance(weight, Tensor) and is_plain_call(x, forward_mode_too=True):
-        out = _differentiable(x, weight, bias, lora, dtype)
+    if not plain and is_transformed():
+        out = _differentiable(x, weight, bias, lora, *numbers[1:])
     elif not plain:
         out, _ = _linear_op(x, bias, lora_A, lora_B, *numbers, *flatten(weight))
     elif recorded:
@@ -105,19 +107,33 @@ def linear(
     return out
 
 
-def _differentiable(x: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None, dtype: torch.dtype) -> Tensor:
-    """`linear` with a dense W by PyTorch's own operations, which have forward-mode derivatives.
+def _differentiable(
+    x: Tensor,
+    weight: Weight | None,
+    bias: Tensor | None,
+    lora: Lora | None,
+    compute_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`linear` by PyTorch's own operations, which have derivatives of every kind.
 
     Args:
         dtype: of x A^T and its product with B.
     """
-    y = torch.nn.functional.linear(x, weight, bias)
+    y: Tensor | None = None
+    if isinstance(weight, NF4):
+        with without_autocast():
+            y = x.to(compute_dtype) @ nf4_dequantize(weight, compute_dtype).T
+            y = (y if bias is None else y + bias).to(x.dtype)
+    elif weight is not None:
+        y = torch.nn.functional.linear(x, weight, bias)
     if lora is None:
+        assert y is not None
         return y
     lora_A, lora_B, scaling = lora
     with without_autocast():
         update = scaling * (x.to(dtype) @ lora_A.to(dtype).T) @ lora_B.to(dtype).T
-    return (y + update).to(y.dtype)
+    return update if y is None else (y + update).to(y.dtype)
 
 
 def _refuse(x: Tensor, weight: NF4) -> None:
@@ -291,7 +307,7 @@ def _fake(
         y = x.new_empty(*x.shape[:-1], lora_B.shape[0], dtype=dtype)
     else:
         y = x.new_empty(*x.shape[:-1], weight.rows if isinstance(weight, NF4) else weight.shape[0])
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # a symbol where shapes are dynamic, which torch.Size.numel makes a number of
     return y, x.new_empty(0) if lora_A is None else x.new_empty(rows, lora_A.shape[0], dtype=dtype)
 
 

@@ -202,4 +202,3 @@ def write_gguf(
     for name, (_, kind) in tensors.items():
         values = read(name).detach().float().contiguous().numpy()
         writer.write_tensor_data(library.quants.quantize(values, kinds[kind]))
-    writer.close()

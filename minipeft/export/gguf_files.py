@@ -166,7 +166,9 @@ class _Stored:
 def _writer(output: Path, stack: contextlib.ExitStack, architecture: str) -> Any:
     """A GGUFWriter of a file that is there only once it is whole."""
     temporary = stack.enter_context(atomic_path(output))
-    return gguf_library().GGUFWriter(temporary, architecture)
+    writer = gguf_library().GGUFWriter(temporary, architecture)
+    stack.callback(writer.close)
+    return writer
 
 
 def _kind(shape: tuple[int, ...], dtype: str, kind: str) -> str:

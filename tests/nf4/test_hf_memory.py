@@ -162,5 +162,5 @@ def test_peak_of_a_mixture_is_the_packed_model_and_the_dense_experts_of_one_laye
     hidden, intermediate, layers = 512, 1024, 8
     parameters, measured = measure(tmp_path, write_mixture, layers, hidden, intermediate)
     assert parameters >= 200e6 and "experts): NF4Qwen3MoeExperts" in measured["layer"]
-    # gate_up_proj of all experts of a layer, in float32, is the most that is dense at a time.
-    assert measured["peak"] < measured["final"] + 4 * EXPERTS * 2 * hidden * intermediate + 16 * MIB
+    # gate_up_proj of all experts of a layer is quantized at a time; down_proj may have been read ahead by then.
+    assert measured["peak"] < measured["final"] + 4 * EXPERTS * 3 * hidden * intermediate + 16 * MIB

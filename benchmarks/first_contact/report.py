@@ -47,5 +47,5 @@ def _products(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _times(rows: list[dict[str, Any]]) -> list[str]:
-    shown = ("host", "step", "optimizers", "generation")
+    shown = ("host", "step", "optimizers")
     return [f"{r['stage']}: {r['what']}: {r['us']:.1f} us" for r in rows if r["stage"] in shown and "us" in r]

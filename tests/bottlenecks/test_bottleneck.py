@@ -255,3 +255,25 @@ def test_a_classifiers_head_is_trained_and_saved_beside_the_adapter(tmp_path: An
     again = PeftModel.from_pretrained(family.build(), tmp_path)
     with torch.no_grad():
         assert torch.equal(again(**family.batch()).logits, model(**family.batch()).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_through_a_float32_adapter_over_16_bits_are_the_formulas(dtype: torch.dtype) -> None:
+    """Of the input and of every weight, against the same network in float64."""
+    config = BottleneckConfig(reduction_factor=2, non_linearity="gelu", scaling="channel", layer_norm=True)
+    net = Bottleneck(config, 16, 16, torch.device("cpu"), torch.float32)
+    net.initialize("mam_adapter")
+    randomize(net)
+    exact = copy.deepcopy(net).double()
+    x = torch.randn(2, 5, 16).to(dtype).requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    y, y64 = net(x), exact(x64)
+    assert y.dtype == torch.float32
+    dy = torch.randn(2, 5, 16)
+    y.backward(dy)
+    y64.backward(dy.double())
+    size = float(x64.grad.abs().max())
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=torch.finfo(dtype).eps, atol=8e-3 * size)
+    for name, parameter in net.named_parameters():
+        right = exact.get_parameter(name).grad
+        torch.testing.assert_close(parameter.grad.double(), right, rtol=1e-2, atol=1e-2 * float(right.abs().max()))

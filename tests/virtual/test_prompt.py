@@ -1,5 +1,6 @@
 """Prompt tuning: its starts and files beside PEFT's, and that it is what its definition says."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -178,3 +179,21 @@ def test_two_forwards_before_one_backward_give_both_gradients() -> None:
         return next(p.grad.clone() for p in model.parameters() if p.requires_grad)
 
     torch.testing.assert_close(gradient(1, 2), gradient(1) + gradient(2))
+
+
+def test_a_prompt_that_is_edited_while_a_text_goes_on_acts_as_it_is_now() -> None:
+    """A cache remembers what prompts became: of weights that were changed in place, too."""
+    model = prompted(tiny_llama())
+    randomize(model)
+    ids = some_ids(1, 6)
+    with torch.no_grad():
+        cache = model.eval()(ids[:, :4], use_cache=True).past_key_values
+        model(ids[:, 4:5], past_key_values=cache)  # from here on it remembers
+        before = model(ids[:, 5:], past_key_values=copy.deepcopy(cache)).logits
+        unaware = copy.deepcopy(cache)
+        del unaware._prompts
+        vectors(model).mul_(-2.0)
+        now = model(ids[:, 5:], past_key_values=cache).logits
+        right = model(ids[:, 5:], past_key_values=unaware).logits
+    assert torch.equal(now, right)
+    assert not torch.allclose(now, before, atol=1e-3)

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from minipeft.adapter import AdapterModule, WrappedForward, base_modules, become
 from minipeft.dispatched import give_own_forward, hooks_of, in_memory, is_moving, without_hooks
 from minipeft.mixins import own_attributes, plain_class
+from minipeft.shards import is_sharded
 from minipeft.switch import OwnSwitch
 
 # The modules that take each row of a batch through an adapter of its own, as in PEFT.
@@ -52,10 +53,10 @@ def parameter_called(model: nn.Module, target: str) -> nn.Parameter:
 def is_handled(module: nn.Module, tensor: Any) -> bool:
     """True for a base tensor of `module` that others move about by its name, and must find under it.
 
-    FSDP's first version writes what it finds into the parameter that it holds flat, and an accelerate hook makes a
-    parameter like it, one that gets gradients if it does.
+    FSDP's first version writes what it finds into the parameter that it holds flat; its second one takes what it finds
+    for its shard; an accelerate hook makes a parameter like it, one that gets gradients if it does.
     """
-    return getattr(tensor, "_fsdp_flattened", False) or is_moving(module)
+    return getattr(tensor, "_fsdp_flattened", False) or is_sharded(tensor) or is_moving(module)
 
 
 class Replaced(AdapterModule):

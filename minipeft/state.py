@@ -25,6 +25,7 @@ from minipeft.later_biases import room_for_biases
 from minipeft.meta import take_values
 from minipeft.methods import method_of
 from minipeft.renaming import following
+from minipeft.shards import whole
 
 KEY_PREFIX = PeftConfig.key_prefix
 
@@ -144,7 +145,9 @@ def _fill(
     load_tensors(live, given, source, embeddings)
     again = stored_state(model, adapter, prefix) if made else {}
     for name in made:
-        if name in stored and not torch.allclose(again[name], stored[name].to(again[name]), rtol=1e-3, atol=1e-3):
+        if name in stored and not torch.allclose(
+            whole(again[name]), stored[name].to(again[name].device, again[name].dtype), rtol=1e-3, atol=1e-3
+        ):
             raise ValueError(f"{source}: its projection is that of another adapter; remove its file to go on without")
 
 

@@ -144,6 +144,60 @@ def shard(method: str, packed: bool, folder: str) -> dict[str, Any]:
     return said
 
 
+TWO = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("LoraConfig", {**TWO, "target_modules": ["q_proj", "lm_head"], "use_dora": True}),
+    ("LoraConfig", {**TWO, "target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+    ("LoraConfig", {**TWO, "bias": "all"}),
+    ("LoraConfig", {**TWO, "modules_to_save": ["lm_head"]}),
+    ("LoraConfig", {**TWO, "trainable_token_indices": [1, 5]}),
+    ("LoraConfig", {**TWO, "layer_replication": [[0, 2], [1, 2]]}),
+    ("TrainableTokensConfig", {"token_indices": [1, 5]}),
+    ("BottleneckConfig", {"reduction_factor": 8, "inv_adapter": "nice", "inv_adapter_reduction_factor": 2}),
+    ("PrefixTuningConfig", {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 16}),
+]
+
+
+def shard_others(folder: str) -> None:
+    """Adapters that read more than a layer's own weight, sharded beside alone: loss, gradients, files, loading."""
+    from safetensors.torch import load_file
+    from tiny import randomize, some_ids
+
+    processes, ids = join(60), some_ids(4)
+    for number, (method, given) in enumerate(OTHERS):
+        tied = given.get("ensure_weight_tying", method == "TrainableTokensConfig")
+        built = (tiny_llama(0, tie_word_embeddings=tied, mlp_bias=True) for _ in range(2))
+        config = getattr(minipeft, method)(task_type="CAUSAL_LM", **given)
+        alone, model = (get_peft_model(base, config).train() for base in built)
+        for adapted in (alone, model):
+            randomize(adapted)
+        shard_model(model, "cpu")
+        for _ in range(2):
+            wanted, loss = (adapted(ids, labels=ids).loss for adapted in (alone, model))
+            torch.testing.assert_close(loss, wanted)
+        for pair in ((wanted, alone), (loss, model)):
+            pair[0].backward()
+        for (name, mine), (_, single) in zip(model.named_parameters(), alone.named_parameters(), strict=True):
+            assert torch.equal(whole(mine.detach()), single), name
+            if single.requires_grad:
+                torch.testing.assert_close(whole(mine.grad), single.grad, rtol=1e-4, atol=1e-5)
+        for name, adapted in (("alone", alone), ("shards", model)):
+            adapted.save_pretrained(f"{folder}/{number}/{name}", is_main_process=processes.first)
+        torch.distributed.barrier()
+        files = [load_file(f"{folder}/{number}/{name}/adapter_model.safetensors") for name in ("alone", "shards")]
+        assert files[0].keys() == files[1].keys()
+        for name, tensor in files[0].items():
+            torch.testing.assert_close(files[1][name], tensor, rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    own_part(parameter).zero_()
+        model.load_adapter(f"{folder}/{number}/alone", "default", is_trainable=True)
+        for mine, single in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(whole(mine.detach()), single, rtol=1e-5, atol=1e-6)
+    processes.leave()
+
+
 def page(folder: str, first: int, last: int) -> None:
     """Steps `first` to `last` of PagedAdamW over shards, beside those of torch.optim.AdamW over the same, and alone."""
     from torch import nn

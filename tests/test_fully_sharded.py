@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from several import in_processes
-from several_cases import CONFIGS, page, shard
+from several_cases import CONFIGS, page, shard, shard_others
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,10 @@ def test_sharded_models_are_those_of_one_process(method: str, packed: bool, tmp_
         assert "sharded parameters (DTensor): take state_bits=32" in said["8 bits"]
         # A prefix or a prompt is not merged in any case.
         assert "merge it into the model in one process" in said["merging"] or "cannot be merged" in said["merging"]
+
+
+def test_adapters_that_read_more_than_their_layer_are_those_of_one_process(tmp_path: Path) -> None:
+    in_processes(2, shard_others, str(tmp_path))
 
 
 def test_each_process_pages_its_own_shard_and_another_number_of_them_goes_on(tmp_path: Path) -> None:

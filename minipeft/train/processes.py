@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import socket
@@ -264,10 +265,15 @@ def shard(model: Any, device: str | torch.device) -> None:
 
     mesh = torch.distributed.init_device_mesh(torch.device(device).type, (torch.distributed.get_world_size(),))
     whole_layers = set(getattr(model, "_no_split_modules", None) or ())
-    layers = [module for module in model.modules() if type(module).__name__ in whole_layers]
-    for module in (*layers, model):
+    units: list[list[nn.Module]] = []
+    for layer in (module for module in model.modules() if type(module).__name__ in whole_layers):
+        # Layers that share parameters (replicated ones) are gathered together.
+        own = set(layer.parameters())
+        akin = [unit for unit in units if not own.isdisjoint(p for other in unit for p in other.parameters())]
+        units = [unit for unit in units if unit not in akin] + [[*itertools.chain.from_iterable(akin), layer]]
+    for unit in (*units, [model]):
         # The outermost too: what reads a parameter between two passes must find this process's part of it.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(unit if len(unit) > 1 else unit[0], mesh=mesh, reshard_after_forward=True)
 
 
 def own_device() -> str:

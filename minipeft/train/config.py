@@ -136,6 +136,7 @@ class TrainConfig:
         "trackers that are told of the run, several with commas between them", None, known=("none", *TRACKER_CHOICES)
     )
     tensorboard: bool = _setting("write TensorBoard events to output_dir/tensorboard (as report_to does)", False)
+    page: bool = _setting("write the run as one HTML page, output_dir/report.html, at the end", False)
     plot: bool = _setting("draw output_dir/loss_curve.png at the end", False)
 
     def __post_init__(self) -> None:

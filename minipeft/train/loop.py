@@ -49,6 +49,7 @@ from minipeft.train.report import (
 )
 from minipeft.train.run import StopSignal, check_output_dir, hold_run, open_run, run_identity
 from minipeft.train.schedule import make_optimizer, make_schedule, trainable_parameters
+from minipeft.train.summary import complete_card, summarize, write_page
 from minipeft.train.trackers import Trackers, check_trackers
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class Trainer:
         on_log: Callable[[dict[str, Any]], None] = lambda row: None,
         processes: Processes | None = None,
     ) -> None:
-        self.model, self.data, self.config = model, data, config
+        self.model, self.data, self.eval_data, self.config = model, data, eval_data, config
         self.processes = processes or Processes()
         self.group_size = config.gradient_accumulation * self.processes.count
         self.output_dir = Path(config.output_dir)
@@ -354,8 +355,17 @@ class Trainer:
     def _write_adapter(self, folder: Path, writes: bool) -> None:
         with atomic_directory(folder) if writes else contextlib.nullcontext(folder) as temporary:
             self.model.save_pretrained(str(temporary), is_main_process=writes)
-        if writes and self.config.plot:
-            plot_loss_curve(read_log(self._report.log_path), self.output_dir / "loss_curve.png")
+            if writes:
+                summary = summarize(self.config, self.data, self.eval_data, read_log(self._report.log_path))
+                complete_card(temporary / "README.md", summary)
+        if not writes:
+            return
+        if self.config.plot:
+            plot_loss_curve(summary.log, self.output_dir / "loss_curve.png")
+        if self.config.page:
+            result = [("steps", f"{self.progress.step:,}"), ("tokens trained on", f"{self.progress.tokens:,}")]
+            result += [*summary.last("loss"), *summary.last("eval_loss"), ("seconds", f"{self._report.seconds:.0f}")]
+            write_page(self.output_dir / "report.html", self.output_dir.resolve().name, summary, result)
 
     def _check_extras(self) -> None:
         if self.config.plot:

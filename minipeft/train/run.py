@@ -5,7 +5,7 @@
   log.jsonl           one row per log step and evaluation
   checkpoint-<step>/  see checkpoint.py
   adapter/            the trained adapter, once the run is complete
-  loss_curve.png      with `plot: true`
+  loss_curve.png      with `plot: true`; report.html with `page: true`; trackers.json with `report_to`
 
 The rules here keep one run from overwriting another. A resumed run must continue the very run that was interrupted: its
 identity is everything that decides its numbers, that is data, base model, adapter and settings. Paths are not part of

@@ -71,7 +71,7 @@ def objects(place: str) -> Rows:
         path = Path(name)
     if path.is_dir():
         yield from _folder(path, part)
-    elif _is_on_hub(str(path)):
+    elif is_on_hub(str(path)):
         yield from _hub(str(path), part)
     elif part is not None and path.exists():
         raise DataError(f"expected no part (#{part}): a file has none", path)
@@ -135,7 +135,7 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _is_on_hub(place: str) -> bool:
+def is_on_hub(place: str) -> bool:
     """True for `org/name`, where it can be no file that is merely missing."""
     if _exists(place) or not _ON_HUB.fullmatch(place) or _suffixes(Path(place))[0] in FORMATS:
         return False

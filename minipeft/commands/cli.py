@@ -132,7 +132,7 @@ def build_parser(arguments: Sequence[str] = ()) -> Parser:
     commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND", required=True)
     for add in (
         *(_add_demo, _add_data, _add_train, _add_eval, _add_export, _add_generate, _add_merge, _add_inspect),
-        *(_add_compare, _add_bench, _add_kernels, _add_env),
+        *(_add_compare, _add_bench, _add_kernels, _add_env, _add_completion),
     ):
         add(commands)
     if next((word for word in arguments if not word.startswith("-")), "") == "bench":
@@ -288,6 +288,17 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
 
 def _add_env(commands: argparse._SubParsersAction) -> None:
     _add(commands, "env", "commands.environment:environment", "print versions and what runs here, for reports of bugs")
+
+
+def _add_completion(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "completion",
+        "commands.completion:completion",
+        "print a script by which a shell completes this command's words",
+        'To load it: eval "$(minipeft completion bash)"',
+    )
+    parser.add_argument("shell", choices=("bash", "zsh"), help="the shell")
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:

@@ -37,15 +37,15 @@ K, M = "kernels/minipeft_kernels/", "minipeft/"
 MUTANTS = [
     # The linear layer and its update.
     Mutant(
-        K + "linear/low_rank.py",
-        "lora_A.to(dtype)).mul_(scaling)",
-        "lora_A.to(dtype))",
+        K + "linear/thin.py",
+        "cast(lora_A, dtype), scaling)",
+        "cast(lora_A, dtype))",
         "kernels/linear/test_lora_linear.py",
     ),
     Mutant(
-        K + "linear/low_rank.py",
-        "lora_B.to(dy.dtype).T).mul_(scaling)",
-        "lora_B.to(dy.dtype).T)",
+        K + "linear/thin.py",
+        "cast(lora_B, dtype).T, scaling)",
+        "cast(lora_B, dtype).T)",
         "kernels/linear/test_lora_linear.py",
     ),
     Mutant(

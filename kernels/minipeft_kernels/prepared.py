@@ -44,7 +44,7 @@ class Prepared:
         self.kernel, self.grid, self.constants, self.options = kernel, grid, constants, options
         self._kept: dict[Hashable, Launch] = {}
 
-    def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[int], key: Hashable) -> None:
+    def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[float], key: Hashable) -> None:
         """Launch the kernel on the current device, which is that of the tensors, and its current stream.
 
         Args:
@@ -72,7 +72,7 @@ class Prepared:
         if isinstance(compiled, CompiledKernel):
             self._kept[device, key] = self._again(compiled)
 
-    def _ask_triton(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
+    def _ask_triton(self, tensors: Sequence[Tensor], numbers: Sequence[float]) -> Any:
         return self.kernel[self.grid](*tensors, *numbers, **self.constants, **self.options)
 
     def _again(self, compiled: Any) -> Launch:
@@ -81,7 +81,7 @@ class Prepared:
         names = self.kernel.arg_names
         constants = tuple(self.constants[name] for name in names[len(names) - len(self.constants) :])
 
-        def launch(stream: int, pointers: Sequence[Any], numbers: Sequence[int]) -> None:
+        def launch(stream: int, pointers: Sequence[Any], numbers: Sequence[float]) -> None:
             run(x, y, 1, stream, function, metadata, None, None, None, *pointers, *numbers, *constants)
 
         return launch

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..linear import twice
-from ..linear.low_rank import grad_of_A, grad_of_B, project, project_back
 from ..linear.op import form_for
+from ..linear.thin import as_thin_takes, grad_of_A, grad_of_B, project, project_back
 from ..packed import Weight, flatten
 from .stack import NF4Stack, Stack, unflatten_stack
 
@@ -88,9 +88,9 @@ def backward(
     for i, (e, start, stop) in enumerate(chosen):
         rows, update = dy[start:stop], None
         if lora_A is not None:
-            wide = rows.to(adapter_dtype)
+            wide = as_thin_takes(rows, lora_A.shape[1], adapter_dtype)
             if needs_x or needs_A:
-                update = project_back(wide, each_B[i], scaling), lora_A[e]
+                update = project_back(wide, each_B[i], scaling, adapter_dtype), lora_A[e]
             if needs_A:
                 assert x is not None and update is not None
                 dA[e] = grad_of_A(update[0], x[start:stop], dA.dtype)

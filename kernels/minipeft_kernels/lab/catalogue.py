@@ -7,6 +7,7 @@ quantized weights with blocksize 64.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import triton.language as tl
@@ -20,6 +21,9 @@ from ..linear.decode import UNSPECIALIZED
 from ..linear.direct import _nf4_matmul_direct_kernel
 from ..linear.gpu import NESTED_BLOCKSIZE, RANK_TILE, constants_of
 from ..linear.staged import _nf4_matmul_staged_kernel
+from ..linear.thin_triton import _thin_product_kernel
+from ..linear.thin_triton import constants_of as thin_constants_of
+from ..linear.thin_triton import tile_for as thin_tile_for
 from ..linear.tiles import CHUNK, Tile, tile_for
 from ..nf4.dequantize_triton import COLUMNS, ROWS, TILE_BYTES, _nf4_dequantize_kernel, _nf4_dequantize_pairs_kernel
 from ..nf4.dequantize_triton import NUM_WARPS as DEQUANTIZE_WARPS
@@ -41,9 +45,9 @@ class Kernel:
         name: for the report. function: the Triton function.
         types: Triton's type of each argument, such as "*bf16" or "i32". constants: of the constexpr arguments.
         warps, stages: of a program. options: further ones of the compiler.
-        elements: weights that a thread decodes in a turn of the inner loop, or if the kernel has no loop, elements
-            that a thread handles at all.
-        rows: of x in a tile; 0 if it is no product. grad: it is the input gradient.
+        elements: weights that a thread decodes in a turn of the inner loop, or numbers of x that it multiplies; or if
+            the kernel has no loop, elements that a thread handles at all.
+        rows: of x in a tile; 0 if it is no product with a packed weight. grad: it is the input gradient.
         tensor_cores: whether it must use them.
     """
 
@@ -62,7 +66,7 @@ class Kernel:
 
 def shipped(capability: int, dtype: str = "bf16") -> list[Kernel]:
     """All kernels for a capability (80 for 8.0): products, conversions, optimizer."""
-    return [*matmul_kernels(capability, dtype), *streaming_kernels(dtype)]
+    return [*matmul_kernels(capability, dtype), *thin_kernels(capability, dtype), *streaming_kernels(dtype)]
 
 
 def matmul_kernels(
@@ -118,6 +122,43 @@ def matmul_kernel(
         grad=grad,
         tensor_cores=dtype != "fp32",
     )
+
+
+def thin_kernels(capability: int, dtype: str = "bf16") -> list[Kernel]:
+    """LoRA's small products, each in the tiles that are shipped for a capability, with a float32 factor.
+
+    With a float16 x the factor is float16. None for float32, which the kernel does not take.
+    """
+    # By the product: whether it sums over rows, and the strides that are 1.
+    uses = {
+        "x A^T": (False, "f_depth", "out_rank"),
+        "dy B": (False, "f_rank", "out_rank"),
+        "g^T x": (True, "f_rank", "out_row"),
+        "dy^T low": (True, "f_rank", "out_rank"),
+    }
+    kernels = []
+    for (name, (over_rows, *ones)), rows in product(uses.items(), (1, TYPICAL_N)):
+        if dtype == "fp32" or (over_rows and rows == 1):
+            continue
+        for tile in {thin_tile_for(rows, rank, capability): None for rank in (16, 32, 64)}:
+            constants: dict[str, Any] = dict(thin_constants_of(tile, over_rows, 3 if dtype == "bf16" else 1))
+            constants |= dict.fromkeys(ones, 1)
+            types = dict.fromkeys(_thin_product_kernel.arg_names, "i32") | {"scaling": "fp32", "counters": "*i32"}
+            types |= dict.fromkeys(("out", "workspace"), "*fp32")
+            types |= {"x": f"*{dtype}", "f": "*fp32" if dtype == "bf16" else f"*{dtype}"}
+            kernel = Kernel(
+                f"{name} {dtype} {tile.rows}x{tile.depth}x{tile.ranks} thin",
+                _thin_product_kernel,
+                types,
+                constants,
+                tile.warps,
+                tile.stages,
+                options={"enable_fp_fusion": True},
+                elements=tile.rows * tile.depth / (WARP * tile.warps),
+                tensor_cores=True,
+            )
+            kernels.append(kernel)
+    return kernels
 
 
 def streaming_kernels(dtype: str = "bf16") -> list[Kernel]:

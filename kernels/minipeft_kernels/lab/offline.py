@@ -20,7 +20,6 @@ from .. import native
 from ..dispatch import interpreting
 from ..emulator.lanes import WARP
 from ..emulator.targets import capability_of
-from ..linear.decode import UNSPECIALIZED
 from ..linear.gpu import grid_of
 from ..linear.tiles import CHUNK, split_for, tile_for
 from .catalogue import Kernel, shipped
@@ -72,9 +71,10 @@ def compile_kernel(kernel: Kernel, target: str) -> Any:
     from triton.compiler import ASTSource
 
     signature, aligned = {}, {}
+    unspecialized = {p.name for p in kernel.function.params if p.do_not_specialize}
     for i, argument in enumerate(kernel.function.arg_names):
         signature[argument] = "constexpr" if argument in kernel.constants else kernel.types[argument]
-        if argument not in kernel.constants and argument not in UNSPECIALIZED:
+        if argument not in kernel.constants and argument not in unspecialized:
             aligned[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel.function, signature, kernel.constants, attrs=aligned)
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages, **kernel.options}
@@ -86,7 +86,8 @@ def inspect(kernel: Kernel, target: str) -> Report:
     compiled = compile_kernel(kernel, target)
     function, registers, stack = read_cubin(compiled.asm["cubin"])
     # Permutes mark the loop over the weights: that over the ranks of an update has tensor-core instructions too.
-    loop = function.inner_loop(("PRMT",) if kernel.tensor_cores else ("FFMA",)) if kernel.rows else None
+    work = (("PRMT",) if kernel.tensor_cores else ("FFMA",)) if kernel.rows else MMA
+    loop = function.inner_loop(work) if kernel.rows or kernel.tensor_cores else None
     counted = loop or Loop(function.instructions)
     names, classes = counted.names(), counted.classes()
     shared = compiled.metadata.shared

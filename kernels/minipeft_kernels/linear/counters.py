@@ -1,6 +1,6 @@
-"""Counters for the programs that share a tile: zeros before every launch, which leaves zeros behind.
+"""Room for the programs that share a tile: for their partial sums, and counters, which are zeros before and after.
 
-Launches that follow each other can have the same ones, and those of one stream do. What a CUDA graph launches runs
+Launches that follow each other can have the same counters, and those of one stream do. What a CUDA graph launches runs
 whenever and beside whatever it is replayed, so each captured graph has counters of its own, from a supply that was
 filled before; where that is used up, zeros that the graph makes once a replay.
 """
@@ -92,3 +92,18 @@ def _capture_info() -> Any:
         return None
     versions = ("cuStreamGetCaptureInfo_v3", "cuStreamGetCaptureInfo_v2")
     return next((getattr(driver, name) for name in versions if hasattr(driver, name)), None)
+
+
+def workspace(device: torch.device, tiles: int, split: int, size: int) -> tuple[Tensor, Tensor]:
+    """Room for partial sums, and counters that are zero before every launch and after it."""
+    if split == 1:
+        return _nothing(device), _nothing(device)
+    partial = torch.empty(tiles * split * size, dtype=torch.float32, device=device)
+    if device.type == "cuda":
+        return partial, counters_for(device, tiles)
+    return partial, torch.zeros(tiles, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _nothing(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device=device)

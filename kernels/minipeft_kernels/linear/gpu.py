@@ -28,7 +28,7 @@ from ..nf4.dequantize_triton import dequantize_into
 from ..packed import NF4
 from ..prepared import ALIGNMENT, Prepared
 from .checks import check_addends
-from .counters import counters_for
+from .counters import workspace
 from .direct import _nf4_matmul_direct_kernel
 from .low_rank import LowRank
 from .staged import _nf4_matmul_staged_kernel
@@ -179,7 +179,7 @@ def launch(
     low, up = low.contiguous(), up.contiguous() if grad else up
     bias = x if bias is None else bias.contiguous()
     tensors = (
-        *(x, *_pointers(weight), bias, low, up, y, *_workspace(device, plan.tiles, plan.split, plan.size)),
+        *(x, *_pointers(weight), bias, low, up, y, *workspace(device, plan.tiles, plan.split, plan.size)),
         x if offsets is None else offsets.contiguous(),
     )
     pitch, strides = x.stride(0), up.stride()
@@ -305,18 +305,3 @@ def constants_of(tile: Tile, out_features: int, chunks: int, blocksize: int, gra
     if tile.kernel == "direct":
         return constants | {"NB": tile.nb, "EVEN": chunks % tile.nb == 0}
     return constants | {"GRAD": grad, "EVEN": out_features % tile.bn == 0}
-
-
-def _workspace(device: torch.device, tiles: int, split: int, size: int) -> tuple[Tensor, Tensor]:
-    """Room for partial sums, and counters that are zero before every launch and after it."""
-    if split == 1:
-        return _nothing(device), _nothing(device)
-    partial = torch.empty(tiles * split * size, dtype=torch.float32, device=device)
-    if device.type == "cuda":
-        return partial, counters_for(device, tiles)
-    return partial, torch.zeros(tiles, dtype=torch.int32, device=device)
-
-
-@functools.cache
-def _nothing(device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=torch.float32, device=device)

@@ -31,8 +31,9 @@ from ..packed import NF4, SCHEMA, TENSORS, Weight, flatten, unflatten
 from ..registration import below_autograd, define_op, is_plain_call, is_transformed, without_autocast
 from . import cpu, dense, twice
 from .checks import check_backward, check_forward
-from .low_rank import Lora, LowRank, grad_of_A, grad_of_B, project, project_back, update_dtype
+from .low_rank import Lora, LowRank, update_dtype
 from .rows import as_rows, from_rows
+from .thin import as_thin_takes, grad_of_A, grad_of_B, project, project_back
 
 Numbers = tuple[float, torch.dtype, torch.dtype]
 """s, the dtype of a product with NF4, and the dtype of x A^T."""
@@ -257,9 +258,9 @@ def _run_backward(
     rows, update = as_rows(dy), None
     with without_autocast():
         if lora_A is not None and lora_B is not None:
-            wide = cast(rows, adapter_dtype)
+            wide = as_thin_takes(rows, lora_B.shape[1], adapter_dtype)
             if needs_x or needs_A:
-                update = project_back(wide, lora_B, scaling), lora_A
+                update = project_back(wide, lora_B, scaling, adapter_dtype), lora_A
             if needs_A:
                 assert x is not None and update is not None
                 dA = grad_of_A(update[0], as_rows(x), lora_A.dtype)

@@ -95,8 +95,8 @@ def test_the_order_of_programs_does_not_change_a_bit(few_processors: Any) -> Non
 def test_counters_are_zero_again_after_a_launch(few_processors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU the next launch finds them as this one leaves them."""
     few_processors(64)
-    made, workspace = [], module._workspace
-    monkeypatch.setattr(module, "_workspace", lambda *sizes: made.append(workspace(*sizes)) or made[-1])
+    made, workspace = [], module.workspace
+    monkeypatch.setattr(module, "workspace", lambda *sizes: made.append(workspace(*sizes)) or made[-1])
     check(1, Weight(140, 512), torch.float32)
     assert len(made) == 2
     for partial, counters in made:

@@ -80,6 +80,7 @@ def _train(config: TrainConfig, args: argparse.Namespace, processes: Processes |
         seed_everything,
     )
     from minipeft.train.models import text_positions, without_bars
+    from minipeft.train.pushing import check_login
     from minipeft.train.run import check_not_running
 
     if processes is None or processes.first:
@@ -88,6 +89,8 @@ def _train(config: TrainConfig, args: argparse.Namespace, processes: Processes |
     # Without flags, what is wrong with a setting is wrong with the file.
     with naming(f"config file {args.config}") if args.config and not _flags(args) else contextlib.nullcontext():
         adapter_config = check_settings(config)
+    if config.push_to_hub is not None and args.show_data is None and (processes is None or processes.first):
+        check_login(config.push_to_hub)
     tokenizer = load_tokenizer(config.model, config.chat_template)
     data, eval_data = prepare_data(config, tokenizer, *text_positions(config.model, adapter_config))
     for notice in data.notices:
@@ -129,6 +132,8 @@ def _train(config: TrainConfig, args: argparse.Namespace, processes: Processes |
     print(
         f"use it: minipeft generate --model {config.model}{quantize} --adapter {result.adapter_dir}{raw} --prompt '...'"
     )
+    if config.push_to_hub is not None:
+        print(f"uploaded to {config.push_to_hub}")
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:

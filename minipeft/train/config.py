@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -136,6 +137,7 @@ class TrainConfig:
         "trackers that are told of the run, several with commas between them", None, known=("none", *TRACKER_CHOICES)
     )
     tensorboard: bool = _setting("write TensorBoard events to output_dir/tensorboard (as report_to does)", False)
+    push_to_hub: str | None = _setting("org/name on the hub where the adapter is put at the end, privately", None)
     page: bool = _setting("write the run as one HTML page, output_dir/report.html, at the end", False)
     plot: bool = _setting("draw output_dir/loss_curve.png at the end", False)
 
@@ -328,6 +330,8 @@ def _check_ranges(config: TrainConfig) -> None:
             "setting 'fsdp' leaves each process a part of every tensor, and 8-bit state takes whole ones: "
             "set optimizer to paged_adamw or adamw"
         )
+    if config.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.push_to_hub):
+        raise ConfigError(f"setting 'push_to_hub' must be a name like org/name, got {shown(config.push_to_hub)}")
     for name in config.trackers():
         _check_choice("report_to", name, TRACKER_CHOICES)
     if config.scheduler == "constant" and (config.warmup_steps or config.warmup_ratio):

@@ -37,6 +37,7 @@ from minipeft.train.evaluation import EvalResult, evaluate_loss
 from minipeft.train.loss import autocast
 from minipeft.train.models import training_mode, vocabulary_of
 from minipeft.train.processes import Processes
+from minipeft.train.pushing import check_login, push
 from minipeft.train.report import (
     Reporter,
     RunLog,
@@ -126,6 +127,7 @@ class Trainer:
         Raises:
             OutputDirError, CheckpointError: see `run.check_output_dir`; a resumed run that is a different
                 one.
+            PushError: the run is complete, and its adapter could not be sent to `push_to_hub`.
             NonFiniteError: the loss or gradient is not finite; the last checkpoint is untouched.
             TrainingInterrupted: SIGINT or SIGTERM; the run is saved.
         """
@@ -336,6 +338,9 @@ class Trainer:
         end = end or logged_evaluation(read_log(log_path), self.progress.step) or self._evaluate_and_log()
         seconds = self._report.seconds
         self._write(lambda writes: self._write_adapter(adapter_dir, writes))
+        name = self.config.push_to_hub
+        if name is not None:
+            self.processes.by_first(lambda: push(adapter_dir, name))
         rows = read_log(log_path)
         plot_path = self.output_dir / "loss_curve.png" if self.config.plot else None
         losses = [row["loss"] for row in rows if "loss" in row]
@@ -371,6 +376,9 @@ class Trainer:
         if self.config.plot:
             check_matplotlib()
         check_trackers(self.config.trackers())
+        name = self.config.push_to_hub
+        if name is not None:
+            self.processes.by_first(lambda: check_login(name))
         if self.config.packing:
             check_isolation(self.model)
 

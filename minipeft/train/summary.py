@@ -23,7 +23,8 @@ Rows = list[tuple[str, str]]
 # Settings that are no part of what was done: places, the machine, and what is told of a run.
 _PLACES = (
     *("model", "data", "eval_data", "output_dir", "adapter", "chat_template", "device", "process_timeout"),
-    *("tensorboard", "report_to", "plot", "page", "log_every", "save_every", "keep_last", "optimizer_args"),
+    *("tensorboard", "report_to", "plot", "page", "push_to_hub", "log_every", "save_every", "keep_last"),
+    "optimizer_args",
 )
 _ALWAYS = ("method", "lr", "epochs", "batch_size", "seed")
 # Rows of the table of losses, and the size of the picture.

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks.first_contact import report
-from benchmarks.first_contact.record import Contact, append
+from benchmarks.first_contact.record import Contact, append, read_rows
 
 # Seconds that each stage may take, and in which call it runs.
 BOXES = {
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
             append(args.output, {"stage": stage, "ended": "not begun: no time left"})
             continue
         _stage(stage, min(BOXES[stage], left), args)
-    return report.show(args.output)
+    return report.show(read_rows(args.output))
 
 
 def _stage(stage: str, seconds: float, args: argparse.Namespace) -> None:

@@ -61,11 +61,18 @@ def test_the_report_shows_what_was_predicted_beside_what_was_measured(tmp_path, 
         append(
             tmp_path, {"stage": "products", "what": "forward", "shape": [4096, 4096], "rows": 1, "who": who, "us": us}
         )
-    assert report.show(tmp_path) == 0
+    assert report.main([str(tmp_path)]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "4096x4096" in line and "stage" not in line]
     assert line.split() == ["forward", "4096x4096", "M=1", "10.24", "|", "10.70", "|", "-", "|", "-", "8", "8", "13"]
     append(tmp_path, {"stage": "checks", "what": "same bits", "right": False})
-    assert report.show(tmp_path) == 1
+    assert report.main([str(tmp_path)]) == 1
+
+
+def test_results_can_be_shown_and_drawn_again(tmp_path, capsys):
+    file = ROOT / "benchmarks" / "results" / "first_contact" / "nvidia-h200-4.jsonl"
+    report.main([str(file), "--plot", str(tmp_path / "ratios.png")])
+    shown = capsys.readouterr().out
+    assert shown.count(" M=") == 33 and (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_row_that_a_gpu_gave_names_it():

@@ -240,7 +240,7 @@ def _parquet(path: Path) -> Rows:
                 for value in batch.to_pylist():
                     number += 1
                     yield str(path), number, _present(value)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: texts that are no UTF-8
         said = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise DataError(f"cannot read the Parquet file: {said}", path) from None
 
@@ -299,5 +299,11 @@ def _of_datasets(place: str | Path, split: str | None, load: Callable[[Any], Any
         found = found[chosen]
     elif split is not None:
         raise DataError(f"expected no part (#{split}): the data set has none", place)
-    for number, value in enumerate(found, 1):
-        yield str(place), number, _present(value)
+    number = 0
+    try:
+        for value in found:
+            number += 1
+            yield str(place), number, _present(value)
+    except Exception as error:  # of many kinds again: Arrow's, the formats', those of pictures and sounds
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"the datasets library cannot read row {number + 1}: {said}", place) from None

@@ -106,6 +106,17 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, content:
     assert str(raised.value).startswith(str(path)) and "\n" not in str(raised.value)
 
 
+def test_texts_in_parquet_that_are_no_utf8_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array([b"fine", b"\xff\xfe"]).view(pa.string())}), path)
+    with pytest.raises(DataError, match=r"a\.parquet: cannot read the Parquet file: .*utf-8"):
+        read_records(path)
+    broken = datasets.Dataset(pa.table({"text": pa.array([b"fine", b"\xff\xfe"]).view(pa.string())}))
+    broken.save_to_disk(tmp_path / "folder")
+    with pytest.raises(DataError, match=r"folder: the datasets library cannot read row 2: .*utf-8"):
+        read_records(tmp_path / "folder")
+
+
 def test_long_cells_are_read_and_the_limit_of_others_stays(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     assert len(read_records(write(tmp_path / "a.csv", [{"text": "x" * 300_000}]))[0].text or "") == 300_000

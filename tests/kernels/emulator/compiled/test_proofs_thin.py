@@ -51,7 +51,7 @@ def test_a_shipped_tile(target: str, kernel: Kernel, whole: bool) -> None:
     """On shapes that the tile divides, which programs share; and on ragged ones."""
     name = kernel.name.split(" bf16")[0]
     sizes = kernel.constants
-    width, depth, rank = sizes["BI"], 8 * sizes["BD"], sizes["BR"]
+    width, depth, rank = sizes["BI"], 16 * sizes["BD"], sizes["BR"]
     if not whole:
         width, depth, rank = width - 3, 5 * sizes["BD"] + 9, rank - 3
     m, k = (depth, width) if sizes["OVER_ROWS"] else (width, depth)

@@ -102,13 +102,14 @@ def _add_low_rank(
 
 
 @triton.jit
-def _store_or_reduce(acc, out, mask, workspace, counters, tile, part, split):
+def _store_or_reduce(acc, out, mask, workspace, counters, tile, part, split, TOGETHER: tl.constexpr = 0):
     """Write a tile, or its partial sum; the last of `split` programs to arrive adds the parts up, always in one order.
 
     Args:
         acc: (R, C) float32. out: (R, C) pointers, with the mask of those to write.
         workspace: float32 (tiles, split, R * C). counters: int32 (tiles,), zero before and after.
-        tile, part: of this program. split: a power of two.
+        tile, part: of this program. split: a power of two, or with TOGETHER any number.
+        TOGETHER: parts that are read at a time; 0 for as many as leave the loop of a product its registers.
     """
     dtype = out.dtype.element_ty
     if split == 1:
@@ -133,12 +134,15 @@ def _store_or_reduce(acc, out, mask, workspace, counters, tile, part, split):
         if arrived == split - 1:
             total = tl.zeros([R, C], tl.float32)
             # The loads of several parts wait together, of as many as registers hold.
-            GROUP: tl.constexpr = 8 if FEW else 2 if R * C <= 1024 else 1
+            GROUP: tl.constexpr = TOGETHER if TOGETHER else 8 if FEW else 2 if R * C <= 1024 else 1
             for first in range(0, split, GROUP):
                 for i in tl.static_range(GROUP):
                     at = place + (first + i) * (R * C)
                     if FEW:
                         there = mask & (r < tl.where(first + i < split, R, 0))
+                        total += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
+                    elif TOGETHER:
+                        there = r < tl.where(first + i < split, R, 0)
                         total += tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
                     else:
                         total += tl.load(at, cache_modifier=".cg")

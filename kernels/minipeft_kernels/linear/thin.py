@@ -15,6 +15,16 @@ from torch import Tensor
 from ..arithmetic import cast, dense_product
 from ..dispatch import use_triton
 
+MAX_RANK = 256
+"""The most columns of a factor that the kernel is given: it reads the rows once for every 32 or 64 of them."""
+
+# Dtypes of rows and of the product.
+_TAKEN = {
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+}
+
 
 def as_thin_takes(rows: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
     """Rows as the products below take them: as they are where the kernel does, else in `dtype`."""
@@ -65,8 +75,12 @@ def grad_of_B(dy: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_thin(rows: Tensor, rank: int, dtype: torch.dtype) -> bool:
-    """True if the kernel multiplies 16-bit rows by a factor of `rank` columns, to the precision of `dtype`."""
-    return rows.element_size() == 2 and use_triton(rows) and _kernel().takes(rows, rank, dtype)
+    """True if the kernel multiplies `rows` by a factor of `rank` columns, to the precision of `dtype`.
+
+    Not float16 to the precision of float32: a float16 number has more bits than a bfloat16 one and less range than a
+    float32 one, so that rows and parts of the factor would have no 16-bit dtype in common.
+    """
+    return (rows.dtype, dtype) in _TAKEN and 0 < rank <= MAX_RANK and rows.numel() > 0 and use_triton(rows)
 
 
 @functools.cache

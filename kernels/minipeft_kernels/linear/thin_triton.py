@@ -29,9 +29,8 @@ from ..dispatch import capability, interpreting, multiprocessors, on_device
 from ..prepared import Prepared
 from ..rounding_triton import _round_to
 from .counters import workspace
-from .decode import _dot
+from .decode import _dot, _store_or_reduce
 
-MAX_RANK = 256
 # Programs that share a tile at most: the last of them adds up what all have left.
 MAX_SPLIT = 32
 # Sign, exponent and first 7 bits of a float32 number, which are a bfloat16 number. As int32.
@@ -172,49 +171,7 @@ def _thin_product_kernel(
 
     place = out + i[:, None].to(tl.int64) * out_row + r[None, :].to(tl.int64) * out_rank
     mask = in_i[:, None] & in_r[None, :]
-    _store_or_add_up(acc * scaling, place, mask, workspace, counters, tile, part, split, TOGETHER)
-
-
-@triton.jit
-def _store_or_add_up(acc, out, mask, workspace, counters, tile, part, split, TOGETHER: tl.constexpr):
-    """As `decode._store_or_reduce`, for any `split`, TOGETHER parts read at a time: there is no loop to keep free for.
-
-    Args:
-        acc: (R, C) float32. out: (R, C) pointers, with the mask of those to write.
-        workspace: float32 (tiles, split, R * C). counters: int32 (tiles,), zero before and after.
-        tile, part: of this program.
-    """
-    dtype = out.dtype.element_ty
-    if split == 1:
-        tl.store(out, _round_to(acc, dtype), mask=mask)
-    else:
-        R: tl.constexpr = acc.shape[0]
-        C: tl.constexpr = acc.shape[1]
-        r = tl.arange(0, R)[:, None]
-        place = workspace + tile.to(tl.int64) * (split * R * C) + r * C + tl.arange(0, C)[None, :]
-        # .cg: through the second-level cache, which all multiprocessors share.
-        tl.store(place + part * (R * C), acc, cache_modifier=".cg")
-        # All stores of this program happen before its arrival is counted.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")
-        if arrived == split - 1:
-            total = tl.zeros([R, C], tl.float32)
-            for first in range(0, split, TOGETHER):
-                for i in tl.static_range(TOGETHER):
-                    there = r < tl.where(first + i < split, R, 0)
-                    total += tl.load(place + (first + i) * (R * C), mask=there, other=0.0, cache_modifier=".cg")
-            tl.store(out, _round_to(total, dtype), mask=mask)
-            tl.store(counters + tile, 0)
-
-
-def takes(x: Tensor, rank: int, dtype: torch.dtype) -> bool:
-    """True if the kernel has products of x with a factor of `rank` columns, to the precision of `dtype`.
-
-    A float16 number has more bits than a bfloat16 one and less range than a float32 one: x and F in float32 would have
-    no 16-bit dtype in common.
-    """
-    known = x.dtype == torch.bfloat16 if dtype == torch.float32 else x.dtype == dtype and dtype.itemsize == 2
-    return known and 0 < rank <= MAX_RANK and x.numel() > 0
+    _store_or_reduce(acc * scaling, place, mask, workspace, counters, tile, part, split, TOGETHER)
 
 
 def product(
@@ -223,7 +180,7 @@ def product(
     """out = s x F, or with `over_rows` s x^T F, for a thin F.
 
     Args:
-        x: (rows, columns), bfloat16 or float16, one that the kernel `takes`.
+        x: (rows, columns), not empty: bfloat16, or float16 if `dtype` is.
         factor: F (columns, r), or with `over_rows` (rows, r), of any strides and floating dtype.
         dtype: float32 for a product to its precision, or x's: F is rounded to it, too.
         out: (rows, r), or with `over_rows` (columns, r), of any strides and floating dtype: it is written.
@@ -235,7 +192,9 @@ def product(
         x = x.contiguous()
     device, rank = x.device, factor.shape[1]
     parts = 1 if x.dtype in (dtype, factor.dtype) else 3
-    plan = _planned(*x.shape, rank, parts, over_rows, capability(device), multiprocessors(device), _is_foreign(device))
+    plan = _planned(
+        *x.shape, rank, parts, over_rows, capability(device), multiprocessors(device), x.is_cuda or x.is_cpu
+    )
     tensors = (x, factor, out, *workspace(device, plan.tiles, plan.split, plan.size))
     strides = (x.stride(0), *factor.stride(), *out.stride())
     numbers = (*x.shape, *strides, rank, plan.split, float(scaling))
@@ -262,13 +221,17 @@ def _planned(
     over_rows: bool,
     capability: int,
     multiprocessors: int,
-    foreign: bool,
+    cuda: bool,
 ) -> Plan:
     width, depth = (columns, rows) if over_rows else (rows, columns)
     tile = tile_for(width, rank, capability)
     tiles = -(-width // tile.rows) * -(-rank // tile.ranks)
     split = split_for(tiles, tile, depth, multiprocessors)
-    options = {"num_warps": tile.warps, "num_stages": 2 if foreign else tile.stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": tile.warps,
+        "num_stages": tile.stages if cuda and torch.version.hip is None else 2,
+        "enable_fp_fusion": True,
+    }
     launch = Prepared(_thin_product_kernel, (tiles, split), constants_of(tile, over_rows, parts), options)
     return Plan(tiles, split, tile.rows * tile.ranks, launch)
 
@@ -279,8 +242,3 @@ def constants_of(tile: Tile, over_rows: bool, parts: int) -> dict[str, int | boo
     # As many of the partial sums at once as registers hold.
     together = max(1, min(8, 127 * 32 * tile.warps // (tile.rows * tile.ranks)))
     return {**sizes, "OVER_ROWS": over_rows, "PARTS": parts, "UPCAST": interpreting(), "TOGETHER": together}
-
-
-def _is_foreign(device: torch.device) -> bool:
-    """True for a GPU that is not NVIDIA's."""
-    return device.type not in ("cuda", "cpu") or torch.version.hip is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minipeft.kernels import lora_linear
 from minipeft_kernels.linear import thin_triton
-from minipeft_kernels.linear.thin import as_thin_takes, grad_of_A, grad_of_B, project, project_back
+from minipeft_kernels.linear.thin import MAX_RANK, as_thin_takes, grad_of_A, grad_of_B, project, project_back
 
 HALVES = [torch.bfloat16, torch.float16]
 # A float32 sum's error, relative to the sum of the terms' sizes. One bfloat16 part of the factor would be off by 2e-3.
@@ -137,7 +137,7 @@ def test_factors_of_any_finite_size_are_cut_into_parts_without_loss() -> None:
         (torch.float16, torch.float32, 4, 4),  # no 16-bit parts to cut a factor into
         (torch.float32, torch.float32, 4, 4),
         (torch.bfloat16, torch.float64, 4, 4),
-        (torch.bfloat16, torch.float32, 4, thin_triton.MAX_RANK + 1),
+        (torch.bfloat16, torch.float32, 4, MAX_RANK + 1),
         (torch.bfloat16, torch.float32, 0, 4),
         (torch.bfloat16, torch.float32, 4, 0),
     ],

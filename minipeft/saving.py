@@ -38,7 +38,7 @@ from minipeft.meta import recall_adapters
 from minipeft.mixins import plain_class
 from minipeft.preparing import reshaped
 from minipeft.renaming import mapped
-from minipeft.shards import is_sharded, whole
+from minipeft.shards import check_not_split, is_sharded, whole
 from minipeft.state import (
     LoadResult,
     fill_adapter,
@@ -89,9 +89,11 @@ def load_adapter(
         key_mapping: Regular expression -> replacement, for the stored names without "base_model.model.".
         others: How to reach the hub (`hub.HUB_ARGUMENTS`), and what is asked of the base model (`asked.py`).
 
-    Raises FileNotFoundError when there is no adapter, ValueError when it does not fit; the model is then as before.
+    Raises FileNotFoundError when there is no adapter, ValueError when it does not fit or the model is split by tensor
+    parallelism; the model is then as before.
     """
     hub = hub_arguments(others)
+    check_not_split(model)
     asked.answer("load_adapter", model, others)
     directory = find_adapter(model_id, subfolder, **hub)
     config = config if config is not None else PeftConfig.from_pretrained(directory)

@@ -13,6 +13,19 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def check_not_split(model: Any) -> None:
+    """Raise ValueError for a model that transformers split over processes by tensor parallelism (`tp_plan`).
+
+    Its layers compute on parts of their inputs and outputs, of which an adapter's factors would have to be parts, too.
+    """
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"{type(model).__name__} is split over {model._tp_size} processes by tensor parallelism (tp_plan), in "
+            "which adapters cannot take part: load it without tp_plan, and shard it afterwards (FSDP2's fully_shard; "
+            "minipeft train --fsdp)"
+        )
+
+
 def whole(tensor: Tensor) -> Tensor:
     """`tensor`; of a shard the whole, for which all processes must ask."""
     if not is_sharded(tensor):

@@ -12,6 +12,7 @@ from minipeft.adapter import base_modules
 from minipeft.errors import PeftWarning
 from minipeft.experts import is_stack
 from minipeft.packed import PackedLayer
+from minipeft.shards import check_not_split
 from minipeft.targets import TASK_HEADS, ends_with, is_conv1d, matches, no_match, plain_module_names
 
 
@@ -20,11 +21,12 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def check_names(model: nn.Module, config: Any) -> None:
-    """Raise ValueError for a name that matches nothing.
+    """Raise ValueError for a name that matches nothing, and for a model of whose modules each process has a part.
 
     In target_modules, modules_to_save, target_parameters and trainable_token_indices. For new adapters alone: a stored
     one is checked by its tensors.
     """
+    check_not_split(model)
     names = plain_module_names(model)
     parameters = {
         f"{path}.{name}".strip("."): parameter

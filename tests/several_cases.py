@@ -1,7 +1,9 @@
 """What the processes of `test_several_processes.py` run: importable, since they are processes of their own."""
 
 import copy
+import ctypes
 import os
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,34 @@ def shard_others(folder: str) -> None:
         for mine, single in zip(model.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(whole(mine.detach()), single, rtol=1e-5, atol=1e-6)
     processes.leave()
+
+
+def split_model(folder: str) -> list[str]:
+    """What is said of a model that transformers splits by tensor parallelism, new adapter or stored."""
+    from transformers import AutoModelForCausalLM
+
+    processes, said = join(60), []
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/base", tp_plan="auto")
+    config = minipeft.LoraConfig(r=4, target_modules=["q_proj"])
+    for call in (
+        lambda: get_peft_model(model, config),
+        lambda: minipeft.PeftModel.from_pretrained(model, f"{folder}/adapter"),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+    processes.leave()
+    return said
+
+
+def loading_peak(*given: Any) -> dict[str, float]:
+    """`measure` of docs/loading_peak.py."""
+    # As MALLOC_MMAP_THRESHOLD_=65536 where a process starts anew: glibc would keep freed blocks, other ones each time.
+    ctypes.CDLL(None).mallopt(-3, 65536)
+    script = Path(__file__).parent.parent / "docs" / "loading_peak.py"
+    held: dict[str, float] = runpy.run_path(str(script))["measure"](*given, dtype="float32")
+    return held
 
 
 def page(folder: str, first: int, last: int) -> None:

@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from several import in_processes
-from several_cases import CONFIGS, page, shard, shard_others
+from several_cases import CONFIGS, loading_peak, page, shard, shard_others, split_model
+from tiny import tiny_llama
+from tiny_folder import save_model
+
+from minipeft import LoraConfig, get_peft_model
 
 
 @pytest.mark.parametrize(
@@ -20,6 +25,24 @@ def test_sharded_models_are_those_of_one_process(method: str, packed: bool, tmp_
 
 def test_adapters_that_read_more_than_their_layer_are_those_of_one_process(tmp_path: Path) -> None:
     in_processes(2, shard_others, str(tmp_path))
+
+
+def test_a_model_that_is_split_by_tensor_parallelism_is_refused_by_name(tmp_path: Path) -> None:
+    save_model(tmp_path / "base")
+    get_peft_model(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    for said in in_processes(2, split_model, str(tmp_path)):
+        assert len(said) == 2
+        assert all("is split over 2 processes by tensor parallelism (tp_plan)" in sentence for sentence in said)
+
+
+def test_no_process_holds_weights_in_full_precision_while_it_loads_4_bits(tmp_path: Path) -> None:
+    """The page's own script: a checkpoint in 16 bits, loaded in float32, so that a copy of it would count."""
+    config = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 8}
+    model = tiny_llama(**config)
+    dense = sum(p.numel() for p in model.parameters()) * 4 / 1e6
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    for held in in_processes(2, loading_peak, str(tmp_path), "nf4", True):
+        assert held["afterwards"] < held["peak"] < 0.6 * dense
 
 
 def test_each_process_pages_its_own_shard_and_another_number_of_them_goes_on(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from minipeft.nf4 import NF4Config, NF4Weight, quantize_model
 from minipeft_kernels.adamw.eight_bit import initial_state
 from minipeft_kernels.dispatch import interpreting
 from minipeft_kernels.experts.op import experts_linear, experts_reference
+from minipeft_kernels.linear import thin
 from minipeft_kernels.linear.op import linear_reference
 from minipeft_kernels.nf4.checks import BLOCKSIZES
 from minipeft_kernels.nf4.dequantize import nf4_dequantize_reference
@@ -152,6 +153,23 @@ def test_a_training_step_equals_the_references(monkeypatch: pytest.MonkeyPatch) 
     assert len(results[0]) == 29
     for ours, right in zip(*results, strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("m", [1, 16, 60, 2048])
+@pytest.mark.parametrize("rank", [4, 16, 33, 128])
+def test_small_products_have_the_precision_of_float32_and_the_same_bits(m: int, rank: int) -> None:
+    """bfloat16 activations and float32 factors, of which one bfloat16 part would be off by 2e-3."""
+    x, k = torch.randn(m, 1600).bfloat16().to(DEVICE), 1600
+    a, b, g = (torch.randn(*shape).to(DEVICE) for shape in ((rank, k), (k, rank), (m, rank)))
+    for make, left, right in (
+        (lambda: thin.project(x, a, 0.5, torch.float32), 0.5 * x.double(), a.T),
+        (lambda: thin.project_back(x, b, 2.0, torch.float32), 2.0 * x.double(), b),
+        (lambda: thin.grad_of_A(g, x, torch.float32), g.T, x),
+        (lambda: thin.grad_of_B(x, g, torch.float32), x.T, g),
+    ):
+        made, left, right = make(), left.double(), right.double()
+        assert ((made.double() - left @ right).abs() <= 2e-6 * (left.abs() @ right.abs())).all()
+        assert all(torch.equal(make(), made) for _ in range(10))
 
 
 def test_captured_graphs_have_counters_of_their_own_and_launch_nothing_to_clear_them() -> None:

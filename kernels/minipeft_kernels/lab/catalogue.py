@@ -7,7 +7,6 @@ quantized weights with blocksize 64.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import triton.language as tl
@@ -137,10 +136,11 @@ def thin_kernels(capability: int, dtype: str = "bf16") -> list[Kernel]:
         "dy^T low": (True, "f_rank", "out_rank"),
     }
     kernels = []
-    for (name, (over_rows, *ones)), rows in product(uses.items(), (1, TYPICAL_N)):
-        if dtype == "fp32" or (over_rows and rows == 1):
-            continue
-        for tile in {thin_tile_for(rows, rank, capability): None for rank in (16, 32, 64)}:
+    if dtype == "fp32":
+        return []
+    tiles = {thin_tile_for(rows, rank, capability): None for rows in (1, 64, TYPICAL_N) for rank in (16, 32, 64)}
+    for name, (over_rows, *ones) in uses.items():
+        for tile in tiles:
             constants: dict[str, Any] = dict(thin_constants_of(tile, over_rows, 3 if dtype == "bf16" else 1))
             constants |= dict.fromkeys(ones, 1)
             types = dict.fromkeys(_thin_product_kernel.arg_names, "i32") | {"scaling": "fp32", "counters": "*i32"}

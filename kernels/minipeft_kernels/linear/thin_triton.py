@@ -60,18 +60,18 @@ class Tile:
 _FEW = (Tile(16, 64, 16, 2, 3), Tile(16, 64, 32, 2, 3))
 _AMPERE = (Tile(64, 64, 16, 2, 3), Tile(64, 64, 32, 2, 3))
 _HOPPER = (Tile(128, 64, 16, 4, 3), Tile(128, 64, 32, 4, 3), Tile(128, 32, 64, 4, 4))
-# With a depth of 64 eight bytes spill.
-_BLACKWELL = (Tile(64, 32, 16, 2, 4), Tile(64, 32, 32, 2, 3))
+# On a GPU of 9.0 and later, where with a depth of 64 a few bytes spill.
+_LATER = (Tile(64, 32, 16, 2, 4), Tile(64, 32, 32, 2, 3))
 
 
 def tile_for(width: int, rank: int, capability: int) -> Tile:
     """The tile for an output of (width, rank) on a GPU of a capability, 80 for 8.0."""
     if width <= _FEW[0].rows:
         table: tuple[Tile, ...] = _FEW
-    elif capability == 90 and width > _AMPERE[0].rows:
+    elif capability == 90 and width > _LATER[0].rows:
         table = _HOPPER
     else:
-        table = _BLACKWELL if capability >= 100 else _AMPERE
+        table = _LATER if capability >= 90 else _AMPERE
     return next((tile for tile in table if rank <= tile.ranks), table[-1])
 
 

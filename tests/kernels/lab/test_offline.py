@@ -114,6 +114,17 @@ def test_finding_its_expert_costs_a_product_nothing_a_weight(target: str, report
     assert {name: ratio for name, ratio in ratios.items() if ratio > 1.05} == {}
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_small_products_are_bound_by_the_bytes_of_x(target: str, report: Any) -> None:
+    """Of a number of x, read in 2 bytes, an A100 issues 19 instructions at its memory's limit and an H200 12."""
+    thin = [k for k in report(target)["kernels"] if k["name"].endswith("thin")]
+    many = {k["name"]: k["per_element"] for k in thin if "bf16 16x" not in k["name"]}
+    assert len(many) >= 8 and all(k["tensor_instructions"] for k in thin)
+    ranks = {name: int(name.split()[-2].split("x")[-1]) for name in many}
+    # What was counted and a tenth, by the ranks of a tile.
+    assert {n: per for n, per in many.items() if per > {16: 9.1, 32: 15.7, 64: 13.4}[ranks[n]]} == {}
+
+
 def test_the_report_has_the_peer_beside_us(report: Any) -> None:
     written = report("sm_80")
     for part in ("x W^T bf16 8x64x256 direct", "tensor cores 32x64x128", "A100", "unmeasured"):

@@ -16,7 +16,7 @@ import minipeft
 from minipeft import get_peft_model
 from minipeft.nf4 import quantize_model
 from minipeft.optim import PagedAdamW
-from minipeft.shards import own_part, whole
+from minipeft.shards import is_sharded, own_part, whole
 from minipeft.train import Trainer, read_log
 from minipeft.train.processes import join
 from minipeft.train.processes import shard as shard_model
@@ -198,6 +198,49 @@ def shard_others(folder: str) -> None:
         for mine, single in zip(model.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(whole(mine.detach()), single, rtol=1e-5, atol=1e-6)
     processes.leave()
+
+
+def accelerated(folder: str) -> None:
+    """Models that accelerate shards (FSDP2) beside the same ones alone: training, generation, the adapters' files."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from safetensors.torch import load_file
+    from tiny import some_ids
+
+    ids = some_ids(4)
+    for number, (method, packed) in enumerate([*((method, False) for method in CONFIGS), ("LoraConfig", True)]):
+        accelerator = Accelerator(cpu=True)
+        # On CPUs accelerate chooses DistributedDataParallel, whatever it is told.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
+        )
+        alone, model = (a_model(method, packed).train() for _ in range(2))
+        theirs, ours = (
+            kind([p for p in adapted.parameters() if p.requires_grad], lr=0.01)
+            for kind, adapted in ((torch.optim.AdamW, alone), (PagedAdamW, model))
+        )
+        model, ours = accelerator.prepare(model, ours)
+        assert all(is_sharded(p) for p in model.parameters())
+        for _ in range(2):
+            wanted, loss = (adapted(ids, labels=ids).loss for adapted in (alone, model))
+            torch.testing.assert_close(loss, wanted)
+            wanted.backward()
+            accelerator.backward(loss)
+            for optimizer in (theirs, ours):
+                optimizer.step()
+                optimizer.zero_grad()
+        given = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones(4, 4)}
+        assert torch.equal(model.eval().generate(ids[:, :4], **given), alone.eval().generate(ids[:, :4], **given))
+        state, main = accelerator.get_state_dict(model), accelerator.is_main_process
+        accelerator.unwrap_model(model).save_pretrained(f"{folder}/{number}/a", is_main_process=main, state_dict=state)
+        if main:
+            alone.save_pretrained(f"{folder}/{number}/b")
+            a, b = (load_file(f"{folder}/{number}/{name}/adapter_model.safetensors") for name in "ab")
+            assert a.keys() == b.keys()
+            for name, tensor in b.items():
+                torch.testing.assert_close(a[name], tensor, rtol=1e-3, atol=2e-5)
+    torch.distributed.destroy_process_group()
 
 
 def split_model(folder: str) -> list[str]:

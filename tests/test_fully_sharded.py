@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from several import in_processes
-from several_cases import CONFIGS, loading_peak, page, shard, shard_others, split_model
+from several_cases import CONFIGS, accelerated, loading_peak, page, shard, shard_others, split_model
 from tiny import tiny_llama
 from tiny_folder import save_model
 
@@ -25,6 +25,10 @@ def test_sharded_models_are_those_of_one_process(method: str, packed: bool, tmp_
 
 def test_adapters_that_read_more_than_their_layer_are_those_of_one_process(tmp_path: Path) -> None:
     in_processes(2, shard_others, str(tmp_path))
+
+
+def test_models_that_accelerate_shards_are_those_of_one_process(tmp_path: Path) -> None:
+    in_processes(2, accelerated, str(tmp_path))
 
 
 def test_a_model_that_is_split_by_tensor_parallelism_is_refused_by_name(tmp_path: Path) -> None:

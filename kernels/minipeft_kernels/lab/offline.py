@@ -164,15 +164,19 @@ def main(arguments: list[str] | None = None) -> str:
         arguments: of the command line: --target, --against bitsandbytes, --json FILE, --dtype.
     """
     options = _parser().parse_args(arguments)
+    import triton
+
     capability = capability_of(options.target)
     reports = [inspect(kernel, options.target) for kernel in shipped(capability, options.dtype)]
     found = floors(reports, options.target) if options.dtype == "bf16" else []
     parts = [
-        f"Machine code for {options.target}, compiled here; nothing was run. Doubly quantized weights, blocksize 64.\n"
+        f"Machine code for {options.target}, compiled here by Triton {triton.__version__}; nothing was run. Doubly "
+        "quantized weights, blocksize 64.\n"
         f"On this machine's CPU: {native.describe()}.",
         table(reports),
     ]
-    result: dict[str, Any] = {"target": options.target, "kernels": [asdict(r) for r in reports]}
+    result: dict[str, Any] = {"target": options.target, "triton": triton.__version__}
+    result["kernels"] = [asdict(r) for r in reports]
     if options.against:
         from .peers import bitsandbytes_kernels, peer_table
 

@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, metavar="S", help="that the timed rounds of a case take (default: 3, on a GPU 1)"
     )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="choose this GPU's tiles by a sweep of --seconds (default: 240), and keep them",
+    )
     parser.add_argument("--only", metavar="TEXT", help="only the cases whose title has this in it")
     parser.add_argument("--model", metavar="DIR", help="model that finetune measures (default: the demo's)")
     parser.add_argument(

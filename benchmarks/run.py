@@ -51,7 +51,27 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> list[str]:
+    if args.tune:
+        return _tune(args)
     return bench(args.ops, args.quick, args.device, args.output, args.threads, args.model, args.only, args.seconds)
+
+
+def _tune(args: argparse.Namespace) -> list[str]:
+    others = ("ops", "quick", "device", "threads", "model", "only")
+    if given := [name for name in others if getattr(args, name) and (name, args.device) != ("device", "cuda")]:
+        word = given[0] if given[0] == "ops" else f"--{given[0]}"
+        raise BenchError(f"--tune takes --seconds and --output alone, got {word} {getattr(args, given[0])!r}")
+    _check_seconds(args.seconds)
+    words = ["minipeft bench --tune", *([f"--seconds {args.seconds:g}"] if args.seconds else [])]
+    # It needs triton, which the benchmarks on a CPU do not.
+    tune = importlib.import_module("benchmarks.tune").tune
+    print(f"written: {tune(args.seconds, args.output, ' '.join(words))}")
+    return []
+
+
+def _check_seconds(seconds: float | None) -> None:
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise BenchError(f"seconds must be above 0, got {seconds}")
 
 
 @dataclass(frozen=True)
@@ -111,8 +131,7 @@ def bench(
         if threads < 1:
             raise BenchError(f"threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
-    if seconds is not None and not 0 < seconds < float("inf"):
-        raise BenchError(f"seconds must be above 0, got {seconds}")
+    _check_seconds(seconds)
     chosen = list(ops) or list(OPS)
     device = open_device(device_kind, quick)
     kind, name = device.torch_device.type, device_name(device.torch_device)

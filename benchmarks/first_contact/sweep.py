@@ -97,11 +97,15 @@ def compile_all(contact: Contact, tasks: list[Setting], processes: int = 15) -> 
     return {task for task, why in zip(tasks, failures, strict=True) if not why}
 
 
-def run(contact: Contact) -> None:
-    """Rows of the best settings of each size; all of them in a file of their own."""
+def run(contact: Contact, seconds: float | None = None) -> None:
+    """Rows of the best settings of each size; all of them in a file of their own.
+
+    Args:
+        seconds: after which no further size is begun; None for what SWEEP_SECONDS says.
+    """
     gc.collect()
     gc.freeze()
-    deadline = time.perf_counter() + float(os.environ.get("SWEEP_SECONDS", "80"))
+    deadline = time.perf_counter() + (seconds or float(os.environ.get("SWEEP_SECONDS", "80")))
     shapes, rows = (TINY[0], TINY[1]) if contact.pretend else (SHAPES, ROWS)
     pairs = list(itertools.product(rows, (False, True)))
     tasks = list(dict.fromkeys((tile, grad) for m, grad in pairs for tile in candidates(m, grad)))
@@ -152,6 +156,7 @@ def _sweep(contact: Contact, shape: tuple[int, int], m: int, grad: bool, weights
     with (contact.folder / FILE).open("a") as file:
         for us, split, tile, error in found:
             row: dict[str, Any] = {"shape": shape, "rows": m, "grad": grad, "us": us, "split": split, "error": error}
+            row["decoded"] = decoded
             file.write(json.dumps(row | {"tile": asdict(tile)}) + "\n")
     lines = [f"{us:.2f} us: {_name(tile)} split {split} ({error:.1e})" for us, split, tile, error in found[:4]]
     contact.row(

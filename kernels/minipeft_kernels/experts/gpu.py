@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..dispatch import capability
 from ..linear.gpu import fused_obstacle, launch
+from ..linear.tables import table_on
 from ..linear.tiles import fused_max_rows
 from . import loop
 from .stack import NF4Stack, Stack
@@ -106,7 +107,7 @@ def _is_grouped(rows: Tensor, offsets: Tensor, compute_dtype: torch.dtype, weigh
         return weight is None or _takes_grouped_mm(rows, weight)
     if fused_obstacle(compute_dtype, weight.columns, weight.blocksize, weight.nested_blocksize):
         return False
-    limit = fused_max_rows(capability(rows.device), compute_dtype == torch.float32)
+    limit = fused_max_rows(capability(rows.device), compute_dtype == torch.float32, table_on(rows.device))
     return limit is None or count <= limit * min(experts, count)
 
 

@@ -32,6 +32,7 @@ from .counters import workspace
 from .direct import _nf4_matmul_direct_kernel
 from .low_rank import LowRank
 from .staged import _nf4_matmul_staged_kernel
+from .tables import Table, table_on
 from .tiles import CHUNK, PORTABLE_ROWS, Tile, fused_max_rows, portable, rows_each, split_for, tile_for
 
 NESTED_BLOCKSIZE = 256
@@ -71,7 +72,7 @@ def is_fused(rows: Tensor, weight: NF4) -> bool:
     """True if a product of these rows runs as one kernel; otherwise the weight is decoded first."""
     if fused_obstacle(rows.dtype, weight.columns, weight.blocksize, weight.nested_blocksize):
         return False
-    limit = fused_max_rows(capability(rows.device), rows.dtype == torch.float32)
+    limit = fused_max_rows(capability(rows.device), rows.dtype == torch.float32, table_on(rows.device))
     return limit is None or rows.shape[0] <= limit
 
 
@@ -158,7 +159,7 @@ def launch(
         *(weight.nested_absmax is not None, bias is not None, update is not None),
     )
     gpu = (capability(device), multiprocessors(device), can_permute(x), not (x.is_cuda or x.is_cpu))
-    plan = _planned(tile_for, split_for, *operands, *gpu)
+    plan = _planned(tile_for, split_for, table_on(device), *operands, *gpu)
     if depth != plan.depth or x.dim() != 2:
         raise ValueError(f"x must be ({m}, {plan.depth}), as the NF4 weight has it, got {tuple(x.shape)}")
     each_up = up
@@ -217,6 +218,7 @@ class Plan:
 def _planned(
     tile_for: Callable[..., Tile],
     split_for: Callable[..., int],
+    tuned: Table | None,
     m: int,
     n: int,
     k: int,
@@ -236,6 +238,7 @@ def _planned(
 
     Args:
         tile_for, split_for: the rules of `tiles`; as arguments, so that other rules give other plans.
+        tuned: the GPU's own table, which goes before them; a table that is read again is another one.
         double, has_bias, has_update: which operands there are. permute: `can_permute`.
         foreign: the GPU is of a maker that PyTorch does not call CUDA.
     """
@@ -249,7 +252,7 @@ def _planned(
     foreign = foreign or torch.version.hip is not None
     each = rows_each(m, experts) if experts else m
     rows = max(each, PORTABLE_ROWS) if foreign else each
-    tile = tile_for(rows, grad, capability, dtype == torch.float32, blocksize)
+    tile = tile_for(rows, grad, capability, dtype == torch.float32, blocksize, tuned)
     tile = portable(tile) if foreign else tile
     # Each expert with rows, and nobody, may end in a tile that is not full.
     parts = min(experts + 1, m) if experts else 1

@@ -9,6 +9,10 @@ kernels/README.md, and wait to be measured; this file is the one place to change
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .tables import Table
 
 CHUNK = 64
 """Weights of a row that a tile takes at once: the smallest blocksize that the kernels read."""
@@ -107,17 +111,22 @@ def portable(tile: Tile) -> Tile:
     return replace(tile, nb=min(tile.nb, PORTABLE_CHUNKS))
 
 
-def tile_for(rows: int, grad: bool, capability: int, wide: bool, blocksize: int = CHUNK) -> Tile:
+def tile_for(
+    rows: int, grad: bool, capability: int, wide: bool, blocksize: int = CHUNK, tuned: Table | None = None
+) -> Tile:
     """The tile for a product of `rows` rows.
 
     Args:
         rows: of x or dy. grad: for the input gradient.
         capability: of the GPU, 80 for 8.0. wide: x is float32.
         blocksize: weights that share a scale.
+        tuned: what a GPU of this kind chose, which goes before the rules here, but for float32.
     """
     table: tuple[Tile, ...]
     if wide:
         table = FLOAT32_INPUT_GRAD if grad else FLOAT32_FORWARD
+    elif tuned is not None:
+        table = tuned.input_grad if grad else tuned.forward
     elif 90 <= capability < 100:
         table = HOPPER_INPUT_GRAD if grad else HOPPER_FORWARD
     elif 100 <= capability < 120:
@@ -159,8 +168,10 @@ def split_for(tiles: int, steps: int, rows: int, depth: int, tile: Tile, multipr
     return split
 
 
-def fused_max_rows(capability: int, wide: bool) -> int | None:
-    """Rows up to which the fused kernels are expected to win, None for any number; from the model, unmeasured."""
+def fused_max_rows(capability: int, wide: bool, tuned: Table | None = None) -> int | None:
+    """Rows up to which the fused kernels win, None for any number: as `tuned` says, else from the tables above."""
     if wide:
         return FLOAT32_FUSED_MAX_ROWS
+    if tuned is not None:
+        return tuned.fused_max_rows
     return FUSED_MAX_ROWS.get(capability, DEFAULT_FUSED_MAX_ROWS)

@@ -337,8 +337,8 @@ MUTANTS = [
     ),
     Mutant(
         M + "train/loss.py",
-        "config.router_aux_loss_coef * balance * len(labels)",
-        "config.router_aux_loss_coef * balance",
+        "else loss + share * balance * len(labels)",
+        "else loss + share * balance",
         "train",
     ),
     Mutant(
@@ -371,7 +371,7 @@ MUTANTS = [
         '"schedule": {**schedule.state_dict(), "last_epoch": 0},',
         "train/test_train_resume.py",
     ),
-    Mutant(M + "train/checkpoint.py", "        write_manifest(temporary)\n", "", "train/test_checkpoint_damage.py"),
+    Mutant(M + "train/checkpoint.py", "        write_manifest(folder)\n", "", "train/test_checkpoint_damage.py"),
     Mutant(
         M + "train/evaluation.py",
         "return EvalResult(total / tokens, tokens)",

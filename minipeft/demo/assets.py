@@ -272,7 +272,7 @@ def is_whole(folder: Path) -> bool:
     """True if every file that the conversion wrote is there, unchanged."""
     try:
         sums = json.loads((folder / SUMS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(sums, dict) and bool(sums) and find_damage(folder, sums) is None
 

@@ -34,6 +34,9 @@ GPUS = ("cuda", "xpu")
 # The oldest NVIDIA GPUs that Triton supports, and the first with bfloat16.
 MIN_CAPABILITY = 80
 
+# The first that passes a tuple from one function of device code to another. 3.2 interprets all of them.
+MIN_TRITON = (3, 3)
+
 # The module that registers an emulator, imported when MINIPEFT_BACKEND=ptx asks for one.
 EMULATOR_MODULE = "minipeft_kernels.lab.emulation"
 
@@ -173,9 +176,19 @@ def _find_obstacle(device: torch.device) -> str:
         return "on a CPU a Triton kernel needs the interpreter: set TRITON_INTERPRET=1 before Python starts"
     if device.type not in GPUS:
         return f"Triton does not compile for device type {device.type}"
+    if triton_version() < MIN_TRITON:
+        have, wanted = (".".join(map(str, version)) for version in (triton_version(), MIN_TRITON))
+        return f"Triton {have} cannot compile these kernels, {wanted} can (torch 2.7 and later bring it)"
     if capability(device) < MIN_CAPABILITY:
         return f"Triton needs an NVIDIA GPU of compute capability 8.0, and {device} has {capability(device) / 10}"
     return ""
+
+
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    """The version of the installed Triton, (3, 9) of 3.9.0."""
+    major, minor = importlib.import_module("triton").__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 @functools.cache

@@ -106,6 +106,9 @@ def test_a_gpu_without_triton_takes_the_reference_and_says_so_once(
 def test_a_gpu_that_triton_does_not_support_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "capability", lambda device: 75)
     assert "compute capability 8.0, and cuda:0 has 7.5" in dispatch.triton_obstacle(torch.device("cuda", 0))
+    monkeypatch.setattr(dispatch, "triton_version", lambda: (3, 2))
+    dispatch.triton_obstacle.cache_clear()
+    assert "Triton 3.2 cannot compile these kernels, 3.3 can" in dispatch.triton_obstacle(torch.device("cuda", 0))
     assert "device type mps" in dispatch.triton_obstacle(torch.device("mps"))
 
 

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from ..arithmetic import cast
-from ..dispatch import capability, has_permutes, interpreting, multiprocessors, on_device
+from ..dispatch import capability, has_permutes, interpreting, multiprocessors, on_device, triton_version
 from ..experts.stack import NF4Stack, check_stack_for_kernel
 from ..nf4.checks import check_for_kernel
 from ..nf4.dequantize_triton import dequantize_into
@@ -33,7 +33,7 @@ from .direct import _nf4_matmul_direct_kernel
 from .low_rank import LowRank
 from .staged import _nf4_matmul_staged_kernel
 from .tables import Table, table_on
-from .tiles import CHUNK, PORTABLE_ROWS, Tile, fused_max_rows, portable, rows_each, split_for, tile_for
+from .tiles import CHUNK, EIGHT_ROWS, PORTABLE_ROWS, Tile, fused_max_rows, portable, rows_each, split_for, tile_for
 
 NESTED_BLOCKSIZE = 256
 # Ranks of the update multiplied at a time: what the tensor core takes at once. With more, registers spill.
@@ -251,7 +251,7 @@ def _planned(
         return Plan(width, depth, chunks, 0, 1, 0, None)
     foreign = foreign or torch.version.hip is not None
     each = rows_each(m, experts) if experts else m
-    rows = max(each, PORTABLE_ROWS) if foreign else each
+    rows = max(each, PORTABLE_ROWS) if foreign or triton_version() < EIGHT_ROWS else each
     tile = tile_for(rows, grad, capability, dtype == torch.float32, blocksize, tuned)
     tile = portable(tile) if foreign else tile
     # Each expert with rows, and nobody, may end in a tile that is not full.

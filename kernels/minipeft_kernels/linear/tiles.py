@@ -97,6 +97,9 @@ PORTABLE_CHUNKS = 2
 PORTABLE_ROWS = 16
 """The fewest rows that Triton multiplies wherever it may run."""
 
+EIGHT_ROWS = (3, 5)
+"""The first Triton that multiplies eight rows on NVIDIA's GPUs."""
+
 # From the model, on Hopper (9.0) measured: rows up to which one fused kernel beats a dequantization and the vendor's
 # product.
 # Above, the weight is decoded once into a buffer that is used again. None: at every size, since consumer cards have

@@ -256,3 +256,14 @@ def test_gpus_of_other_makers_take_fewer_chunks_at_a_time() -> None:
     tile = configs.tile_for(16, grad=False, capability=80, wide=False)
     assert tile.nb == 4 and configs.portable(tile).nb == 2
     assert configs.portable(configs.tile_for(64, grad=True, capability=80, wide=False)).nb == 1
+
+
+def test_an_older_triton_takes_sixteen_rows_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 3.5 it multiplies no eight."""
+    for version, rows in (((3, 4), 16), ((3, 5), 8)):
+        monkeypatch.setattr(module, "triton_version", lambda version=version: version)
+        module._planned.cache_clear()
+        shape = (1, 256, 512, 64, 0, torch.bfloat16, False, True, False, False, 90, 132, True, False)
+        plan = module._planned(configs.tile_for, configs.split_for, None, *shape)
+        assert plan.launch is not None and plan.launch.constants["BM"] == rows
+    module._planned.cache_clear()

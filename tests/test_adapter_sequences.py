@@ -104,6 +104,10 @@ class AdapterSequences(RuleBasedStateMachine):
         self.stack.enter_context(self.model.disable_adapter())
         self.disabled = True
 
+    def teardown(self) -> None:
+        """Leave the context now, not when a later test happens to collect garbage."""
+        self.stack.close()
+
     @precondition(lambda self: self.disabled)
     @rule()
     def enable(self) -> None:

@@ -37,7 +37,7 @@ from minipeft.stored import read_object
 from minipeft.train.checkpoint import check_whole, checkpoint_step, list_checkpoints, read_checkpoint, tensor_bytes
 from minipeft.train.config import TrainConfig
 from minipeft.train.encoding import EncodedDataset
-from minipeft.train.errors import CheckpointError, OutputDirError
+from minipeft.train.errors import CheckpointError, ConfigError, OutputDirError
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +220,11 @@ def _length_before(
     """
     check_identity({**saved, **{name: now[name] for name in _LENGTH}}, now, source)
     length: dict[str, Any] = {name.split("'")[1]: saved.get(name) for name in _LENGTH}
-    before, after = steps_of(dataclasses.replace(config, **length)), steps_of(config)
+    try:
+        stored = dataclasses.replace(config, **length)
+    except ConfigError as error:
+        raise CheckpointError(f"{source} is damaged: in the identity of its run, {error}") from None
+    before, after = steps_of(stored), steps_of(config)
     if after < before:
         message = f"cannot resume from {source}: the run had {before} steps and would now have {after}"
         raise CheckpointError(

@@ -1,5 +1,6 @@
 """A checkpoint that is not as it was written is noticed, whatever was done to it, and never gone on from."""
 
+import json
 import logging
 import re
 import shutil
@@ -13,7 +14,7 @@ from tiny_runs import trained_parameters
 
 from minipeft.commands.cli import main
 from minipeft.train import CheckpointError, list_checkpoints
-from minipeft.train.manifest import MANIFEST, damage
+from minipeft.train.manifest import MANIFEST, damage, write_manifest
 
 FILES = (
     "training_state.json",
@@ -153,3 +154,17 @@ def test_inspect_verifies(tmp_path, finished, capsys):
     for nothing in (tmp_path / "run" / "adapter", tmp_path / "nothing"):
         assert main(["inspect", "--verify", str(nothing)]) == 2
         assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_a_length_that_is_none_is_named_with_its_checkpoint(tmp_path, finished):
+    """Its manifest was written anew: what is refused is what it says."""
+    folder, _, _ = finished
+    shutil.copytree(folder, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    file = checkpoint / "training_state.json"
+    state = json.loads(file.read_text())
+    (name,) = (name for name in state["identity"] if "'max_steps'" in name)
+    file.write_text(json.dumps({**state, "identity": {**state["identity"], name: ["x"] * 99}}))
+    write_manifest(checkpoint)
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 is damaged: .*'max_steps' must be a whole number"):
+        trainer(tmp_path / "run", max_steps=4).train(resume=checkpoint)

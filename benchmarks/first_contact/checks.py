@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.first_contact.clock import poison
 from benchmarks.first_contact.record import Contact
@@ -112,9 +111,5 @@ def _adamw(contact: Contact) -> None:
         for p, g in zip(theirs, grads, strict=True):
             p.grad = g.double()
         optimizer.step()
-    error = max(distance(p.cpu(), _plain(q)) for p, q in zip(ours, theirs, strict=True))
+    error = max(distance(p.cpu(), q.detach()) for p, q in zip(ours, theirs, strict=True))
     contact.row(what="AdamW, three steps", error=error, right=error < 1e-5)
-
-
-def _plain(t: Tensor) -> Tensor:
-    return t.detach()

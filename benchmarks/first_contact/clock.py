@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import describe, quantile
+
 Call = Callable[[], Any]
 
 ROUNDS = 9
@@ -120,13 +122,11 @@ def timed(calls: dict[str, Sequence[Call]], rounds: int = ROUNDS) -> dict[str, d
             graphs[name] = Graph(own)
         # Whatever a peer throws in a capture: the others are timed all the same.
         except Exception as error:
-            results[name] = {"failed": f"{type(error).__name__}: {error}"[:200]}
+            results[name] = {"failed": describe(error)}
     times = interleaved(graphs, rounds)
     ours = times.get(next(iter(calls)), [])
     for name, seconds in times.items():
-        ordered = sorted(seconds)
-        last = len(ordered) - 1
-        us = [1e6 * ordered[round(share * last)] for share in (0.5, 0.2, 0.8)]
+        us = [1e6 * quantile(seconds, share) for share in (0.5, 0.2, 0.8)]
         results[name] = dict(zip(("us", "q20", "q80"), us, strict=True))
         if ours:
             results[name]["ratio"] = median(a / b for a, b in zip(ours, seconds, strict=True))

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.bench_nf4_matmul import ours as nf4_layer
 from benchmarks.first_contact.record import Contact
+from benchmarks.harness import describe
 from benchmarks.peers import BITSANDBYTES, Peers, bitsandbytes_linear
 from minipeft import LoraConfig, get_peft_model
 from minipeft.kernels import adamw_, nf4_matmul
-from minipeft.nf4 import NF4Linear, NF4Weight
+from minipeft.nf4 import NF4Weight
 
 # The GPU's queue takes about a thousand launches, then Python waits for it: fewer calls of what launches many.
 CALLS = 200
@@ -28,14 +30,14 @@ def run(contact: Contact) -> None:
     dense = torch.randn(shape, device=contact.device).bfloat16()
     with torch.no_grad():
         _row(contact, "nf4_matmul", lambda: nf4_matmul(x, w.packed()))
-        ours = torch.nn.Sequential(NF4Linear.from_weight(w) if hasattr(NF4Linear, "from_weight") else _layer(w))
+        ours = torch.nn.Sequential(nf4_layer(w))
         _row(contact, "NF4Linear", lambda: ours(x))
         _row(contact, "torch linear", lambda: torch.nn.functional.linear(x, dense))
         bnb = Peers(contact.device).find(BITSANDBYTES)
         if not isinstance(bnb, str):
             theirs = bitsandbytes_linear(bnb, w, torch.bfloat16, train=False)
             _row(contact, "bitsandbytes Linear4bit", lambda: theirs(x))
-    model: Any = get_peft_model(torch.nn.Sequential(_layer(w)), LoraConfig(r=16, target_modules=["0"]))
+    model: Any = get_peft_model(torch.nn.Sequential(nf4_layer(w)), LoraConfig(r=16, target_modules=["0"]))
     _step(contact, "adapted layer", model, x)
     if not isinstance(bnb, str) and not contact.pretend:
         import peft
@@ -67,12 +69,6 @@ def _optimizers(contact: Contact) -> None:
     _row(contact, f"torch's fused AdamW of {count} tensors", optimizer.step, 5)
 
 
-def _layer(w: NF4Weight) -> torch.nn.Module:
-    from benchmarks.bench_nf4_matmul import ours
-
-    return ours(w)
-
-
 def _row(contact: Contact, what: str, call: Callable[[], Any], calls: int = CALLS) -> None:
     """Best of three: other programs on the host only ever add."""
     calls = 2 if contact.pretend else calls
@@ -84,17 +80,16 @@ def _row(contact: Contact, what: str, call: Callable[[], Any], calls: int = CALL
         contact.row(what=what, us=1e6 * best)
     # A peer that fails is a row.
     except Exception as error:
-        contact.row(what=what, failed=f"{type(error).__name__}: {error}"[:300])
+        contact.row(what=what, failed=describe(error))
 
 
 def _queueing(contact: Contact, call: Callable[[], Any], calls: int) -> float:
+    contact.wait()
     if not contact.pretend:
-        torch.cuda.synchronize()
         torch.cuda._sleep(HELD_UP)
     start = time.perf_counter()
     for _ in range(calls):
         call()
     spent = time.perf_counter() - start
-    if not contact.pretend:
-        torch.cuda.synchronize()
+    contact.wait()
     return spent / calls

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.first_contact.record import Contact
+from benchmarks.harness import describe
 from benchmarks.peers import BITSANDBYTES, Peers
 from minipeft.kernels import adamw_, adamw_8bit_
 from minipeft.optim import PagedAdamW
@@ -48,7 +49,7 @@ def _update(contact: Contact, what: str, shapes: list[tuple[int, ...]]) -> None:
         try:
             wall = _wall(contact, call)
         except Exception as error:
-            contact.row(what=f"{what}, {name}", failed=f"{type(error).__name__}: {error}"[:300])
+            contact.row(what=f"{what}, {name}", failed=describe(error))
             continue
         gpu = 1e6 * _on_gpu(contact, call, wall)
         contact.row(what=f"{what}, {name}", us=1e6 * wall, gpu_us=gpu, gpu_gb_per_s=nbytes * numel / gpu / 1e3)
@@ -66,11 +67,11 @@ def _peers(contact: Contact) -> dict[str, Callable[[Any], Any]]:
 def _wall(contact: Contact, call: Callable[[], Any]) -> float:
     for _ in range(2):
         call()
-    _wait(contact)
+    contact.wait()
     start = time.perf_counter()
     for _ in range(STEPS):
         call()
-    _wait(contact)
+    contact.wait()
     return (time.perf_counter() - start) / STEPS
 
 
@@ -80,7 +81,7 @@ def _on_gpu(contact: Contact, call: Callable[[], Any], wall: float) -> float:
         return wall
     times = []
     for _ in range(5):
-        _wait(contact)
+        contact.wait()
         torch.cuda._sleep(int(1.5 * wall * CLOCK) + 100_000)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -89,11 +90,6 @@ def _on_gpu(contact: Contact, call: Callable[[], Any], wall: float) -> float:
         stop.synchronize()
         times.append(start.elapsed_time(stop) / 1e3)
     return min(times)
-
-
-def _wait(contact: Contact) -> None:
-    if not contact.pretend:
-        torch.cuda.synchronize()
 
 
 def _paged(contact: Contact) -> None:
@@ -108,7 +104,7 @@ def _paged(contact: Contact) -> None:
         try:
             wall = _wall(contact, optimizer.step)
         except Exception as error:
-            contact.row(what=f"paged, {share:.0%} on the device", failed=f"{type(error).__name__}: {error}"[:300])
+            contact.row(what=f"paged, {share:.0%} on the device", failed=describe(error))
             continue
         moved = (1 - share) * state
         contact.row(what=f"paged, {share:.0%} on the device", us=1e6 * wall, gb_per_s_each_way=moved / wall / 1e9)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.first_contact.clock import copies_for, on_stream, poison, timed
 from benchmarks.first_contact.record import Contact
-from benchmarks.harness import distance
+from benchmarks.harness import describe, distance
 from benchmarks.peers import BITSANDBYTES, Peers, bitsandbytes_linear
 from benchmarks.reference import TOLERANCES, decoded
 from minipeft.kernels import nf4_dequantize, nf4_matmul
@@ -123,7 +123,7 @@ def measure(
                 errors[name] = distance(own[0](), exact)
         # A peer or a kernel that fails is a row, and the table goes on.
         except Exception as error:
-            contact.row(what=what, shape=shape, rows=rows, who=name, failed=f"{type(error).__name__}: {error}"[:300])
+            contact.row(what=what, shape=shape, rows=rows, who=name, failed=describe(error))
             continue
         # torch's 4-bit integers are another quantization: timed as what 4 bits can do, not as the same numbers.
         if errors[name] <= TOLERANCES[torch.bfloat16] or name == "torch int4":

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 FILE = "rows.jsonl"
 
 
@@ -25,6 +27,11 @@ class Contact:
     def device(self) -> str:
         """The device that tensors are made on."""
         return "cpu" if self.pretend else "cuda"
+
+    def wait(self) -> None:
+        """Wait for all that the GPU was given."""
+        if not self.pretend:
+            torch.cuda.synchronize()
 
     def row(self, **facts: Any) -> None:
         """Append one row and print it."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.finetune_models import replace_module
 from benchmarks.first_contact.record import Contact
+from benchmarks.harness import describe
 from benchmarks.peers import BITSANDBYTES, Peers, bitsandbytes_linear
 from minipeft import LoraConfig, get_peft_model
 from minipeft.nf4 import NF4Config, NF4Linear, NF4Weight, quantize_model
@@ -114,7 +115,7 @@ def run(contact: Contact) -> None:
         try:
             models[who] = trainable(make())
         except Exception as error:
-            contact.row(what="model", who=who, failed=f"{type(error).__name__}: {error}"[:400])
+            contact.row(what="model", who=who, failed=describe(error))
     for batch in ((1, 16),) if contact.pretend else BATCHES:
         _batch(contact, models, batch)
     _generation(contact, models)
@@ -174,16 +175,11 @@ def step_of(model: Any, optimizer: Any, ids: Tensor) -> Callable[[], Tensor]:
 
 def seconds(contact: Contact, call: Callable[[], Any]) -> float:
     """By the wall: what a user waits for."""
-    _wait(contact)
+    contact.wait()
     start = time.perf_counter()
     call()
-    _wait(contact)
+    contact.wait()
     return time.perf_counter() - start
-
-
-def _wait(contact: Contact) -> None:
-    if not contact.pretend:
-        torch.cuda.synchronize()
 
 
 def _off(grads: dict[str, Tensor], exact: dict[str, Tensor]) -> float | None:

@@ -24,7 +24,7 @@ import torch
 from benchmarks.first_contact.clock import Graph
 from benchmarks.first_contact.products import SHAPES, TINY, Weights, weights_of
 from benchmarks.first_contact.record import Contact
-from benchmarks.harness import distance
+from benchmarks.harness import describe, distance
 from minipeft.nf4 import NF4Weight
 from minipeft_kernels.linear import gpu
 from minipeft_kernels.linear.tiles import Tile
@@ -81,7 +81,7 @@ def compile_one(task: Setting) -> str:
         torch.cuda.synchronize()
     # The machine's refusal is the finding.
     except Exception as error:
-        return f"{type(error).__name__}: {error}"[:200]
+        return describe(error)
     return ""
 
 

@@ -40,6 +40,16 @@ _DTYPES = {
 
 
 @triton.jit
+def _scales_of(block, inside, absmax, nested_absmax, nested_map, offset, NESTED: tl.constexpr, DOUBLE: tl.constexpr):
+    """The scales of blocks, float32: map[code] * nested + offset (QLoRA, section 3), or as they are stored."""
+    scale = tl.load(absmax + block, mask=inside, other=0)
+    if DOUBLE:
+        nested = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
+        scale = tl.load(nested_map + scale.to(tl.int32)) * nested + tl.load(offset)
+    return scale
+
+
+@triton.jit
 def _nf4_dequantize_kernel(
     out,
     codes,
@@ -72,10 +82,7 @@ def _nf4_dequantize_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row * COLS < n
     block = row // (BLOCK // COLS)
-    scale = tl.load(absmax + block, mask=inside, other=0)
-    if DOUBLE:
-        nested = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
-        scale = tl.load(nested_map + scale.to(tl.int32)) * nested + tl.load(offset)
+    scale = _scales_of(block, inside, absmax, nested_absmax, nested_map, offset, NESTED, DOUBLE)
     byte = row[:, None] * (COLS // 2) + tl.arange(0, COLS // 2)[None, :]
     packed = tl.load(codes + byte, mask=byte < n_bytes, other=0).to(tl.int32)
     even = tl.load(levels + (packed >> 4)) * scale[:, None]
@@ -112,16 +119,10 @@ def _nf4_dequantize_pairs_kernel(
 
     The rest is as in `_nf4_dequantize_kernel`.
     """
-    shift = 0.0
-    if DOUBLE:
-        shift = tl.load(offset)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < n_rows
     block = row // (BLOCK // COLS)
-    scale = tl.load(absmax + block, mask=inside, other=0)
-    if DOUBLE:
-        nested = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
-        scale = tl.load(nested_map + scale.to(tl.int32)) * nested + shift
+    scale = _scales_of(block, inside, absmax, nested_absmax, nested_map, offset, NESTED, DOUBLE)
     word = row[:, None] * (COLS // 8) + tl.arange(0, COLS // 8)[None, :]
     packed = tl.load(codes + word, mask=inside[:, None], other=0)
     pairs = _pairs_from_words(packed, _scaled_planes(levels, scale[:, None], BF16))
@@ -142,10 +143,9 @@ def dequantize_into(out: Tensor, weight: NF4) -> Tensor:
     pairs = takes_pairs(out, codes, weight.blocksize)
     sizes = (n, weight.blocksize, weight.nested_blocksize)
     launch, numbers = _planned(*sizes, weight.nested_absmax is not None, out.dtype, (COLUMNS, ROWS) if pairs else None)
-    if pairs:
-        out_words, codes = out.view(-1).view(torch.int32), codes.view(-1).view(torch.int32)
+    ends = (out.view(-1).view(torch.int32), codes.view(-1).view(torch.int32)) if pairs else (out, codes)
     with on_device(out):
-        launch((out_words if pairs else out, codes, *others), numbers, None)
+        launch((*ends, *others), numbers, None)
     return out
 
 

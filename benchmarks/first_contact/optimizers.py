@@ -108,3 +108,16 @@ def _paged(contact: Contact) -> None:
             continue
         moved = (1 - share) * state
         contact.row(what=f"paged, {share:.0%} on the device", us=1e6 * wall, gb_per_s_each_way=moved / wall / 1e9)
+        if not contact.pretend:
+            contact.row(what=f"paged, {share:.0%} on the device: the GPU's work", work=_work_of(optimizer.step))
+
+
+def _work_of(step: Callable[[], Any]) -> dict[str, list[float]]:
+    """Of each kind of work on the GPU in one step: how many, and microseconds together."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step()
+        torch.cuda.synchronize()
+    kinds = sorted(found.key_averages(), key=lambda k: -k.self_device_time_total)[:6]
+    return {k.key[:40]: [k.count, k.self_device_time_total] for k in kinds}

@@ -6,6 +6,9 @@ decoded for the dense model.
 
 from __future__ import annotations
 
+import cProfile
+import io
+import pstats
 import time
 from collections.abc import Callable
 from functools import partial
@@ -119,6 +122,7 @@ def run(contact: Contact) -> None:
     for batch in ((1, 16),) if contact.pretend else BATCHES:
         _batch(contact, models, batch)
     _generation(contact, models)
+    _where_python_goes(contact, models)
     if not contact.pretend:
         _where_time_goes(contact, models)
 
@@ -205,6 +209,30 @@ def _generation(contact: Contact, models: dict[str, tuple[Any, Any]]) -> None:
             model.train()
     for who, own in times.items():
         contact.row(what=f"generate, a token, {who}", who=who, us=1e6 * min(own), all=[1e6 * t for t in own])
+
+
+def _where_python_goes(contact: Contact, models: dict[str, tuple[Any, Any]]) -> None:
+    """Python's functions by their own time, over a step that launches and does not wait: a text file for each model."""
+    vocabulary, length = (TINY["vocab_size"], 16) if contact.pretend else (SIZES["vocab_size"], 256)
+    ids = torch.randint(0, vocabulary, (1, length)).to(contact.device)
+    for who in ("minipeft", "PEFT + bitsandbytes"):
+        if who not in models:
+            continue
+        step = step_of(*models[who], ids)
+        step()
+        contact.wait()
+        start = time.perf_counter()
+        step()
+        queued = time.perf_counter() - start
+        contact.wait()
+        profiler = cProfile.Profile()
+        with torch.autograd.set_multithreading_enabled(False):
+            profiler.runcall(step)
+        contact.wait()
+        text = io.StringIO()
+        pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(60)
+        (contact.folder / f"python-{who.split()[0]}.txt").write_text(text.getvalue())
+        contact.row(what=f"queueing a step of 1x{length}", who=who, us=1e6 * queued)
 
 
 def _where_time_goes(contact: Contact, models: dict[str, tuple[Any, Any]]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minipeft.optim.tiers import MemoryTier, PagingError, Tier
 
-MOVERS = 2
+MOVERS = 3
 NEVER = 1 << 60  # the number of a use that does not come
 NOWHERE = -1  # the level of a page that was never written: it is all zeros
 

@@ -19,19 +19,20 @@ BOXES = {
     "machine": 25,
     "checks": 60,
     "products": 100,
-    "host": 30,
+    "host": 45,
     "suite": 100,
     "sweep": 105,
     "step": 120,
     "optimizers": 35,
+    "thin": 90,
     "counters": 60,
 }
 PHASES = {
     "smoke": ("machine", "suite", "checks", "products", "host"),
-    "main": ("step", "optimizers", "counters", "sweep"),
+    "main": ("step", "optimizers", "counters", "thin", "sweep"),
 }
 # Pretending, these run the compiled kernels in the emulator; elsewhere it would show nothing more, and take minutes.
-EMULATED = ("checks", "sweep")
+EMULATED = ("checks", "thin", "sweep")
 SPARED = 8.0  # seconds before the deadline that no stage gets
 
 

@@ -59,7 +59,7 @@ class Tile:
 # shared memory; elsewhere two warps: each cuts all of F into parts, so more would do the same work again.
 _FEW = (Tile(16, 64, 16, 2, 3), Tile(16, 64, 32, 2, 3))
 _AMPERE = (Tile(64, 64, 16, 2, 3), Tile(64, 64, 32, 2, 3))
-_HOPPER = (Tile(128, 64, 16, 4, 3), Tile(128, 64, 32, 4, 3), Tile(128, 32, 64, 4, 4))
+_HOPPER = (Tile(64, 64, 16, 2, 3), Tile(128, 64, 32, 4, 3), Tile(128, 32, 64, 4, 4))
 # On a GPU of 9.0 and later, where with a depth of 64 a few bytes spill.
 _LATER = (Tile(64, 32, 16, 2, 4), Tile(64, 32, 32, 2, 3))
 

@@ -6,6 +6,7 @@ quantized weights with blocksize 64.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,9 +139,9 @@ def thin_kernels(capability: int, dtype: str = "bf16") -> list[Kernel]:
     kernels = []
     if dtype == "fp32":
         return []
-    tiles = {thin_tile_for(rows, rank, capability): None for rows in (1, 64, TYPICAL_N) for rank in (16, 32, 64)}
+    sizes = list(itertools.product((1, 64, TYPICAL_N, 2 * TYPICAL_N), (16, 32, 64)))
     for name, (over_rows, *ones) in uses.items():
-        for tile in tiles:
+        for tile in dict.fromkeys(thin_tile_for(rows, rank, capability, over_rows) for rows, rank in sizes):
             constants: dict[str, Any] = dict(thin_constants_of(tile, over_rows, 3 if dtype == "bf16" else 1))
             constants |= dict.fromkeys(ones, 1)
             types = dict.fromkeys(_thin_product_kernel.arg_names, "i32") | {"scaling": "fp32", "counters": "*i32"}
@@ -188,7 +189,7 @@ def streaming_kernels(dtype: str = "bf16") -> list[Kernel]:
         decoding = (_nf4_dequantize_kernel, types, constants, DEQUANTIZE_WARPS)
     else:
         tile = COLUMNS * ROWS
-        types |= {"out": "*i32", "codes": "*i32", "n_rows": "i64"}
+        types |= {"out": f"*{dtype}", "codes": "*u8", "n_rows": "i64"}
         constants |= {"BF16": dtype == "bf16", "ROWS": ROWS, "COLS": COLUMNS}
         decoding = (_nf4_dequantize_pairs_kernel, types, constants, ROWS // WARP)
     dequantize = Kernel(f"dequantize {dtype}", *decoding, 3, exact, tile / (WARP * decoding[-1]))

@@ -45,6 +45,7 @@ class Tile:
         rows, ranks: of the output, in a tile (BI, BR). depth: of the sum, a step (BD).
         warps, stages: of the program; stages of asynchronous copies.
         fill: warps that a multiprocessor should have: a tile is shared until there are so many.
+        steps: of the sum that a program that shares a tile has at least.
     """
 
     rows: int
@@ -53,21 +54,32 @@ class Tile:
     warps: int
     stages: int
     fill: int = 8
+    steps: int = 2
 
 
-# By counts, unmeasured. With four warps and 64 rows or more Hopper takes its own matrix instruction, which reads x from
-# shared memory; elsewhere two warps: each cuts all of F into parts, so more would do the same work again.
+# Two warps: each cuts all of F into parts, so more would do the same work again.
 _FEW = (Tile(16, 64, 16, 2, 3), Tile(16, 64, 32, 2, 3))
+# By counts, unmeasured.
 _AMPERE = (Tile(64, 64, 16, 2, 3), Tile(64, 64, 32, 2, 3))
-_HOPPER = (Tile(64, 64, 16, 2, 3), Tile(128, 64, 32, 4, 3), Tile(128, 32, 64, 4, 4))
 # On a GPU of 9.0 and later, where with a depth of 64 a few bytes spill.
 _LATER = (Tile(64, 32, 16, 2, 4), Tile(64, 32, 32, 2, 3))
+# The fastest of eight tiles on an H200 (`first_contact/thin.py`): (the least rows of the output, the tile), for rank
+# 16. Sums along a row of x, then sums over its rows.
+_HOPPER_16 = (
+    ((1024, Tile(64, 64, 16, 2, 3)), (17, Tile(32, 64, 16, 2, 3))),
+    ((8192, Tile(128, 64, 16, 4, 3, steps=4)), (17, Tile(64, 64, 16, 4, 3, fill=7, steps=4))),
+)
+# Of larger ranks by counts: with four warps and 64 rows or more Hopper takes its own matrix instruction, which reads x
+# from shared memory.
+_HOPPER = (Tile(128, 64, 32, 4, 3), Tile(128, 32, 64, 4, 4))
 
 
-def tile_for(width: int, rank: int, capability: int) -> Tile:
+def tile_for(width: int, rank: int, capability: int, over_rows: bool) -> Tile:
     """The tile for an output of (width, rank) on a GPU of a capability, 80 for 8.0."""
     if width <= _FEW[0].rows:
         table: tuple[Tile, ...] = _FEW
+    elif capability == 90 and rank <= 16:
+        return next(tile for least, tile in _HOPPER_16[over_rows] if width >= least)
     elif capability == 90 and width > _LATER[0].rows:
         table = _HOPPER
     else:
@@ -83,7 +95,7 @@ def split_for(tiles: int, tile: Tile, depth: int, multiprocessors: int) -> int:
     """
     steps = -(-depth // tile.depth)
     wanted = -(-tile.fill * multiprocessors // (tile.warps * tiles))
-    split = max(1, min(wanted, MAX_SPLIT, steps // max(2, 4 * tile.ranks // tile.depth)))
+    split = max(1, min(wanted, MAX_SPLIT, steps // max(tile.steps, 4 * tile.ranks // tile.depth)))
     return -(-steps // -(-steps // split)) if steps else 1
 
 
@@ -224,7 +236,7 @@ def _planned(
     cuda: bool,
 ) -> Plan:
     width, depth = (columns, rows) if over_rows else (rows, columns)
-    tile = tile_for(width, rank, capability)
+    tile = tile_for(width, rank, capability, over_rows)
     tiles = -(-width // tile.rows) * -(-rank // tile.ranks)
     split = split_for(tiles, tile, depth, multiprocessors)
     options = {

@@ -114,8 +114,8 @@ def _nf4_dequantize_pairs_kernel(
     A block has one scale, so each of its weights is one of sixteen numbers, level * scale rounded: they are made first,
     and the packed codes pick among them by byte permutes, in place of a look-up, a product and a rounding a weight.
 
-        codes          [ 8 weights | 8 weights | ... ]   int32, COLS/8 words a row
-        out            [ w0 w1 | w2 w3 | ... ]           int32, two weights each, COLS/2 a row
+        codes          [ 8 weights | 8 weights | ... ]   taken as int32, COLS/8 words a row
+        out            [ w0 w1 | w2 w3 | ... ]           taken as int32, two weights each, COLS/2 a row
 
     The rest is as in `_nf4_dequantize_kernel`.
     """
@@ -123,11 +123,14 @@ def _nf4_dequantize_pairs_kernel(
     inside = row < n_rows
     block = row // (BLOCK // COLS)
     scale = _scales_of(block, inside, absmax, nested_absmax, nested_map, offset, NESTED, DOUBLE)
+    # Not views, which take the host longer than this launch's arguments.
+    words = codes.to(tl.pointer_type(tl.int32))
+    two = out.to(tl.pointer_type(tl.int32))
     word = row[:, None] * (COLS // 8) + tl.arange(0, COLS // 8)[None, :]
-    packed = tl.load(codes + word, mask=inside[:, None], other=0)
+    packed = tl.load(words + word, mask=inside[:, None], other=0)
     pairs = _pairs_from_words(packed, _scaled_planes(levels, scale[:, None], BF16))
     place = row[:, None] * (COLS // 2) + tl.arange(0, COLS // 2)[None, :]
-    tl.store(out + place, pairs, mask=inside[:, None])
+    tl.store(two + place, pairs, mask=inside[:, None])
 
 
 def dequantize_into(out: Tensor, weight: NF4) -> Tensor:
@@ -143,9 +146,8 @@ def dequantize_into(out: Tensor, weight: NF4) -> Tensor:
     pairs = takes_pairs(out, codes, weight.blocksize)
     sizes = (n, weight.blocksize, weight.nested_blocksize)
     launch, numbers = _planned(*sizes, weight.nested_absmax is not None, out.dtype, (COLUMNS, ROWS) if pairs else None)
-    ends = (out.view(-1).view(torch.int32), codes.view(-1).view(torch.int32)) if pairs else (out, codes)
     with on_device(out):
-        launch((*ends, *others), numbers, None)
+        launch((out, codes, *others), numbers, None)
     return out
 
 

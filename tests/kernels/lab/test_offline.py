@@ -118,7 +118,8 @@ def test_finding_its_expert_costs_a_product_nothing_a_weight(target: str, report
 def test_small_products_are_bound_by_the_bytes_of_x(target: str, report: Any) -> None:
     """Of a number of x, read in 2 bytes, an A100 issues 19 instructions at its memory's limit and an H200 12."""
     thin = [k for k in report(target)["kernels"] if k["name"].endswith("thin")]
-    many = {k["name"]: k["per_element"] for k in thin if "bf16 16x" not in k["name"]}
+    # Not the tiles of few rows, where the factor is the large operand.
+    many = {k["name"]: k["per_element"] for k in thin if not {"16x64", "32x64"} & {k["name"].split()[-2][:5]}}
     assert len(many) >= 8 and all(k["tensor_instructions"] for k in thin)
     ranks = {name: int(name.split()[-2].split("x")[-1]) for name in many}
     # What was counted and a tenth, by the ranks of a tile.

@@ -42,7 +42,7 @@ def candidates() -> list[Tile]:
 
 
 def splits(tile: Tile, rows: int, columns: int, over_rows: bool, multiprocessors: int) -> list[int]:
-    """What the rule says, half and twice as many."""
+    """Parts: what the rule says, half and twice as many."""
     width, depth = (columns, rows) if over_rows else (rows, columns)
     said = thin_triton.split_for(-(-width // tile.rows), tile, depth, multiprocessors)
     most = -(-depth // tile.depth)

@@ -4,8 +4,8 @@ A sweep visits pages in an order that is known beforehand, and so is, closely en
 the pager never guesses: where room is needed, it sends away the page whose next use is farthest in the future (Belady
 1966, "A study of replacement algorithms for a virtual-storage computer": the least possible number of moves), and it
 fetches the page whose next use is nearest, ahead of time, as long as that displaces nothing that is needed earlier.
-Two threads do so, so that one page leaves while another comes. A page is in one place only; every update changes all
-of a page, so no copy left behind would be of use.
+Three threads do so: one page leaves while another comes, and the next copy is queued when either is done. A page is in
+one place only; every update changes all of a page, so no copy left behind would be of use.
 
 When all pages fit into the first tier, there are no threads, and nothing moves.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from minipeft.optim.tiers import MemoryTier, PagingError, Tier
 
-MOVERS = 3
+MOVERS = 3  # copies that may be under way: one in each direction, and one that waits for either
 NEVER = 1 << 60  # the number of a use that does not come
 NOWHERE = -1  # the level of a page that was never written: it is all zeros
 
@@ -362,7 +362,7 @@ class Pager:
         place = self._places[page]
         if place.moving or place.level != (level + 1 if place.level != NOWHERE or level else NOWHERE):
             return False
-        # The mark keeps the other mover from raising or evicting this page meanwhile.
+        # The mark keeps the other movers from raising or evicting this page meanwhile.
         place.moving, place.target = True, level
         slot = self._claim(level, place, forced)
         if slot is None:
@@ -380,7 +380,7 @@ class Pager:
         if tier.free > (1 if 0 < level < len(self.tiers) - 1 else 0):
             return tier.take()
         if self.tiers[level + 1].free == 0:
-            # The other mover is freeing a slot there, and wakes this one when it is done.
+            # Another mover is freeing a slot there, and wakes this one when it is done.
             return None
         victim = self._victim(level)
         if victim is None:

@@ -156,6 +156,30 @@ def test_copies_and_arithmetic_overlap():
     pager.close()
 
 
+def test_a_copy_is_asked_for_while_one_is_under_way_in_either_direction():
+    """So that the bus need not wait until a thread has woken: each copy ends only when two others have begun."""
+    under_way, together, changed = [], [], threading.Condition()
+
+    def copy(direction, page):
+        with changed:
+            under_way.append(page)
+            if len(under_way) == 3:
+                together.append(tuple(under_way))
+            changed.notify_all()
+            changed.wait_for(lambda: together, timeout=5)
+            under_way.remove(page)
+
+    pages = 24
+    pager, order = stack(pages, device=8, on_copy=copy), list(range(pages))
+    for _ in range(3):
+        pager.begin_sweep(order, order[::-1])
+        for page in order:
+            use(pager, page, 1)
+        order.reverse()
+    assert together
+    pager.close()
+
+
 @pytest.mark.parametrize("direction", ["get", "put"])
 def test_a_failed_copy_is_an_error_at_once_and_ever_after(direction):
     def fail(now, page):

@@ -82,9 +82,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": {"core", "kernels"},
     "train": {"core", "nf4", "optim", "kernels"},
     "export": {"core", "train"},
+    "show": {"nf4", "train"},
     "demo": {"core", "lora", "train", "kernels"},
     "compare": {"core", "train", "demo", "kernels"},
-    "commands": {"core", "nf4", "train", "export", "demo", "compare", "kernels", "lab", "emulator"},
+    "commands": {"core", "nf4", "train", "export", "show", "demo", "compare", "kernels", "lab", "emulator"},
     "__main__": {"commands"},
     "kernels": set(),
     "lab": {"kernels", "emulator"},
@@ -109,7 +110,7 @@ IMPORT_TRANSFORMERS = {
     "nf4.linear",  # gives back the Conv1D that a layer was made of
     "virtual.prompt",  # reads the text that a prompt starts from
     "demo.assets",  # makes a small model
-    *("train.models", "train.schedule", "train.generation"),  # loads base models; schedules; stops
+    *("train.models", "train.schedule", "train.generation", "show.memory"),  # loads base models; schedules; stops
     "train.chats",  # renders chat templates with their marks
 }
 

@@ -20,7 +20,14 @@ from minipeft.commands.bench import add_bench_arguments
 from minipeft.machine import version
 from minipeft.methods import METHODS
 from minipeft.stored import LONGEST_ERROR, brief
-from minipeft.train.config import DTYPE_CHOICES, QUANTIZE_CHOICES, TOO_LONG_CHOICES, add_config_arguments
+from minipeft.train.config import (
+    DTYPE_CHOICES,
+    QUANTIZE_CHOICES,
+    STEP_SETTINGS,
+    TOO_LONG_CHOICES,
+    add_config_arguments,
+    setting_names,
+)
 from minipeft.train.errors import TrainingError, TrainingInterrupted
 
 USER_ERROR = 2
@@ -81,6 +88,7 @@ def check_not_empty(args: argparse.Namespace) -> None:
         "eval_data",
         "path",
         "json",
+        "html",
         "runs",
         "other_text",
         "base",
@@ -132,7 +140,7 @@ def build_parser(arguments: Sequence[str] = ()) -> Parser:
     commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND", required=True)
     for add in (
         *(_add_demo, _add_data, _add_train, _add_eval, _add_export, _add_generate, _add_merge, _add_inspect),
-        *(_add_compare, _add_bench, _add_kernels, _add_env, _add_completion),
+        *(_add_memory, _add_compare, _add_bench, _add_kernels, _add_env, _add_completion),
     ):
         add(commands)
     if next((word for word in arguments if not word.startswith("-")), "") == "bench":
@@ -284,6 +292,37 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="read every file of a run's checkpoints, and say if it is as it was written",
     )
+
+
+def _add_memory(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "memory",
+        "commands.show:memory",
+        "predict the memory of a training step without loading a weight",
+        "Counted are the tensors of a run on a CPU, by the run's own code on tensors without data.",
+    )
+    _add_step(parser)
+    parser.add_argument("--budget", metavar="BYTES", help="also say the largest batch that fits, such as in 16GB")
+    parser.add_argument(
+        "--equal-lengths", action="store_true", help="texts of one length, for which attention needs no mask"
+    )
+
+
+def _add_step(parser: Parser) -> None:
+    """The arguments that decide a training step, and the forms in which it is shown."""
+    parser.add_argument("model", help="model directory, hub name, or .gguf file")
+    parser.add_argument("--tokens", type=positive, default=512, metavar="T", help="tokens in a row (default: 512)")
+    parser.add_argument("--batch", type=positive, default=8, metavar="N", help="rows in a micro-batch (default: 8)")
+    skip = tuple(name for name in setting_names() if name not in STEP_SETTINGS)
+    add_config_arguments(parser, skip=skip)
+    parser.set_defaults(config=None)
+    _add_forms(parser)
+
+
+def _add_forms(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--html", metavar="FILE", help="also write one HTML page that needs no other file")
 
 
 def _add_env(commands: argparse._SubParsersAction) -> None:

@@ -31,6 +31,11 @@ PRECISION_CHOICES = ("none", "bf16")
 DTYPE_CHOICES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZE_CHOICES = ("nf4",)
 OPTIMIZER_CHOICES = ("adamw", "paged_adamw", "paged_adamw_8bit")
+# The settings that a step's memory and time depend on, beside the batch.
+STEP_SETTINGS = (
+    *("method", "method_args", "adapter", "quantize", "dtype", "precision", "gradient_checkpointing"),
+    *("gradient_accumulation", "max_grad_norm"),
+)
 # Of a path, where systems end.
 LONGEST_TEXT = 4096
 # The end of the seeds that both torch and numpy take.

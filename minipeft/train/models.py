@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from minipeft.compat import checkpoint_activations, keep_activations
 from minipeft.train.errors import ConfigError, MissingExtraError, ModelLoadError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 def load_base_model(
@@ -125,7 +127,12 @@ def load_position_limit(path: str | Path) -> int | None:
 
 
 def load_text_config(path: str | Path) -> Any:
-    """The config of a model, or of the part of it that reads text.
+    """The config of a model, or of the part of it that reads text; raises as `load_config`."""
+    return load_config(path).get_text_config()
+
+
+def load_config(path: str | Path) -> Any:
+    """The config of a model: directory, hub name or .gguf file.
 
     Raises:
         ModelLoadError: there is none.
@@ -134,7 +141,21 @@ def load_text_config(path: str | Path) -> Any:
 
     source, options = _source(path)
     with _loading("model", path):
-        return AutoConfig.from_pretrained(source, **options).get_text_config()
+        return AutoConfig.from_pretrained(source, **options)
+
+
+def loaded_dtype(path: str | Path, dtype: str, config: Any) -> torch.dtype:
+    """The dtype that `load_base_model` gives a model: `config` is its config, as `load_config` gives it."""
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    if config.dtype is not None:
+        return config.dtype
+    file = next(iter(sorted(Path(path).glob("*.safetensors"))), None) if Path(path).is_dir() else None
+    if file is not None:
+        with _loading("model", path), safe_open(file, framework="pt") as stored:
+            dtypes = [stored.get_slice(name).get_dtype() for name in stored.keys()]  # noqa: SIM118
+            return next((_STORED[name] for name in dtypes if name in _STORED), torch.float32)
+    return torch.float32
 
 
 def locate_model(path: str | Path) -> str | Path:

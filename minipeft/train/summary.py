@@ -7,12 +7,12 @@ Nothing here depends on the time or the machine, so that a run that was resumed 
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minipeft.files import write_text
+from minipeft.train import page
 from minipeft.train.config import TrainConfig
 from minipeft.train.encoding import EncodedDataset
 from minipeft.train.report import running_mean
@@ -114,19 +114,10 @@ def _in_a_cell(text: str) -> str:
 
 
 def write_page(file: Path, title: str, summary: Summary, result: Rows) -> None:
-    """One HTML page that needs no other file and no network."""
-    parts = [f"<h1>{html.escape(title)}</h1>", "<h2>Result</h2>", _html_table(result)]
-    parts += ["<h2>Loss</h2>", _picture(summary), "<h2>Data</h2>", _html_table(summary.data)]
-    parts += ["<h2>Settings</h2>", _html_table(summary.settings)]
-    style = "body{font:15px sans-serif;max-width:60em;margin:2em auto}td{padding:.2em 1em .2em 0;vertical-align:top}"
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
-    body = "\n".join(parts)
-    write_text(file, f"<!doctype html>\n<html><head>{head}</head><body>\n{body}\n</body></html>\n")
-
-
-def _html_table(rows: Rows) -> str:
-    cells = (f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows)
-    return f"<table>{''.join(cells)}</table>"
+    """The run as one HTML page."""
+    parts = ["<h2>Result</h2>", page.table(result), "<h2>Loss</h2>", _picture(summary)]
+    parts += ["<h2>Data</h2>", page.table(summary.data), "<h2>Settings</h2>", page.table(summary.settings)]
+    page.write_page(file, title, parts)
 
 
 def _picture(summary: Summary) -> str:
@@ -157,4 +148,4 @@ def _picture(summary: Summary) -> str:
     labels += [(_WIDTH - 90, _HEIGHT - 8, f"step {right}")]
     shapes += [f'<text x="{x}" y="{y}" font-size="12">{text}</text>' for x, y, text in labels]
     told = "<p>Blue: training, its running mean darker; orange: evaluation. Nats a token.</p>"
-    return f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img">{"".join(shapes)}</svg>{told}'
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" width="{_WIDTH}" role="img">{"".join(shapes)}</svg>{told}'

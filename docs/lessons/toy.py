@@ -1,4 +1,4 @@
-"""A small language, and a small Llama that has learned it: what the lessons fine-tune.
+"""A small language, and a small Llama that has learned it: what the lessons fine-tune. And `line`, to quote code.
 
 A sentence is a rule's token and then eleven symbols, each of which follows from the one before by that rule: a
 permutation of the 32 symbols. The model is trained on four rules in two seconds ("pre-training"). The new task that
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -97,3 +98,8 @@ def _trained() -> LlamaForCausalLM:
 def pretrained() -> LlamaForCausalLM:
     """The small Llama that knows the four rules, a fresh copy with each call."""
     return copy.deepcopy(_trained())
+
+
+def line(function: Any, words: str) -> str:
+    """The line of a function's or class's source in which `words` stand: a lesson quotes code as it is now."""
+    return next(text.strip() for text in inspect.getsource(function).splitlines() if words in text)

@@ -1,5 +1,6 @@
-"""Programs made of adapted models: ONNX of a merged one, and generation compiled once."""
+"""Programs made of adapted models: ONNX of a merged one, a shared library by AOTInductor, generation compiled once."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from tiny import tiny_llama
 
 from minipeft import LoraConfig, NF4Config, get_peft_model, quantize_model
 
+DOCS = Path(__file__).parents[2] / "docs" / "tools.md"
 IDS = torch.tensor([[5, 9, 70, 71, 72], [7, 8, 3, 2, 1]])
 
 
@@ -48,6 +50,32 @@ def test_a_merged_model_runs_as_onnx_for_any_batch_and_length(tmp_path: Path) ->
     for ids, expected in ((IDS, right), (IDS[:1], right[:1])):
         (logits,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+class Two(torch.nn.Module):
+    """A linear layer that is adapted, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(128, 64), torch.nn.Linear(64, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, 128) -> (B, 2)."""
+        return self.second(self.first(x).relu())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_a_packed_model_is_a_library_of_aot_inductors_as_the_docs_say(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = quantize_model(Two(), NF4Config(skip_modules=["second"]))
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["first"], init_lora_weights=False)).eval()
+    sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    program = torch.export.export(model, (torch.randn(3, 128),), dynamic_shapes=sizes)
+    (said,) = re.findall(r"```python\n(from minipeft.nf4.codes .*?)```", DOCS.read_text(), re.DOTALL)
+    file = str(tmp_path / "model.pt2")
+    exec(said, {"program": program, "file": file, "torch": torch})
+    x = torch.randn(5, 128)
+    torch.testing.assert_close(torch._inductor.aoti_load_package(file)(x), model(x))
 
 
 def test_generation_with_a_static_cache_is_compiled_once() -> None:

@@ -247,3 +247,20 @@ def test_hooks_on_the_factors_run_and_change_nothing_else(packed: bool) -> None:
     for ours, right in zip(run(), plain, strict=True):
         assert torch.equal(ours, right)
     assert len(seen) == 8
+
+
+def test_captum_attributes_as_with_peft() -> None:
+    attr = pytest.importorskip("captum.attr", reason="captum is not installed")
+
+    def attributions(library: Any) -> list[torch.Tensor]:
+        model = adapted(library)
+        layer, found = model.base_model.model.first, []
+        for module in (layer, layer.lora_A["default"], layer.lora_B["default"]):
+            for method in (attr.LayerActivation, attr.LayerGradientXActivation, attr.LayerIntegratedGradients):
+                more = {} if method is attr.LayerActivation else {"target": (2, 1)}
+                found.append(method(model, module).attribute(IDS, **more))
+        return found
+
+    for ours, theirs in zip(attributions(minipeft), attributions(peft), strict=True):
+        assert ours.abs().sum() > 0
+        torch.testing.assert_close(ours, theirs)

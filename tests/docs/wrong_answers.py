@@ -23,4 +23,32 @@ WRONG: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         ("lambda W, A, B, s: W + B @ A", "lambda W, A, B, s: W", "lambda W, A, B, s: s * B @ A"),
         ("lambda i, o: i", "lambda i, o: i * o", "lambda i, o: 1"),
     ),
+    "04-bottleneck": (
+        ("32 * 2 * 4096 * 64", "2 * 4096 * 64 + 64 + 4096", "32 * 4096 * 4096"),
+        (
+            "lambda h, down, up: up(torch.relu(down(h)))",
+            "lambda h, down, up: h + up(down(h))",
+            "lambda h, down, up: h + torch.relu(up(down(h)))",
+        ),
+        ("{'lora'}", "{'lora', 'dora', 'bottleneck'}", "{'lora', 'prefix'}", "set()"),
+    ),
+    "05-prefix-and-prompt": (
+        ("(20 * 32 * 8 * 128, 20 * 4096)", "(20 * 32 * 2 * 8 * 128, 20 * 32 * 4096)", "(20 * 4096, 20 * 4096)"),
+        (
+            "lambda q, K, V, K_p, V_p: torch.softmax(q @ K.T / 8**0.5, -1) @ V",
+            "lambda q, K, V, K_p, V_p: torch.softmax(q @ torch.cat([K_p, K]).T, -1) @ torch.cat([V_p, V])",
+            "lambda q, K, V, K_p, V_p: torch.softmax(q @ K.T / 8**0.5, -1) @ V"
+            " + torch.softmax(q @ K_p.T / 8**0.5, -1) @ V_p",
+        ),
+        ("0.5", "0.0", "1.0"),
+    ),
+    "06-nf4": (
+        ("4.5", "4 + 8 / 128", "32 / 128"),
+        (
+            "lambda byte, absmax: [float(NF4_LEVELS[byte & 15]) * absmax, float(NF4_LEVELS[byte >> 4]) * absmax]",
+            "lambda byte, absmax: [float(NF4_LEVELS[byte >> 4]), float(NF4_LEVELS[byte & 15])]",
+            "lambda byte, absmax: [(byte >> 4) * absmax, (byte & 15) * absmax]",
+        ),
+        ("0.3", "0.0796 * 8", "-0.0910 * 8"),
+    ),
 }

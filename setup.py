@@ -25,8 +25,8 @@ TEST = [
 # when it would have used it. No contraction of a*b+c, whose two roundings the definition keeps apart.
 NATIVE = Extension(
     "minipeft_kernels._native",
-    sources=[f"kernels/native/{name}.c" for name in ("decode", "product", "thin", "entry")],
-    depends=["kernels/native/nf4.h", "kernels/native/scales.h"],
+    sources=[f"kernels/native/{name}.c" for name in ("decode", "avx2", "avx512", "entry")],
+    depends=[f"kernels/native/{name}.h" for name in ("nf4", "scales", "panels", "thin")],
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"],
     extra_link_args=["-fopenmp"],
     optional=True,

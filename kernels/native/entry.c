@@ -14,7 +14,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 /* Raised with every change to the calls below; `native.py` has the same number, and refuses another. */
-#define ABI 3
+#define ABI 4
 
 /* Weights that are worth a second thread: below, waking one takes longer. */
 #define WEIGHTS_PER_THREAD (1 << 15)
@@ -40,7 +40,7 @@ EXPORT int minipeft_level(void) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
         return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") ? AVX512_BF16 : AVX512;
-    if (__builtin_cpu_supports("avx2"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return AVX2;
 #endif
     return SCALAR;
@@ -78,10 +78,24 @@ EXPORT void minipeft_decode(const int64_t *call) {
     }
 }
 
-/* call: the weight (10), a, out, rows of a, backward, dtype of a, dtype of out, threads. 1 if it was done, 0 if not:
- * the sizes do not fit, or the processor lacks the instructions. */
-EXPORT int minipeft_product(const int64_t *call) {
+/* The products of a level, or NULL. */
+static const Kernels *kernels_of(int level) {
 #ifdef MINIPEFT_X86
+    if (level >= AVX512)
+        return avx512_kernels(level == AVX512_BF16);
+    if (level == AVX2)
+        return avx2_kernels();
+#endif
+    (void)level;
+    return 0;
+}
+
+/* call: the weight (10), a, out, rows of a, backward, dtype of a, dtype of out, threads, level. 1 if it was done, 0 if
+ * not: the level has no such product. */
+EXPORT int minipeft_product(const int64_t *call) {
+    const Kernels *kernels = kernels_of((int)call[17]);
+    if (!kernels || (call[14] == BFLOAT16 && !kernels->strip_bfloat16))
+        return 0;
     Weight w = weight_of(call);
     Product p = {&w, (const void *)call[10], (void *)call[11], (int)call[13], (int)call[15]};
     int64_t m = call[12];
@@ -89,7 +103,8 @@ EXPORT int minipeft_product(const int64_t *call) {
     int64_t strips = (columns + STRIP - 1) / STRIP;
     int64_t parts = (m + MAX_ROWS - 1) / MAX_ROWS, each = (m + parts - 1) / parts;
     each = (each + 5) / 6 * 6;
-    void (*strip)(const Product *, int64_t, int64_t, int64_t) = call[14] == BFLOAT16 ? strip_bfloat16 : strip_float32;
+    void (*strip)(const Product *, int64_t, int64_t, int64_t) =
+        call[14] == BFLOAT16 ? kernels->strip_bfloat16 : kernels->strip;
     int threads = threads_for(w.rows * w.columns * (1 + m / 8), WEIGHTS_PER_THREAD, call[16]);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
     for (int64_t i = 0; i < strips * parts; i++) {
@@ -98,23 +113,30 @@ EXPORT int minipeft_product(const int64_t *call) {
             strip(&p, i % strips, m0, m1);
     }
     return 1;
-#else
-    (void)call;
-    return 0;
-#endif
 }
 
-/* call: the weight (10), x, out, rows of x (up to THIN_ROWS), dtype of x, dtype of out, threads, A, B, rank, scaling (a
- * double's bits). 1 if it was done, 0 if not: the processor lacks the instructions, or there is no memory. */
+/* Numbers in the scratch that each thread needs for the scales of rows of W: THIN_ROWS of them, and whole registers. */
+static int64_t thin_scales(const Weight *w) {
+    int64_t least_count = THIN_ROWS * (w->columns / w->blocksize);
+    return (least_count < THIN_SCALES ? THIN_SCALES : least_count) + 16;
+}
+
+/* call: the weight (10), x, out, rows of x (up to THIN_ROWS), dtype of x, dtype of out, threads, level, A, B, rank,
+ * scaling (a double's bits). 1 if it was done, 0 if not: the level has no such product, or there is no memory. */
 EXPORT int minipeft_thin(const int64_t *call) {
-#ifdef MINIPEFT_X86
+    const Kernels *kernels = kernels_of((int)call[16]);
+    if (!kernels)
+        return 0;
     Weight w = weight_of(call);
     Thin t = {.w = &w, .x = (const void *)call[10], .out = (void *)call[11], .rows = call[12], .dtype = (int)call[13],
-              .out_dtype = (int)call[14], .lora_A = (const float *)call[16], .lora_B = (const float *)call[17],
-              .rank = call[18], .padded = (w.columns + 127) / 128 * 128};
+              .out_dtype = (int)call[14], .lora_A = (const float *)call[17], .lora_B = (const float *)call[18],
+              .rank = call[19], .padded = (w.columns + kernels->group - 1) / kernels->group * kernels->group};
     double scaling;
-    memcpy(&scaling, call + 19, sizeof scaling);
+    memcpy(&scaling, call + 20, sizeof scaling);
     t.scaling = (float)scaling;
+    /* Without instructions for bfloat16, such an x is spread as float32. */
+    int half = t.dtype == BFLOAT16 && kernels->rows_bfloat16 != 0;
+    void (*multiply)(const Thin *, int64_t, float *) = half ? kernels->rows_bfloat16 : kernels->rows;
     int64_t bytes = t.rows * t.padded * 4;
     int threads = threads_for(w.rows * w.columns * (1 + t.rows / 2), THIN_WEIGHTS_PER_THREAD, call[15]);
     int64_t strips = (w.rows + THIN_STRIP - 1) / THIN_STRIP, scales = thin_scales(&w);
@@ -127,24 +149,20 @@ EXPORT int minipeft_thin(const int64_t *call) {
     t.low = made + threads * scales;
     /* What all of W's rows need: by one thread, unless that takes longer than waiting for each other. */
     int64_t own = t.rank * w.columns < LOW_FOR_ONE_THREAD ? t.rank : 0;
-    thin_start(&t);
+    (half ? kernels->spread_bfloat16 : kernels->spread)(&t);
     for (int64_t j = 0; j < own; j++)
-        thin_low(&t, j);
+        kernels->low(&t, j);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         if (own < t.rank) {
 #pragma omp for schedule(dynamic, 4)
             for (int64_t j = 0; j < t.rank; j++)
-                thin_low(&t, j);
+                kernels->low(&t, j);
         }
 #pragma omp for schedule(dynamic, 1) nowait
         for (int64_t strip = 0; strip < strips; strip++)
-            thin_strip(&t, strip, made + omp_get_thread_num() * scales);
+            multiply(&t, strip, made + omp_get_thread_num() * scales);
     }
     free(scratch);
     return 1;
-#else
-    (void)call;
-    return 0;
-#endif
 }

@@ -7,10 +7,9 @@
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define MINIPEFT_X86 1
 #include <immintrin.h>
-/* Functions are compiled for instructions that this machine may lack, and called only where `best_level` found them. */
+/* Functions are compiled for instructions that this machine may lack, and called only where `minipeft_level` found them. */
 #define TARGET_AVX2 __attribute__((target("avx2")))
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
-#define TARGET_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16")))
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -52,8 +51,16 @@ INLINE uint16_t to_bfloat16(float value) {
 /* decode.c: elements first..last-1 of w's row-major order into `out`, which begins with element first. */
 void decode(const Weight *w, int64_t first, int64_t last, void *out, int dtype, int level);
 
-#ifdef MINIPEFT_X86
-/* product.c: columns 64 strip .. of out = a W^T (backward 0) or a W (backward 1), for rows m0..m1-1 of a. */
+INLINE float from_bfloat16(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* panels.h: columns 64 strip .. of out = a W^T (backward 0) or a W (backward 1), for rows m0..m1-1 of a. */
 typedef struct {
     const Weight *w;
     const void *a;      /* (M, K) or, backward, (M, N) */
@@ -63,10 +70,8 @@ typedef struct {
 
 #define STRIP 64
 #define MAX_ROWS 264
-void strip_float32(const Product *p, int64_t strip, int64_t m0, int64_t m1);
-void strip_bfloat16(const Product *p, int64_t strip, int64_t m0, int64_t m1);
-/* thin.c: out = x W^T + s (x A^T) B^T for up to THIN_ROWS rows of x. First `thin_start`, then `thin_low` for each row of
- * A, then `thin_strip` for each THIN_STRIP rows of W. */
+
+/* thin.h: out = x W^T + s (x A^T) B^T for up to THIN_ROWS rows of x. */
 typedef struct {
     const Weight *w;
     const void *x;       /* (rows, K), of `dtype` */
@@ -76,56 +81,28 @@ typedef struct {
     const float *lora_A, *lora_B; /* (rank, K) and (N, rank); rank 0 without an update */
     int64_t rank;
     float scaling;
-    char *spread;        /* scratch for (rows, padded) of `dtype` */
+    char *spread;        /* scratch for (rows, padded) float32 numbers */
     float *low;          /* and for (rows, rank): s x A^T */
 } Thin;
 
 #define THIN_ROWS 4
 #define THIN_STRIP 64
-void thin_start(const Thin *t);
-void thin_low(const Thin *t, int64_t j);
-int64_t thin_scales(const Weight *w); /* numbers in the scratch that each thread needs for `thin_strip` */
-void thin_strip(const Thin *t, int64_t strip, float *scales);
+#define THIN_SCALES 1024 /* scales made at a time, unless four rows have more */
 
-/* A bfloat16 product forward multiplies by the levels times this, rounded, and its sums by the inverse. The roundings of
- * NF4's levels as they are add up where x has one sign, to 1.8e-4 a weight (of weights from a normal distribution;
- * 1.4e-4 to 1.7e-4 of a model's): seven times the error of W rounded weight by weight, in 4096 columns. Of these they
- * cancel to 5e-6 (3e-5), and are smaller: 3.7e-4 against 5.4e-4, the roots of their mean squares. */
-#define STRETCH 1.24184f
-TARGET_BF16 INLINE __m512i stretched_levels(const float *levels) {
-    __m512 stretched = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(STRETCH));
-    return (__m512i)_mm512_cvtne2ps_pbh(stretched, stretched);
-}
+/* What a level's file has. A thin product is `spread` first, `low` for each row of A, then `rows` for each THIN_STRIP rows
+ * of W; the last argument of `rows` is a thread's scratch for scales. bfloat16's are NULL where there are no instructions
+ * for them. */
+typedef struct {
+    int64_t group; /* weights in a register of codes */
+    void (*strip)(const Product *p, int64_t strip, int64_t m0, int64_t m1);
+    void (*spread)(const Thin *t);
+    void (*low)(const Thin *t, int64_t j);
+    void (*rows)(const Thin *t, int64_t strip, float *scales);
+    void (*strip_bfloat16)(const Product *p, int64_t strip, int64_t m0, int64_t m1);
+    void (*spread_bfloat16)(const Thin *t);
+    void (*rows_bfloat16)(const Thin *t, int64_t strip, float *scales);
+} Kernels;
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* 32 weights from each of 16 rows of W -> 4 words of 8 weights, lane i from row i. */
-TARGET_AVX512 INLINE void transpose_words(const uint8_t *const *rows, int64_t byte, __m512i *words) {
-    __m512i q[4];
-    for (int i = 0; i < 4; i++) {
-        /* Quarter j of q[i] is from row 4 j + i. */
-        q[i] = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)(rows[i] + byte)));
-        q[i] = _mm512_inserti32x4(q[i], _mm_loadu_si128((const __m128i *)(rows[4 + i] + byte)), 1);
-        q[i] = _mm512_inserti32x4(q[i], _mm_loadu_si128((const __m128i *)(rows[8 + i] + byte)), 2);
-        q[i] = _mm512_inserti32x4(q[i], _mm_loadu_si128((const __m128i *)(rows[12 + i] + byte)), 3);
-    }
-    __m512i a = _mm512_unpacklo_epi32(q[0], q[1]), b = _mm512_unpackhi_epi32(q[0], q[1]);
-    __m512i c = _mm512_unpacklo_epi32(q[2], q[3]), d = _mm512_unpackhi_epi32(q[2], q[3]);
-    words[0] = _mm512_unpacklo_epi64(a, c);
-    words[1] = _mm512_unpackhi_epi64(a, c);
-    words[2] = _mm512_unpacklo_epi64(b, d);
-    words[3] = _mm512_unpackhi_epi64(b, d);
-}
-
-INLINE void rows_of(const Weight *w, int64_t first, const uint8_t **rows) {
-    for (int i = 0; i < 16; i++)
-        rows[i] = w->codes + least(first + i, w->rows - 1) * w->columns / 2;
-}
-
-/* Byte i of each of a register's 32-bit words -> its high nibble in the lower half of the word, its low one in the
- * upper half: the indices of two look-ups in a table of 16-bit numbers. */
-TARGET_BF16 INLINE __m512i pair_bits(int byte) {
-    return _mm512_add_epi8(_mm512_set1_epi64(0x0020002400000004), _mm512_set1_epi8((char)(8 * byte)));
-}
-#endif
+const Kernels *avx2_kernels(void);
+const Kernels *avx512_kernels(int bfloat16);
 #endif

@@ -1,8 +1,9 @@
 """Products with an NF4 weight on a CPU: in compiled code where that has them, else decoded in PyTorch and multiplied.
 
-`kernels/native` has the compiled code, kernels/README.md says how it works. It wants AVX-512 and rows of W that are
-whole blocks; what does not fit is answered with None, and multiplied by torch after decoding, which is compiled for
-every processor and every size.
+`kernels/native` has the compiled code, kernels/README.md says how it works. It wants AVX2 and rows of W that are whole
+blocks; what does not fit is answered with None, and multiplied by torch after decoding, which is compiled for every
+processor and every size. What the processor has no instructions for is computed in float32: x is converted before, the
+result once after.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from .reference import multiply_back_reference, multiply_reference
 
 # Rows of x up to which a product decodes W row by row and writes no decoded tile; as in kernels/native/nf4.h.
 THIN_ROWS = 4
-_THIN_CALL = struct.Struct("19qd")
-_RESULTS = (torch.float32, torch.bfloat16)
+_THIN_CALL = struct.Struct("20qd")
+# Dtypes of x, and those that the compiled code writes.
+_TAKEN = (torch.float32, torch.bfloat16, torch.float16)
+_WRITTEN = (torch.float32, torch.bfloat16)
 
 
 def at_once(x: Tensor, weight: NF4, bias: Tensor | None, lora: Lora | None) -> Tensor | None:
     """x W^T + s (x A^T) B^T + b in one call of the compiled code, or None where that does not have it.
 
     Args:
-        x: (..., K), float32 or bfloat16, which is also the arithmetic.
+        x: (..., K), float32, bfloat16 or float16, which is also the arithmetic where the CPU has it.
 
     Returns:
         (..., N) in x's dtype.
@@ -92,8 +95,9 @@ def product(a: Tensor, weight: NF4, dtype: torch.dtype, backward: bool = False) 
     """a W^T, or backward a W, or None where the compiled code has no such product.
 
     Args:
-        a: (..., K) or backward (..., N), float32 or bfloat16, which is also the arithmetic; sums are float32 in both.
-        dtype: of the result, float32 or bfloat16; rounded to it once.
+        a: (..., K) or backward (..., N), float32, bfloat16 or float16, which is also the arithmetic where the compiled
+            code has it; sums are float32.
+        dtype: of the result, one of these; rounded to it once.
 
     Returns:
         (..., N) or backward (..., K).
@@ -102,25 +106,30 @@ def product(a: Tensor, weight: NF4, dtype: torch.dtype, backward: bool = False) 
         ValueError: a tensor of `weight` is too small for its sizes, or of another dtype or device; or a block is empty;
             or a has another last dimension.
     """
-    if not _fits(a.dtype, weight, dtype, backward) or not _has_memory(a):
+    if not _fits(a.dtype, weight, dtype) or not _has_memory(a):
         return None
     to, of = (weight.columns, weight.rows) if backward else (weight.rows, weight.columns)
     if a.shape[-1] != of:
         raise ValueError(f"the last dimension of {tuple(a.shape)} must be {of}, as the NF4 weight has it")
     if not backward and 0 < a.numel() <= THIN_ROWS * of:
         return _thin_product(a, weight, dtype, a.numel() // of)
-    out = torch.empty((*a.shape[:-1], to), dtype=dtype)
+    written = dtype if dtype in _WRITTEN else torch.float32
+    out = torch.empty((*a.shape[:-1], to), dtype=written)
     rows = a.numel() // of
     if rows == 0:
-        return out
+        return cast(out, dtype)
+    # The bfloat16 instruction adds two terms at a time: in the backward two rows of W.
+    if a.dtype == torch.float16 or (a.dtype == torch.bfloat16 and (not _has_bfloat16() or (backward and of % 2))):
+        a = a.float()
     if not a.is_contiguous():
         a = a.contiguous()
     kept, numbers = as_numbers(weight)
     dtypes = native.DTYPES
-    call = (a.data_ptr(), out.data_ptr(), rows, backward, dtypes[a.dtype], dtypes[dtype], native.threads())
-    native.library().minipeft_product(native.packer(17).pack(*numbers, *call))
+    call = (a.data_ptr(), out.data_ptr(), rows, backward, dtypes[a.dtype], dtypes[written])
+    how = (native.threads(), native.level())
+    native.library().minipeft_product(native.packer(18).pack(*numbers, *call, *how))
     del kept
-    return out
+    return cast(out, dtype)
 
 
 def adapted_product(
@@ -143,7 +152,7 @@ def adapted_product(
     """
     n, k = weight.rows, weight.columns
     rows = x.numel() // k if k else 0
-    if not 0 < rows <= THIN_ROWS or not _fits(x.dtype, weight, dtype, backward=False) or not _has_memory(x):
+    if not 0 < rows <= THIN_ROWS or not _fits(x.dtype, weight, dtype) or not _has_memory(x):
         return None
     rank = lora_A.shape[0]
     if not _is_matrix(lora_A, (rank, k)) or not _is_matrix(lora_B, (n, rank)):
@@ -169,23 +178,27 @@ def _thin_product(
     scaling: float = 0.0,
 ) -> Tensor | None:
     """`adapted_product` of arguments that fit; update: the addresses of A and B, and the rank."""
+    if x.dtype == torch.float16:
+        x = x.float()
     x = x if x.is_contiguous() else x.contiguous()
-    out = torch.empty((*x.shape[:-1], weight.rows), dtype=dtype)
+    written = dtype if dtype in _WRITTEN else torch.float32
+    out = torch.empty((*x.shape[:-1], weight.rows), dtype=written)
     kept, numbers = as_numbers(weight)
-    dtypes = native.DTYPES
-    call = (x.data_ptr(), out.data_ptr(), rows, dtypes[x.dtype], dtypes[dtype], native.threads(), *update, scaling)
-    done = native.library().minipeft_thin(_THIN_CALL.pack(*numbers, *call))
+    call = (x.data_ptr(), out.data_ptr(), rows, native.DTYPES[x.dtype], native.DTYPES[written])
+    how = (native.threads(), native.level(), *update, scaling)
+    done = native.library().minipeft_thin(_THIN_CALL.pack(*numbers, *call, *how))
     del kept
-    return out if done else None
+    return cast(out, dtype) if done else None
 
 
-def _fits(a: torch.dtype, weight: NF4, dtype: torch.dtype, backward: bool) -> bool:
+def _fits(a: torch.dtype, weight: NF4, dtype: torch.dtype) -> bool:
     """True if the compiled code has the product of an `a` of that dtype and `weight` with a result of `dtype`."""
-    n, k, blocksize = weight.rows, weight.columns, weight.blocksize
+    k, blocksize = weight.columns, weight.blocksize
     # Blocks are powers of two wherever they come from a checked weight.
-    if n == 0 or k == 0 or blocksize < 32 or k % blocksize or blocksize & (blocksize - 1) or dtype not in _RESULTS:
+    if weight.rows == 0 or k == 0 or blocksize < 32 or k % blocksize or blocksize & (blocksize - 1):
         return False
-    if a == torch.bfloat16:
-        # The bfloat16 instruction adds two terms at a time: in the backward two rows of W.
-        return native.level() == native.AVX512_BF16 and not (backward and n % 2)
-    return a == torch.float32 and native.level() >= native.AVX512
+    return a in _TAKEN and dtype in _TAKEN and native.level() >= native.AVX2
+
+
+def _has_bfloat16() -> bool:
+    return native.level() == native.AVX512_BF16

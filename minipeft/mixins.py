@@ -36,7 +36,7 @@ def mix_in(obj: Any, mixin: Any, offered: tuple[str, ...] = ()) -> None:
 
 def mix_out(obj: Any, kind: type) -> list[tuple[Any, tuple[str, ...]]]:
     """Take the mixins of `kind` out of the class of `obj`, in place; others stay. Returns those taken, outer last."""
-    plain, mixins = _taken_apart(type(obj))
+    plain, mixins = taken_apart(type(obj))
     obj.__class__ = plain
     for mixin, offered in mixins:
         if not issubclass(mixin, kind):
@@ -46,10 +46,10 @@ def mix_out(obj: Any, kind: type) -> list[tuple[Any, tuple[str, ...]]]:
 
 def plain_class(obj: Any) -> Any:
     """The class that `obj` had before any mixin."""
-    return _taken_apart(type(obj))[0]
+    return taken_apart(type(obj))[0]
 
 
-def _taken_apart(cls: Any) -> tuple[Any, list[tuple[Any, tuple[str, ...]]]]:
+def taken_apart(cls: Any) -> tuple[Any, list[tuple[Any, tuple[str, ...]]]]:
     """A plain class, and the mixins in front of it with what they offer, outer last."""
     mixins = []
     while "_plain_class" in vars(cls):
@@ -68,7 +68,7 @@ class Mixin(_Base):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _put_together, _taken_apart(type(self)), state
+        return _put_together, taken_apart(type(self)), state
 
 
 def _put_together(plain: Any, mixins: list[tuple[Any, tuple[str, ...]]]) -> Any:

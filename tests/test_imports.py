@@ -82,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": {"core", "kernels"},
     "train": {"core", "nf4", "optim", "kernels"},
     "export": {"core", "train"},
-    "show": {"nf4", "train"},
+    "show": {"core", "nf4", "train"},
     "demo": {"core", "lora", "train", "kernels"},
     "compare": {"core", "train", "demo", "kernels"},
     "commands": {"core", "nf4", "train", "export", "show", "demo", "compare", "kernels", "lab", "emulator"},

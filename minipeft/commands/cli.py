@@ -81,6 +81,9 @@ def check_not_empty(args: argparse.Namespace) -> None:
     for name in (
         "model",
         "data",
+        "first",
+        "second",
+        "chrome",
         "output",
         "output_dir",
         "adapter",
@@ -140,7 +143,7 @@ def build_parser(arguments: Sequence[str] = ()) -> Parser:
     commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND", required=True)
     for add in (
         *(_add_demo, _add_data, _add_train, _add_eval, _add_export, _add_generate, _add_merge, _add_inspect),
-        *(_add_memory, _add_compare, _add_bench, _add_kernels, _add_env, _add_completion),
+        *(_add_memory, _add_trace, _add_diff, _add_compare, _add_bench, _add_kernels, _add_env, _add_completion),
     ):
         add(commands)
     if next((word for word in arguments if not word.startswith("-")), "") == "bench":
@@ -283,6 +286,10 @@ def _add_inspect(commands: argparse._SubParsersAction) -> None:
         commands, "inspect", "commands.others:inspect", "say what an adapter, checkpoint, run or model directory holds"
     )
     parser.add_argument("path", help="the directory")
+    parser.add_argument("adapter", nargs="?", metavar="ADAPTER", help="of a model, also show an adapter on it")
+    parser.add_argument("--tree", action="store_true", help="of a model: its modules, what they hold, what is patched")
+    parser.add_argument("--quantize", choices=QUANTIZE_CHOICES, help="show the modules as they are in 4 bits")
+    _add_forms(parser)
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument(
         "--for", dest="server", choices=SERVERS, help="say how this server reads an adapter, or what it would refuse"
@@ -307,6 +314,32 @@ def _add_memory(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--equal-lengths", action="store_true", help="texts of one length, for which attention needs no mask"
     )
+
+
+def _add_trace(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "trace",
+        "commands.show:trace",
+        "run a training step under torch's profiler: time and bytes by module and operation",
+        "The second step of a run on tokens that are drawn.",
+    )
+    _add_step(parser)
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--rows", type=positive, default=30, metavar="N", help="rows that are printed (default: 30)")
+    parser.add_argument("--chrome", metavar="FILE", help="also write a trace for chrome://tracing or ui.perfetto.dev")
+
+
+def _add_diff(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "diff",
+        "commands.show:diff",
+        "compare two adapters' updates by layer: norms, singular values, angles between their subspaces",
+    )
+    parser.add_argument("first", metavar="A", help="an adapter's folder")
+    parser.add_argument("second", metavar="B", help="another one's")
+    _add_forms(parser)
 
 
 def _add_step(parser: Parser) -> None:

@@ -18,14 +18,22 @@ class KernelsError(TrainingError, ValueError):
 def inspect(args: argparse.Namespace) -> None:
     """`minipeft inspect`: say what a directory holds.
 
-    With --verify, if its checkpoints are as they were written; with --for, how a server reads its adapter.
+    With --verify, if its checkpoints are as they were written; with --for, how a server reads its adapter; of a model
+    with an adapter, --tree, --quantize, --json or --html, its modules.
 
     Raises:
-        InspectError: see `describe`, `verify` and `servers.served_by`.
+        InspectError: see `describe`, `verify` and `servers.served_by`; `show.tree` says what the last raises.
     """
-    from minipeft.commands.inspect import describe, verify
+    from minipeft.commands.inspect import InspectError, describe, verify
     from minipeft.commands.servers import served_by
 
+    if args.adapter is not None or args.tree or args.quantize or args.json or args.html is not None:
+        if args.server is not None or args.verify:
+            raise InspectError("--for and --verify do not go with what shows a model's modules")
+        from minipeft.commands.show import tree
+
+        tree(args)
+        return
     if args.server is not None:
         print(served_by(args.path, args.server))
         return

@@ -1,15 +1,19 @@
-"""`minipeft memory`, `trace` and `diff`: a user's own model looked at, as text, as JSON and as one HTML page."""
+"""`minipeft memory`, `trace`, `diff` and `inspect --tree`: a user's own model as text, as JSON and as one HTML page."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import html
 import json
+import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from minipeft.commands.arguments import check_adapter_path, check_device
 from minipeft.commands.train import train_config
 from minipeft.files import size
 from minipeft.train import page
@@ -107,6 +111,172 @@ def _memory_picture(history: Sequence[tuple[str, tuple[int, ...]]]) -> str:
         f'<text x="4" y="24" font-size="14">{size(most)}</text>',
     ]
     return f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img">{"".join(shapes)}</svg>'
+
+
+def trace(args: argparse.Namespace) -> None:
+    """`minipeft trace`: time and bytes of one training step by module and operation.
+
+    Raises:
+        ConfigError, OutputDirError: settings that do not fit, a file that cannot be written; see `show.trace.trace`.
+    """
+    for file in (args.html, args.chrome):
+        check_page(file)
+    args.data = args.output_dir = "-"
+    config = train_config(args)
+    check_device(config.device)
+    # torch's profiler would say on standard error that it begins and ends.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+
+    from minipeft.show.trace import trace as run_trace
+
+    found = run_trace(config, args.batch, args.tokens, None if args.chrome is None else Path(args.chrome))
+    total = sum(row.milliseconds for row in found) or 1.0
+    cells = [
+        (
+            *(row.phase, row.module or "-", row.operation, str(row.calls), f"{row.milliseconds:.2f}"),
+            *(f"{100 * row.milliseconds / total:.1f}", signed(row.nbytes)),
+        )
+        for row in found
+    ]
+    header = ("part", "module", "operation", "calls", "ms", "%", "bytes")
+    phases = {name: sum(row.milliseconds for row in found if row.phase == name) for name in _PHASES}
+    told = [f"one step of {args.batch} x {args.tokens} tokens, {total:.1f} ms in operations"]
+    told[0] += "".join(f", {name} {time:.1f}" for name, time in phases.items())
+    lines = [*told, *columns(header, cells[: args.rows], numbers=range(3, 7))]
+    rest = found[args.rows :]
+    if rest:
+        lines.append(f"and {len(rest)} more rows, {sum(row.milliseconds for row in rest):.2f} ms (--rows {len(found)})")
+    if args.chrome is not None:
+        lines.append(f"trace         {args.chrome}: open it in chrome://tracing or ui.perfetto.dev")
+    tell(args, {"phases": phases, "rows": [dataclasses.asdict(row) for row in found]}, lines)
+    if args.html is not None:
+        title = f"A training step of {Path(config.model).name}"
+        parts = [f"<p>{html.escape(told[0])}</p>", page.table(cells, header, numbers=range(3, 7))]
+        page.write_page(Path(args.html), title, parts)
+
+
+_PHASES = ("forward", "backward", "update")
+
+
+def diff(args: argparse.Namespace) -> None:
+    """`minipeft diff`: two adapters' updates, by layer.
+
+    Raises:
+        DiffError, OutputDirError: see `show.diff.diff`; a page that cannot be written.
+    """
+    check_page(args.html)
+
+    from minipeft.show.diff import diff as compare
+    from minipeft.show.diff import mean_angles
+
+    found = compare(args.first, args.second)
+    header = ("layer", "norm A", "norm B", "A - B", "cosine", "spectrum A", "spectrum B", "output", "input")
+    cells = [
+        (
+            *(x.layer, f"{x.norms[0]:.4g}", f"{x.norms[1]:.4g}", f"{x.difference:.4g}"),
+            "-" if x.cosine is None else f"{x.cosine:.3f}",
+            *(_leading(values) for values in x.spectra),
+            *(_range(degrees) for degrees in (x.output_angles, x.input_angles)),
+        )
+        for x in found.layers
+    ]
+    others = [(x.name, f"{x.norms[0]:.4g}", f"{x.norms[1]:.4g}", f"{x.difference:.4g}") for x in found.tensors]
+    lines = [f"A {args.first}", f"B {args.second}"]
+    lines += columns(header, cells, numbers=(1, 2, 3, 4)) if cells else []
+    means = [f"{side}s {value:.1f}" for side, value in mean_angles(found.layers).items()]
+    notes = [f"principal angles in degrees (90: nothing in common), on average {', '.join(means)}"] if means else []
+    notes += found.alone
+    lines += notes
+    if others:
+        lines += columns(("other tensors", "norm A", "norm B", "A - B"), others, numbers=(1, 2, 3))
+    tell(args, found.to_dict(), lines)
+    if args.html is not None:
+        parts = [f"<p>A: {html.escape(args.first)}<br>B: {html.escape(args.second)}</p>"]
+        if cells:
+            parts += [page.table(cells, header, numbers=(1, 2, 3, 4)), _spectra(found.layers)]
+        parts += [f"<p>{html.escape(note)}</p>" for note in notes]
+        if others:
+            parts.append(page.table(others, ("other tensors", "norm A", "norm B", "A - B"), numbers=(1, 2, 3)))
+        page.write_page(Path(args.html), "Two adapters", parts)
+
+
+def _leading(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.3g}" for value in values[:3]) + (" ..." if len(values) > 3 else "") or "0"
+
+
+def _range(degrees: Sequence[float]) -> str:
+    return f"{degrees[0]:.0f} to {degrees[-1]:.0f}" if degrees else "-"
+
+
+def _spectra(layers: Sequence[Any]) -> str:
+    """An SVG for each layer: the singular values of both updates as bars, on one scale for all."""
+    most = max((value for x in layers for values in x.spectra for value in values), default=0) or 1.0
+    pictures = []
+    for x in layers:
+        bars = []
+        for which, (values, color) in enumerate(zip(x.spectra, ("#4878a8", "#e8902c"), strict=True)):
+            for i, value in enumerate(values):
+                tall = 80 * value / most
+                place = f'x="{8 * i + 4 * which}" y="{80 - tall:.1f}" width="3.5" height="{tall:.1f}"'
+                bars.append(f'<rect {place} fill="{color}"><title>{value:.4g}</title></rect>')
+        wide = 8 * max(map(len, x.spectra), default=1) + 4
+        picture = f'<svg viewBox="0 0 {wide} 80" width="{wide}" height="80" role="img">{"".join(bars)}</svg>'
+        pictures.append(f"<figure>{picture}<figcaption>{html.escape(x.layer)}</figcaption></figure>")
+    return f"<h2>Singular values</h2><p>Blue: A; orange: B.</p>{''.join(pictures)}"
+
+
+def tree(args: argparse.Namespace) -> None:
+    """`minipeft inspect MODEL [ADAPTER]` with --tree, --json or --html: the modules, what they hold, what was patched.
+
+    Raises:
+        ModelLoadError, AdapterError, OutputDirError: see `show.tree.tree`; a page that cannot be written.
+    """
+    check_page(args.html)
+    if args.adapter is not None:
+        check_adapter_path(Path(args.adapter))
+
+    from minipeft.show.tree import tree as grow
+
+    branches = grow(args.path, args.adapter, quantize=args.quantize)
+    cells = []
+    for branch in branches:
+        name = branch.path.rsplit(".", 2 if branch.path.endswith(".*") else 1)[-1] if branch.path else args.path
+        indent = "  " * (branch.path.count(".") - branch.path.count(".*") + bool(branch.path))
+        times = f" x {branch.count}" if branch.count > 1 else ""
+        cells.append((f"{indent}{name}{times}", branch.kind, " ".join(branch.patched), "", "", "", ""))
+        for held in branch.tensors:
+            shape = " x ".join(map(str, held.shape)) or "1"
+            bits = f"{held.bits:.3g} bits" + (", trained" if held.trainable else "")
+            what = (f"{indent}  .{held.name}", "", "", shape, held.dtype, bits, size(held.nbytes * branch.count))
+            cells.append(what)
+    header = ("module", "class", "patched by", "shape", "dtype", "an element", "bytes")
+    held_by = [(b, t) for b in branches for t in b.tensors]
+    total = sum(b.count * t.nbytes for b, t in held_by)
+    trained = sum(b.count * math.prod(t.shape) for b, t in held_by if t.trainable)
+    lines = [*columns(header, cells, numbers=(6,)), f"{size(total)}, {trained:,} parameters are trained"]
+    tell(args, [dataclasses.asdict(branch) for branch in branches], lines)
+    if args.html is not None:
+        # A space at a cell's start would be dropped.
+        shown = [(cell[0].replace("  ", "\u2003"), *cell[1:]) for cell in cells]
+        parts = [page.table(shown, header, numbers=(6,)), f"<p>{lines[-1]}</p>"]
+        page.write_page(Path(args.html), f"The modules of {Path(args.path).name}", parts)
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Iterable[int] = ()) -> list[str]:
+    """Lines of aligned columns; `numbers` are those set to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    right = set(numbers)
+    return [
+        "  ".join(
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+
+
+def signed(nbytes: int) -> str:
+    """A difference in bytes, as `size` tells it."""
+    return f"-{size(-nbytes)}" if nbytes < 0 else size(nbytes)
 
 
 def tell(args: argparse.Namespace, found: Any, lines: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ sound ones: none is bad, all are finite, and two are equal where the same operat
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -55,7 +56,7 @@ class Ghosts(TorchDispatchMode):
         super().__init__()
         self.vocabulary = vocabulary
         self.live = dict.fromkeys(KINDS, 0)
-        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fake = _Mode(allow_non_fake_inputs=True)
         self._held: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._total = 0
         self.start("")
@@ -69,8 +70,22 @@ class Ghosts(TorchDispatchMode):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Within this, operations make fake tensors and are counted."""
-        with self._fake, self:
-            yield
+        swap = torch.utils.swap_tensors
+
+        def swap_alone(one: Tensor, other: Tensor) -> None:
+            # By a swap nn.Module moves a parameter, which torch refuses while anything refers to it weakly, as does the
+            # table of what was made a fake tensor.
+            self._fake.fake_tensor_converter.meta_converter.tensor_memo.clear()
+            swap(one, other)
+
+        torch.utils.swap_tensors = swap_alone
+        try:
+            with self._fake, self, warnings.catch_warnings():
+                # torch's remarks on tensors that have no data.
+                warnings.filterwarnings("ignore", message=".*FakeTensor.*")
+                yield
+        finally:
+            torch.utils.swap_tensors = swap
 
     def count(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Count the storages of `tensors` under `kind`, also those that were counted under another."""
@@ -95,8 +110,6 @@ class Ghosts(TorchDispatchMode):
                 logits = tensor.is_floating_point() and tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
                 self._remember(tensor.untyped_storage(), "logits" if logits else "activations")
         self.history.append((self.phase, tuple(self.live.values())))
-        # A weak reference to a tensor, which the converter keeps, would keep nn.Module from moving it.
-        self._fake.fake_tensor_converter.meta_converter.tensor_memo.clear()
         return out
 
     def _run_fake(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -131,6 +144,12 @@ class Ghosts(TorchDispatchMode):
         if held is not None:
             self.live[held[1]] -= held[2]
             self._total -= held[2]
+
+
+class _Mode(FakeTensorMode):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """The mode itself, which its tensors hold: a copy of a tensor is of the same mode."""
+        return self
 
 
 def _run_either(func: Any, args: Any, kwargs: Any) -> Any:

@@ -7,10 +7,8 @@ process and its libraries, and what an operation needs within itself, come on to
 
 from __future__ import annotations
 
-import contextlib
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,20 +71,11 @@ class GhostRun:
         self.config = config
         self._steps: dict[tuple[int, int, bool], StepMemory] = {}
         adapter_config = method_config(config)
-        base = load_config(config.model)
-        packing = _take_packing(base, config)
-        dtype = loaded_dtype(config.model, config.dtype, base)
-        text = base.get_text_config()
+        self._ghosts, model = ghost_model(config.model, config.quantize, config.dtype)
+        text = model.config.get_text_config()
         self._limits = getattr(text, "max_position_embeddings", None), adapter_config.positions_taken(text.model_type)
-        self._ghosts = Ghosts(getattr(text, "vocab_size", None))
-        # The tables of NF4 are computed once for the process, so here with data.
-        NF4Weight.quantize(torch.ones(1, 64), 64, True).dequantize()
-        with self._ghosts.running(), _quiet():
-            model = _model(base, dtype, config.model)
-            self.parameters = model.num_parameters()
-            if packing is not None:
-                with as_user_error(ModelLoadError, str(config.model)):
-                    model = quantize_model(model, packing)
+        self.parameters = model.num_parameters()
+        with self._ghosts.running():
             self._model = model = attach(model, adapter_config, config.adapter)
             trained = list(trainable_parameters(model).values())
             self.trained = sum(parameter.numel() for parameter in trained)
@@ -127,7 +116,7 @@ class GhostRun:
         asked = rows, tokens, padded
         if asked not in self._steps:
             ghosts = self._ghosts
-            with ghosts.running(), _quiet():
+            with ghosts.running():
                 batch = _batch(rows, tokens, padded)
                 ghosts.start("forward")
                 for _ in range(min(2, self.config.gradient_accumulation)):
@@ -161,6 +150,27 @@ class GhostRun:
             self._ghosts.count([parameter.grad], "gradients")
 
 
+def ghost_model(path: str, quantize: str | None, dtype: str) -> tuple[Ghosts, Any]:
+    """A model without data, as `load_base_model` would load it, and the mode that its operations are to run in.
+
+    Raises:
+        ModelLoadError, ConfigError: no such model, one that transformers does not make from its config alone, or that
+            is stored in another form than dense or NF4.
+    """
+    base = load_config(path)
+    packing = _take_packing(base, path, quantize)
+    dtype_of_weights = loaded_dtype(path, dtype, base)
+    ghosts = Ghosts(getattr(base.get_text_config(), "vocab_size", None))
+    # The tables of NF4 are computed once for the process, so here with data.
+    NF4Weight.quantize(torch.ones(1, 64), 64, True).dequantize()
+    with ghosts.running():
+        model = _model(base, dtype_of_weights, path)
+        if packing is not None:
+            with as_user_error(ModelLoadError, path):
+                model = quantize_model(model, packing)
+    return ghosts, model
+
+
 def _largest(step: Callable[[int], StepMemory], budget: int, near: int) -> StepMemory | None:
     """The last step within the budget, of steps whose peak grows with the rows, along a line but for jumps."""
     best: StepMemory | None = None
@@ -190,19 +200,19 @@ def _batch(rows: int, tokens: int, padded: bool) -> Batch:
     return Batch({"input_ids": ids, "attention_mask": mask}, labels, int(mask.sum()), learned)
 
 
-def _take_packing(base: Any, config: TrainConfig) -> NF4Config | None:
+def _take_packing(base: Any, path: str, quantize: str | None) -> NF4Config | None:
     """The way in which linear layers are packed, which is taken out of the model's config; None if they are not."""
     stored = getattr(base, "quantization_config", None)
     if stored is None:
-        return NF4Config() if config.quantize else None
+        return NF4Config() if quantize else None
     del base.quantization_config
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = stored.get("quant_method")
-    if method == "mxfp4" and config.quantize:
+    if method == "mxfp4" and quantize:
         return NF4Config()
     if method != "bitsandbytes":
-        raise ConfigError(f"{config.model} is stored in {method}: known is the memory of dense weights and of NF4")
-    with as_user_error(ConfigError, str(config.model)):
+        raise ConfigError(f"{path} is stored in {method}: known is the memory of dense weights and of NF4")
+    with as_user_error(ConfigError, path):
         return NF4Config.from_dict(stored)  # type: ignore[return-value]
 
 
@@ -214,11 +224,3 @@ def _model(base: Any, dtype: torch.dtype, path: str | Path) -> Any:
     except Exception as error:  # whatever a model's own code raises
         detail = " ".join(str(error).split()) or type(error).__name__
         raise ModelLoadError(f"cannot make a model from the config in {path}: {detail}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's remarks on tensors that have no data."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*FakeTensor.*")
-        yield

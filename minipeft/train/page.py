@@ -30,11 +30,13 @@ def write_page(file: Path, title: str, parts: Iterable[str]) -> None:
     write_text(file, f"{text}<body>\n<h1>{name}</h1>\n{body}\n</body></html>\n")
 
 
-def table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), numbers: Sequence[int] = ()) -> str:
+def table(rows: Iterable[Sequence[str]], header: Sequence[str] = (), numbers: Iterable[int] = ()) -> str:
     """A table of plain texts; `numbers` are the columns that are set to the right."""
 
+    right = set(numbers)
+
     def line(cells: Sequence[str], tag: str) -> str:
-        marks = ("" if i not in numbers else ' class="number"' for i in range(len(cells)))
+        marks = ("" if i not in right else ' class="number"' for i in range(len(cells)))
         return "".join(f"<{tag}{m}>{html.escape(cell)}</{tag}>" for m, cell in zip(marks, cells, strict=True))
 
     head = f"<tr>{line(header, 'th')}</tr>" if header else ""

@@ -10,6 +10,7 @@ from tiny_runs import make_config, make_data, make_model, trained_parameters
 
 from minipeft import PeftModel
 from minipeft.train import (
+    Example,
     MissingExtraError,
     NonFiniteError,
     OutputDirError,
@@ -19,6 +20,7 @@ from minipeft.train import (
     list_checkpoints,
     read_log,
 )
+from minipeft.train.batches import collate
 from minipeft.train.loop import total_steps
 from minipeft.train.run import StopSignal
 
@@ -114,6 +116,29 @@ def test_weight_decay_is_on_matrices_only(tmp_path):
     next(p for n, p in model.named_parameters() if n.endswith("norm.weight")).requires_grad_(True)
     groups = trainer(tmp_path, model=model).optimizer.param_groups
     assert [(g["weight_decay"], {p.ndim for p in g["params"]}) for g in groups] == [(0.1, {2}), (0.0, {1})]
+
+
+def test_every_epoch_has_every_text_once(tmp_path):
+    data, seen = make_data(13), []
+    config = make_config(tmp_path / "run", max_steps=12)  # of four steps an epoch
+    run = Trainer(make_model(), data, config, progress_bar=False)
+    embeddings = run.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, out: seen.extend(args[0].tolist()))
+    run.train()
+    seen = [row for row in seen if row != [1, 2, 3]]  # by which the trainer tries the model
+    texts = [[*example.input_ids, *[0] * 32] for example in data.examples]
+    assert len(seen) == 3 * len(texts)
+    for epoch in range(3):
+        rows = seen[epoch * len(texts) : (epoch + 1) * len(texts)]
+        matches = [[i for i, text in enumerate(texts) if text[: len(row)] == row] for row in rows]
+        assert sorted(i for (i,) in matches) == list(range(len(texts)))
+
+
+def test_padding_is_not_attended_to():
+    batch = collate([Example([5, 6, 7], [-100, 6, 7]), Example([8], [8])], pad_id=0)
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.inputs["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch.labels.tolist() == [[-100, 6, 7], [8, -100, -100]]
 
 
 def test_steps_of_a_run():

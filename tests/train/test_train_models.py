@@ -3,7 +3,9 @@ import socket
 import pytest
 import torch
 from tiny_runs import make_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
 
+from minipeft import PrefixTuningConfig, get_peft_model
 from minipeft.nf4 import NF4Linear
 from minipeft.train import (
     MissingExtraError,
@@ -13,7 +15,7 @@ from minipeft.train import (
     load_tokenizer,
     resolve_device,
 )
-from minipeft.train.models import locate_model
+from minipeft.train.models import locate_model, text_positions
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +173,16 @@ def test_devices_are_checked():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch sees no CUDA device"):
             resolve_device("cuda:1")
+
+
+def test_a_prefix_takes_the_first_positions_of_a_learned_table_and_none_of_rotated_keys(tmp_path):
+    config = PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    GPT2Config(n_positions=16, n_layer=1, n_embd=32, n_head=2).save_pretrained(tmp_path / "gpt2")
+    LlamaConfig(max_position_embeddings=16).save_pretrained(tmp_path / "llama")
+    assert text_positions(str(tmp_path / "gpt2"), config) == (16, 4)
+    assert text_positions(str(tmp_path / "llama"), config) == (16, 0)
+    # As the model itself has it.
+    model = get_peft_model(GPT2LMHeadModel(GPT2Config.from_pretrained(tmp_path / "gpt2")), config)
+    assert model(torch.ones(1, 12, dtype=torch.long)).logits.shape[1] == 12
+    with pytest.raises(ValueError, match="the model has 16 positions, of which 4 are the virtual tokens'"):
+        model(torch.ones(1, 13, dtype=torch.long))

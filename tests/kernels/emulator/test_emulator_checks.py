@@ -84,6 +84,40 @@ def test_warps_that_meet_at_a_barrier_of_their_own_are_ordered_and_others_are_no
         launch(kernel(text, ["x"], 128), tensors, 1, 128, 1024, (Races(),))
 
 
+def test_a_barrier_waits_for_the_last_thread_of_a_warp() -> None:
+    text = (
+        PLACE
+        + """
+    setp.eq.u32 %p1, tid, 0; @%p1 bra LATE;
+    MEET: barrier.sync 0;
+    ld.shared.b32 %r5, [%r1]; st.global.b32 [%d1], %r5;
+    exit;
+    LATE: st.shared.b32 [%r1], 42; bra MEET;
+    """
+    )
+    tensors = {"x": np.zeros(64, "u4")}
+    launch(kernel(text, ["x"]), tensors, 1, 64, 1024, (Races(),))
+    assert tensors["x"].tolist() == [42] * 64
+
+
+def test_a_barriers_count_is_forgotten_once_it_is_passed() -> None:
+    """First two warps meet, by their number; then all three at the same barrier, by none."""
+    text = (
+        PLACE
+        + """
+    setp.ge.u32 %p1, tid, 64; @%p1 bra LATE;
+    barrier.sync 3, 64;
+    MEET: barrier.sync 3;
+    ld.shared.b32 %r5, [%r1]; st.global.b32 [%d1], %r5;
+    exit;
+    LATE: st.shared.b32 [%r1], 42; bra MEET;
+    """
+    )
+    tensors = {"x": np.zeros(96, "u4")}
+    launch(kernel(text, ["x"], 96), tensors, 1, 96, 1024, (Races(same_value=True),))
+    assert tensors["x"].tolist() == [42] * 96
+
+
 SAME = "st.global.b32 [y], 5;"
 
 

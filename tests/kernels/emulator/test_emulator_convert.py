@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ptx_harness import evaluate
 
-from minipeft_kernels.emulator.float8 import values
+from minipeft_kernels.emulator.float8 import values as float8_values
+from minipeft_kernels.emulator.rounding import f64_to_bf16
 
 FORMATS = {"f16": F16, "bf16": BF16, "f32": F32, "f64": F64}
 MANTISSAS = [0, 1, 0x1000, 0xFFF, 0x1FFF, 0x8000, 0x7FFF, 0xFFFF, 0x18000, 0x7FFFFF]
@@ -45,6 +46,21 @@ def test_narrowing_rounds_once(target: str, mode: str, bits: list[int]) -> None:
         else:
             rounded = value if isinstance(value, float) else round_fraction(value, FORMATS[target], mode)
             assert got == to_bits(rounded, FORMATS[target], negative_zero=bool(b >> 31))
+
+
+near_ties_f64 = st.builds(
+    lambda e, m, rest: math.ldexp(1 + m * 2.0**-8 + rest, e),
+    *(st.integers(-100, 100), st.integers(0, 255), st.sampled_from([-(2.0**-40), 2.0**-40, 0.0, 2.0**-9])),
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(values=st.lists(near_ties_f64, min_size=1, max_size=32))
+@example(values=[1 + 2.0**-8 + 2.0**-40])
+def test_a_result_in_float64_is_rounded_to_bfloat16_once(values: list[float]) -> None:
+    """A first rounding to float32 that forgot what it cut off would make a tie of it."""
+    for value, got in zip(values, f64_to_bf16(np.array(values)).tolist(), strict=True):
+        assert got == to_bits(round_fraction(Fraction(value), BF16, "rn"), BF16)
 
 
 @settings(max_examples=25, deadline=None)
@@ -136,7 +152,7 @@ def test_whole_numbers_stay_floats() -> None:
     ("kind", "facts"), [("e4m3", (448.0, 2.0**-6, 2.0**-9)), ("e5m2", (57344.0, 2.0**-14, 2.0**-16))]
 )
 def test_the_tables_of_eight_bit_floats(kind: str, facts: tuple[float, float, float]) -> None:
-    finite = values(kind)[:128][np.isfinite(values(kind)[:128])]
+    finite = float8_values(kind)[:128][np.isfinite(float8_values(kind)[:128])]
     mantissa = int(kind[-1])
     assert (finite.max(), finite[1 << mantissa], finite[1]) == facts
     assert (np.diff(finite) > 0).all()
@@ -146,7 +162,7 @@ def test_the_tables_of_eight_bit_floats(kind: str, facts: tuple[float, float, fl
 @settings(max_examples=25, deadline=None)
 @given(numbers=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=32))
 def test_eight_bit_floats_are_the_nearest_with_ties_to_even(kind: str, numbers: list[float]) -> None:
-    table = {b: Fraction(float(v)) for b, v in enumerate(values(kind)[:128]) if np.isfinite(v)}
+    table = {b: Fraction(float(v)) for b, v in enumerate(float8_values(kind)[:128]) if np.isfinite(v)}
     a = np.array(numbers, "f4").view("u4")
     found = evaluate(f"cvt.rn.satfinite.{kind}x2.f32 y, a, a;", {"a": a}, {"y": "u2"})["y"]
     for number, got in zip(numbers, found.tolist(), strict=True):

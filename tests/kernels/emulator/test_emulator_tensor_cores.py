@@ -70,30 +70,45 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "result", "kind"), SHAPES)
-def test_mma_is_a_matrix_product(shape: str, result: str, kind: str) -> None:
-    depth = int(shape.partition("k")[2])
-    low = 0 if kind[0] == "u" else -8
-    a, b = RNG.integers(low, 8, (2, 16, depth)), RNG.integers(low, 8, (2, depth, 8))
-    c = RNG.integers(-50, 50, (2, 32, 4))
+DTYPES = {"f32": "f4", "f16": "f2", "s32": "i4"}
+
+
+def mma(shape: str, result: str, kind: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, clamp: str = "") -> np.ndarray:
+    """a b + c of two warps, float64 (2, 16, 8), by the instruction; c is (2, 32, 4), as lanes hold it."""
     words = {"A": np.stack([fragments_a(m, kind) for m in a]), "B": np.stack([fragments_b(m, kind) for m in b])}
-    dtype = {"f32": "f4", "f16": "f2", "s32": "i4"}[result]
-    words["C"] = np.ascontiguousarray(c.astype(dtype)).view(np.uint32).reshape(2, 32, -1)
+    words["C"] = np.ascontiguousarray(c.astype(DTYPES[result])).view(np.uint32).reshape(2, 32, -1)
     words["D"] = np.zeros_like(words["C"])
     code, counts = [], {n: w.shape[2] for n, w in words.items()}
     for name, count in counts.items():
         code.append(f".reg .b32 {name.lower()}<{count}>; mad.wide.u32 {name}, lane, {4 * count}, {name};")
         code += [f"ld.global.b32 {name.lower()}{i}, [{name} + {4 * i}];" for i in range(count) if name != "D"]
     regs = {n: names(n.lower(), count) for n, count in counts.items()}
-    name = f"mma.sync.aligned.{shape}.row.col.{result}.{kind}.{kind}.{result}"
+    name = f"mma.sync.aligned.{shape}.row.col{clamp}.{result}.{kind}.{kind}.{result}"
     code.append(f"{name} {regs['D']}, {regs['A']}, {regs['B']}, {regs['C']};")
     code += [f"st.global.b32 [D + {4 * i}], d{i};" for i in range(counts["D"])]
     text = kernel("\n".join(code), list(words))
     assert assembles(text)
     launch(text, words)
-    for w in range(2):
-        found = sums(words["D"][w].view(dtype).astype(np.float64))
-        np.testing.assert_array_equal(found, a[w] @ b[w] + sums(c[w]))
+    return np.stack([sums(d.view(DTYPES[result]).astype(np.float64)) for d in words["D"]])
+
+
+@pytest.mark.parametrize(("shape", "result", "kind"), SHAPES)
+def test_mma_is_a_matrix_product(shape: str, result: str, kind: str) -> None:
+    depth = int(shape.partition("k")[2])
+    low = 0 if kind[0] == "u" else -8
+    a, b = RNG.integers(low, 8, (2, 16, depth)), RNG.integers(low, 8, (2, depth, 8))
+    c = RNG.integers(-50, 50, (2, 32, 4))
+    np.testing.assert_array_equal(mma(shape, result, kind, a, b, c), a @ b + np.stack([sums(m) for m in c]))
+
+
+@pytest.mark.parametrize("clamp", ["", ".satfinite"])
+def test_sums_of_integers_wrap_or_end_at_the_largest(clamp: str) -> None:
+    a, b = RNG.integers(-8, 8, (2, 16, 32)), RNG.integers(-8, 8, (2, 32, 8))
+    c = RNG.choice([-(2**31), 2**31 - 1], (2, 32, 4))
+    exact = a @ b + np.stack([sums(m) for m in c])
+    wanted = np.clip(exact, -(2**31), 2**31 - 1) if clamp else exact.astype(np.int32)
+    assert (wanted != exact).any()
+    np.testing.assert_array_equal(mma("m16n8k32", "s32", "s8", a, b, c, clamp), wanted)
 
 
 @pytest.mark.parametrize("matrices", [1, 2, 4])

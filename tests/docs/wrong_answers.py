@@ -51,4 +51,36 @@ WRONG: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("0.3", "0.0796 * 8", "-0.0910 * 8"),
     ),
+    "07-qlora-memory": (
+        ("0.262144", "4 * 2048 * 32_000 * 2 / 1e9", "2048 * 32_000 * 4 / 1e9"),
+        ("lambda i, o, r: 12 * r * (i + o)", "lambda i, o, r: 16 * i * o", "lambda i, o, r: 16 * r * i * o"),
+        ("{'smaller r', '8-bit AdamW'}", "{'gradient checkpointing'}", "{'loss in chunks', 'smaller r'}"),
+    ),
+    "08-triton": (
+        ("(4096**2 / 2, 4096**2 / 2 / 3350e9 * 1e6)", "(4096**2 * 4.5 / 8, 2.8e-6)", "(4096**2 * 4.5, 22.5)"),
+        ("broken",),
+        ("600 / (64 * 128)", "600 / (64 * 128 / 2)", "600 / 64"),
+    ),
+    "09-paged-adamw": (
+        ("(28, 14.21)", "(56, 28)", "(56, 7)"),
+        (
+            "lambda n, k, size: (n - k) * size",
+            "lambda n, k, size: 2 * n * size",
+            "lambda n, k, size: 2 * (n - k) * size",
+        ),
+        (
+            "lambda g, lr, b1, b2: -answer_3(g, lr, b1, b2)",
+            "lambda g, lr, b1, b2: -lr * g[-1]",
+            "lambda g, lr, b1, b2: -lr * (1 if g[-1] > 0 else -1)",
+        ),
+    ),
+    "10-comparing": (
+        ("0.0244", "100 * math.sqrt(0.61 / 400)", "100 * 0.61 * 0.39 / 400"),
+        (
+            "lambda a, b: ((a - b).mean(), math.sqrt((a.var() + b.var()).item() / len(a)))",
+            "lambda a, b: ((a - b).mean(), (a - b).std())",
+            "lambda a, b: ((b - a).mean(), (a - b).std() / math.sqrt(len(a)))",
+        ),
+        ("'a larger model'", "'more parameters for the prompt'"),
+    ),
 }

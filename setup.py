@@ -6,6 +6,7 @@ from setuptools.errors import CompileError, LinkError
 
 DEMO = ["gguf>=0.18", "accelerate>=1.10", "matplotlib>=3.11"]
 SMOKE = ["pytest>=9", "pytest-timeout>=2.4", "pytest-xdist>=3.6", "accelerate>=1.10"]
+DOCS = ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "jupytext>=1.16", "nbclient>=0.10", "ipykernel>=6", *DEMO]
 TEST = [
     *DEMO,
     *SMOKE,
@@ -71,6 +72,6 @@ setup(
         "tqdm>=4.66",
         "PyYAML>=6.0",
     ],
-    extras_require={"demo": DEMO, "smoke": SMOKE, "test": TEST},
+    extras_require={"demo": DEMO, "smoke": SMOKE, "docs": DOCS, "test": TEST},
     entry_points={"console_scripts": ["minipeft = minipeft.__main__:main"]},
 )

@@ -36,6 +36,13 @@ def seed(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """The number of a port, 0 for any that is free; argparse.ArgumentTypeError for anything else."""
+    if len(text) > 5 or whole_number(text, least=0) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a port, 0 to 65535, got {text!r}")
+    return int(text)
+
+
 def whole_number(text: str, least: int) -> int:
     """A whole number of `least` or more; argparse.ArgumentTypeError for anything else."""
     if not text.isdecimal() or int(text) < least:

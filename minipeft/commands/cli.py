@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from minipeft.commands.arguments import GGUF_CHOICES, SERVERS, count, positive, seed
+from minipeft.commands.arguments import GGUF_CHOICES, SERVERS, count, port, positive, seed
 from minipeft.commands.bench import add_bench_arguments
 from minipeft.machine import version
 from minipeft.methods import METHODS
@@ -143,7 +143,17 @@ def build_parser(arguments: Sequence[str] = ()) -> Parser:
     commands = parser.add_subparsers(title="commands", dest="name", metavar="COMMAND", required=True)
     for add in (
         *(_add_demo, _add_data, _add_train, _add_eval, _add_export, _add_generate, _add_merge, _add_inspect),
-        *(_add_memory, _add_trace, _add_diff, _add_compare, _add_bench, _add_kernels, _add_env, _add_completion),
+        *(
+            _add_memory,
+            _add_trace,
+            _add_diff,
+            _add_compare,
+            _add_bench,
+            _add_kernels,
+            _add_docs,
+            _add_env,
+            _add_completion,
+        ),
     ):
         add(commands)
     if next((word for word in arguments if not word.startswith("-")), "") == "bench":
@@ -356,6 +366,20 @@ def _add_step(parser: Parser) -> None:
 def _add_forms(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", metavar="FILE", help="also write one HTML page that needs no other file")
+
+
+def _add_docs(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "docs",
+        "commands.docs:docs",
+        "build the documentation as a site, run its lessons, and serve it on this machine",
+        "Needs pip install -e '.[docs]' in the repository. Running the lessons takes minutes the first time.",
+    )
+    parser.add_argument("--output", default="site", metavar="DIR", help="folder of the site (default: ./site)")
+    parser.add_argument("--build-only", action="store_true", help="build it and serve nothing")
+    parser.add_argument("--recorded", action="store_true", help="show the outputs that stand in the lessons, run none")
+    parser.add_argument("--port", type=port, default=8000, metavar="N", help="port of the server (default: 8000)")
 
 
 def _add_env(commands: argparse._SubParsersAction) -> None:

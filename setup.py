@@ -58,7 +58,10 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["minipeft", "minipeft.*"]), *find_packages("kernels")],
     package_dir={"minipeft_kernels": "kernels/minipeft_kernels"},
-    package_data={"minipeft": ["py.typed", "compare/constitution.txt"], "minipeft_kernels": ["linear/tuned/*.json"]},
+    package_data={
+        "minipeft": ["py.typed", "compare/constitution.txt", "show/explorer.html"],
+        "minipeft_kernels": ["linear/tuned/*.json"],
+    },
     ext_modules=[NATIVE],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -84,6 +84,7 @@ def check_not_empty(args: argparse.Namespace) -> None:
         "first",
         "second",
         "chrome",
+        "explorer",
         "output",
         "output_dir",
         "adapter",
@@ -379,6 +380,7 @@ def _add_docs(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--output", default="site", metavar="DIR", help="folder of the site (default: ./site)")
     parser.add_argument("--build-only", action="store_true", help="build it and serve nothing")
     parser.add_argument("--recorded", action="store_true", help="show the outputs that stand in the lessons, run none")
+    parser.add_argument("--explorer", metavar="FILE", help="write only the page on NF4 and rank")
     parser.add_argument("--port", type=port, default=8000, metavar="N", help="port of the server (default: 8000)")
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import minipeft
 from minipeft import public
 from minipeft.commands.arguments import check_output_path
+from minipeft.commands.show import check_page
 from minipeft.demo.assets import cache_dir
 from minipeft.files import write_text
 from minipeft.train.errors import ConfigError, MissingExtraError, OutputDirError
@@ -43,8 +44,13 @@ def docs(args: argparse.Namespace) -> int:
     Raises:
         MissingExtraError: the generator is not installed.
         ConfigError: minipeft was installed without its repository; a lesson that fails.
-        OutputDirError: a folder that is not a site, or cannot be made.
+        OutputDirError: a folder that is not a site, or cannot be made; a page that cannot be written.
     """
+    if args.explorer is not None:
+        check_page(args.explorer)
+        _explorer(Path(args.explorer))
+        print(f"page          {args.explorer}")
+        return 0
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtraError(f"the site needs {', '.join(missing)}: pip install -e '.[docs]'")
@@ -90,6 +96,7 @@ def build(output: Path, run: bool = True) -> list[str]:
         pages = Path(folder)
         copy_pages(pages)
         write_text(pages / "docs" / "api.md", api_page())
+        _explorer(pages / "docs" / "explorer.html")
         lessons = sorted((pages / "docs" / "lessons").glob("[0-9][0-9]-*.md"))
         for lesson in lessons:
             text = executed(lesson.read_text(encoding="utf-8"), lesson.name) if run else lesson.read_text()
@@ -126,15 +133,26 @@ class _Warnings(logging.Handler):
         self.texts.append(record.getMessage())
 
 
+def _explorer(file: Path) -> None:
+    from minipeft.show.explorer import write_explorer  # which needs torch
+
+    write_explorer(file)
+
+
 def copy_pages(folder: Path) -> None:
     """Copy all pages, and the files that they link to, as they lie in the repository."""
     for pattern in COPIED:
         for source in ROOT.glob(pattern):
             if source.is_dir():
-                left_out = shutil.ignore_patterns("__pycache__", "*.so", "*.npz", "*.pyc", "*.c", "*.h")
-                shutil.copytree(source, folder / source.name, ignore=left_out)
+                shutil.copytree(source, folder / source.name, ignore=_left_out)
             else:
                 shutil.copy(source, folder)
+
+
+def _left_out(folder: str, names: list[str]) -> list[str]:
+    """Names of what is neither text nor picture."""
+    shown = (".md", ".py", ".png", ".csv", ".json", ".txt")
+    return [name for name in names if not (name.endswith(shown) or (Path(folder) / name).is_dir()) or name[0] in "._"]
 
 
 def api_page() -> str:

@@ -32,7 +32,7 @@ def test_the_navigation_names_every_page() -> None:
     there = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kernels/*.md"), *ROOT.glob("benchmarks/*.md")]
     expected = {path.relative_to(ROOT).as_posix() for path in there}
     assert len(named) == len(set(named))
-    assert set(named) == {*expected, "docs/lessons/README.md", "lessons", "docs/api.md"}
+    assert set(named) == {*expected, "docs/lessons/README.md", "lessons", "docs/api.md", "docs/explorer.html"}
 
 
 def test_the_api_names_what_is_public() -> None:

@@ -26,7 +26,7 @@ TEST = [
 # when it would have used it. No contraction of a*b+c, whose two roundings the definition keeps apart.
 NATIVE = Extension(
     "minipeft_kernels._native",
-    sources=[f"kernels/native/{name}.c" for name in ("decode", "avx2", "avx512", "entry")],
+    sources=[f"kernels/native/{name}.c" for name in ("decode", "avx2", "avx512", "neon", "entry")],
     depends=[f"kernels/native/{name}.h" for name in ("nf4", "scales", "panels", "thin")],
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden"],
     extra_link_args=["-fopenmp"],

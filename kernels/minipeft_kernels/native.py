@@ -3,8 +3,8 @@
 It is optional: a machine without a C compiler installs minipeft without it, and `dispatch` takes the PyTorch references
 instead. It knows nothing of Python (no Python.h), and shares OpenMP's threads with torch, which is imported first.
 
-MINIPEFT_CPU=scalar, avx2, avx512 or avx512_bf16 makes minipeft treat the processor as one of that level, to test what a
-lesser one would do: it chooses the compiled code, and `arithmetic` obeys it too. It is read once.
+MINIPEFT_CPU=scalar, avx2, avx512, avx512_bf16 or neon makes minipeft treat the processor as one of that level, to test
+what a lesser one would do: it chooses the compiled code, and `arithmetic` obeys it too. It is read once.
 """
 
 import ctypes
@@ -17,12 +17,12 @@ import torch
 
 # The layout of the calls, as in kernels/native/entry.c: raised together, so that a library built from older sources is
 # noticed and not called.
-ABI = 4
+ABI = 5
 
-SCALAR, AVX2, AVX512, AVX512_BF16 = range(4)
-LEVELS = ("scalar", "AVX2", "AVX-512", "AVX-512 with bfloat16")
+SCALAR, AVX2, AVX512, AVX512_BF16, NEON = range(5)
+LEVELS = ("scalar", "AVX2", "AVX-512", "AVX-512 with bfloat16", "NEON")
 LEVEL_VARIABLE = "MINIPEFT_CPU"
-LEVEL_NAMES = ("scalar", "avx2", "avx512", "avx512_bf16")
+LEVEL_NAMES = ("scalar", "avx2", "avx512", "avx512_bf16", "neon")
 
 MODULE = "minipeft_kernels._native"
 REINSTALL = "reinstall minipeft where there is a C compiler (in a checkout: pip install -e .)"
@@ -63,21 +63,31 @@ def level() -> int:
     """The instructions that the library uses: the best that this processor has, or those that MINIPEFT_CPU names.
 
     Returns:
-        SCALAR, AVX2, AVX512 or AVX512_BF16.
+        SCALAR, AVX2, AVX512, AVX512_BF16 or NEON.
 
     Raises:
         ValueError: MINIPEFT_CPU names a level that this processor lacks, or none.
     """
-    highest: int = library().minipeft_level()
     if not os.environ.get(LEVEL_VARIABLE):
-        return highest
-    if level_limit() > highest:
-        choices = ", ".join(LEVEL_NAMES[: highest + 1])
+        return levels()[-1]
+    if level_limit() not in levels():
+        choices = ", ".join(LEVEL_NAMES[i] for i in levels())
         name = LEVEL_NAMES[level_limit()]
         raise ValueError(
             f"{LEVEL_VARIABLE}={name}, but this processor has no {LEVELS[level_limit()]}: it has {choices}"
         )
     return level_limit()
+
+
+def levels() -> list[int]:
+    """The levels that this processor has the instructions for, the best one last."""
+    best: int = library().minipeft_level()
+    return [SCALAR, NEON] if best == NEON else list(range(best + 1))
+
+
+def has_products() -> bool:
+    """True if the library multiplies at this level; it decodes at every one."""
+    return level() != SCALAR
 
 
 def describe() -> str:
@@ -111,7 +121,7 @@ def _load() -> ctypes.CDLL | str:
         return f"minipeft's compiled part cannot be loaded ({error}): {REINSTALL}"
     if abi != ABI:
         return f"minipeft's compiled part was built from other sources (version {abi}, not {ABI}): {REINSTALL}"
-    for name in ("minipeft_decode", "minipeft_product", "minipeft_thin"):
+    for name in ("minipeft_decode", "minipeft_product", "minipeft_thin", "minipeft_dense"):
         getattr(found, name).argtypes = [ctypes.c_char_p]
     return found
 

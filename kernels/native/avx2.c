@@ -24,6 +24,13 @@ TARGET INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 TARGET INLINE Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 TARGET INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
+/* A word's bits as a number's, and its halves as bfloat16 numbers. */
+TARGET INLINE Floats as_floats(Words words) { return _mm256_castsi256_ps(words); }
+TARGET INLINE Floats low_half(Words words) { return as_floats(_mm256_slli_epi32(words, 16)); }
+TARGET INLINE Floats high_half(Words words) {
+    return as_floats(_mm256_and_si256(words, _mm256_set1_epi32((int)0xffff0000)));
+}
+
 /* All bits of the first `count` lanes. */
 TARGET INLINE __m256i first_lanes(int64_t count) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -106,6 +113,6 @@ TARGET INLINE float sum_of_lanes(Floats x) {
 #include "panels.h"
 #include "thin.h"
 
-static const Kernels KERNELS = {GROUP, strip_float32, spread_float32, thin_low, thin_float32, 0, 0, 0};
+static const Kernels KERNELS = {GROUP, strip_float32, spread_float32, thin_low, thin_float32, widen, thin_dense, 0, 0, 0};
 const Kernels *avx2_kernels(void) { return &KERNELS; }
 #endif

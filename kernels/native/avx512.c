@@ -29,6 +29,13 @@ TARGET INLINE Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); 
 TARGET INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 TARGET INLINE float sum_of_lanes(Floats x) { return _mm512_reduce_add_ps(x); }
 
+/* A word's bits as a number's, and its halves as bfloat16 numbers. */
+TARGET INLINE Floats as_floats(Words words) { return _mm512_castsi512_ps(words); }
+TARGET INLINE Floats low_half(Words words) { return as_floats(_mm512_slli_epi32(words, 16)); }
+TARGET INLINE Floats high_half(Words words) {
+    return as_floats(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
+}
+
 INLINE __mmask16 first_lanes(int64_t count) { return (__mmask16)((1u << count) - 1); }
 TARGET INLINE Floats load_some(const float *from, int64_t count) {
     return _mm512_maskz_loadu_ps(first_lanes(count), from);
@@ -343,8 +350,8 @@ TARGET_BF16 static void thin_bfloat16(const Thin *t, int64_t strip, float *scale
     thin_rows(t, strip, scales, 2, run_bfloat16, 1 / STRETCH);
 }
 
-static const Kernels KERNELS = {GROUP, strip_float32, spread_float32, thin_low, thin_float32, 0, 0, 0};
-static const Kernels KERNELS_BF16 = {GROUP,    strip_float32,  spread_float32,  thin_low,
-                                     thin_float32, strip_bfloat16, spread_bfloat16, thin_bfloat16};
+static const Kernels KERNELS = {GROUP, strip_float32, spread_float32, thin_low, thin_float32, widen, thin_dense, 0, 0, 0};
+static const Kernels KERNELS_BF16 = {GROUP, strip_float32, spread_float32, thin_low,        thin_float32,  widen,
+                                     thin_dense,     strip_bfloat16, spread_bfloat16, thin_bfloat16};
 const Kernels *avx512_kernels(int bfloat16) { return bfloat16 ? &KERNELS_BF16 : &KERNELS; }
 #endif

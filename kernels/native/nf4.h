@@ -12,12 +12,16 @@
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
 #endif
 
+#if defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+#define MINIPEFT_ARM 1 /* NEON is part of the architecture */
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 
-enum { SCALAR = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
-enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum { SCALAR = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3, NEON = 4 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, NF4 = 3 };
 
-/* W, rows x columns in row-major order, as the Python side holds it. */
+/* W, rows x columns in row-major order, as the Python side holds it. A dense one has its numbers at `codes`. */
 typedef struct {
     const uint8_t *codes;   /* two weights a byte, the earlier one in the high half */
     const void *absmax;     /* a scale a block: float, or uint8_t when doubly quantized */
@@ -26,7 +30,13 @@ typedef struct {
     const float *map;       /* 256 */
     const float *offset;    /* 1 */
     int64_t rows, columns, blocksize, nested_blocksize;
+    int dtype;              /* NF4; FLOAT32 or BFLOAT16 of a dense one */
 } Weight;
+
+/* Bytes of a row. */
+INLINE int64_t row_bytes(const Weight *w) {
+    return w->dtype == NF4 ? w->columns / 2 : w->columns * (w->dtype == FLOAT32 ? 4 : 2);
+}
 
 /* The scale of a block: map[code] * nested + offset. -ffp-contract=off keeps the two roundings apart. */
 INLINE float scale_of(const Weight *w, int64_t block) {
@@ -90,14 +100,16 @@ typedef struct {
 #define THIN_SCALES 1024 /* scales made at a time, unless four rows have more */
 
 /* What a level's file has. A thin product is `spread` first, `low` for each row of A, then `rows` for each THIN_STRIP rows
- * of W; the last argument of `rows` is a thread's scratch for scales. bfloat16's are NULL where there are no instructions
- * for them. */
+ * of W, whose last argument is a thread's scratch for scales; of a dense W `widen` and `dense_rows`. bfloat16's are NULL
+ * where there are no instructions for them. */
 typedef struct {
     int64_t group; /* weights in a register of codes */
     void (*strip)(const Product *p, int64_t strip, int64_t m0, int64_t m1);
     void (*spread)(const Thin *t);
     void (*low)(const Thin *t, int64_t j);
     void (*rows)(const Thin *t, int64_t strip, float *scales);
+    void (*widen)(const Thin *t);
+    void (*dense_rows)(const Thin *t, int64_t strip, float *scales);
     void (*strip_bfloat16)(const Product *p, int64_t strip, int64_t m0, int64_t m1);
     void (*spread_bfloat16)(const Thin *t);
     void (*rows_bfloat16)(const Thin *t, int64_t strip, float *scales);
@@ -105,4 +117,5 @@ typedef struct {
 
 const Kernels *avx2_kernels(void);
 const Kernels *avx512_kernels(int bfloat16);
+const Kernels *neon_kernels(void);
 #endif

@@ -32,7 +32,7 @@ INLINE void block_scales(const Weight *w, int64_t strip, int64_t first, int64_t 
 
 INLINE void rows_of(const Weight *w, int64_t first, const uint8_t **rows) {
     for (int i = 0; i < LANES; i++)
-        rows[i] = w->codes + least(first + i, w->rows - 1) * w->columns / 2;
+        rows[i] = w->codes + least(first + i, w->rows - 1) * row_bytes(w);
 }
 
 /* W's rows 64 strip .., steps first..first+length-1 of them, scaled. */
@@ -72,6 +72,44 @@ TARGET static void pack_backward(const Weight *w, int64_t strip, int64_t first, 
 #pragma GCC unroll 8
             for (int i = 0; i < 32; i += LANES)
                 store(panel + place_of(k + i, STEPS) + n * PART, neighbours(table, w->codes + (start + k + i) / 2));
+        }
+    }
+}
+
+/* The same two of a dense W, whose bytes are transposed as 32-bit words: of a number, or of two bfloat16 ones. */
+TARGET static void pack_dense_forward(const Weight *w, int64_t strip, int64_t first, int64_t length, float *panel) {
+    const int count = w->dtype == FLOAT32 ? 4 : 8; /* numbers in 16 bytes */
+    for (int column = 0; column < STRIP; column += LANES) {
+        const uint8_t *rows[LANES];
+        rows_of(w, strip * STRIP + column, rows);
+        float *to = panel + place_of(column, STEPS);
+        for (int64_t k = 0; k < length; k += count) {
+            Words words[4];
+            transpose_words(rows, (first + k) * 16 / count, words);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                if (w->dtype == FLOAT32) {
+                    store(to, as_floats(words[j]));
+                } else {
+                    store(to, low_half(words[j]));
+                    store(to += PART, high_half(words[j]));
+                }
+                to += PART;
+            }
+        }
+    }
+}
+
+TARGET static void pack_dense_backward(const Weight *w, int64_t strip, int64_t first, int64_t length, float *panel) {
+    int64_t width = least(STRIP, w->columns - strip * STRIP);
+    for (int64_t n = 0; n < length; n++) {
+        int64_t start = (first + n) * w->columns + strip * STRIP;
+        for (int64_t k = 0; k < width; k += LANES) {
+            float *to = panel + place_of(k, STEPS) + n * PART;
+            if (w->dtype == FLOAT32)
+                store(to, load((const float *)w->codes + start + k));
+            else
+                store(to, load_bfloat16((const uint16_t *)w->codes + start + k));
         }
     }
 }
@@ -163,13 +201,16 @@ TARGET static void strip_float32(const Product *p, int64_t strip, int64_t m0, in
         memset(panel, 0, sizeof panel); /* a narrow last strip leaves some of it unwritten */
     for (int64_t first = 0; first < length; first += STEPS) {
         int64_t steps = least(STEPS, length - first);
-        if (p->backward) {
+        if (p->w->dtype != NF4) {
+            (p->backward ? pack_dense_backward : pack_dense_forward)(p->w, strip, first, steps, panel);
+        } else if (p->backward) {
             pack_backward(p->w, strip, first, steps, panel);
         } else {
             block_scales(p->w, strip, first, steps, scales);
             pack_forward(p->w, strip, first, steps, scales, panel);
         }
-        fetch_panel(p, strip, first + STEPS, STEPS);
+        if (p->w->dtype == NF4)
+            fetch_panel(p, strip, first + STEPS, STEPS);
         for (int64_t part = 0; part < STRIP; part += PART)
             tiles(rows, (const float *)p->a + m0 * length + first, length, panel + part * STEPS, steps, sums + part * rows);
     }

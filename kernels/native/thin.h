@@ -14,6 +14,7 @@
 #define GROUP (8 * LANES) /* weights in a register of codes */
 #define ROWS 4            /* of W at a time */
 #define AHEAD 4096        /* bytes: what is far enough ahead to arrive from memory in time */
+#define X_NEAR 16384      /* bytes of x that stay in the first-level cache beside a dense W's rows */
 
 /* ROWS rows of W. */
 typedef struct {
@@ -206,4 +207,117 @@ TARGET INLINE void thin_rows(const Thin *t, int64_t strip, float *scales, int64_
 
 TARGET static void thin_float32(const Thin *t, int64_t strip, float *scales) {
     thin_rows(t, strip, scales, 4, run_float32, 1);
+}
+
+/* x of a dense W in float32, 2 LANES numbers at a time: in their order, or for a bfloat16 W, whose words have two
+ * numbers each, the even ones first. */
+static void widen(const Thin *t) {
+    const int64_t pair = 2 * LANES;
+    for (int64_t i = 0; i < t->rows * t->w->columns; i++) {
+        int64_t within = t->w->dtype == FLOAT32 ? i % pair : i % 2 * LANES + i % pair / 2;
+        ((float *)t->spread)[i / pair * pair + within] = number_of(t, i);
+    }
+}
+
+/* 2 LANES numbers of a row of a dense W from number k on, ordered as `widen` does. */
+TARGET INLINE void dense_weights(const uint8_t *row, int64_t k, const int dtype, Floats *pair) {
+    if (dtype == FLOAT32) {
+        pair[0] = load((const float *)row + k);
+        pair[1] = load((const float *)row + k + LANES);
+    } else {
+        Words words = load_words(row + 2 * k, LANES);
+        pair[0] = low_half(words);
+        pair[1] = high_half(words);
+    }
+}
+
+/* 2 LANES numbers of R rows of a dense W, `stride` bytes from each other, against M rows of x: added to every row's
+ * sums `at` and at + 1 of so many. */
+TARGET INLINE void dense_step(const uint8_t *rows, int64_t stride, const float *x, int64_t columns, int64_t k,
+                              const int dtype, const int R, const int M, const int at, const int many,
+                              Floats sums[][2][4]) {
+    Floats pair[2][2];
+#pragma GCC unroll 2
+    for (int i = 0; i < R; i++)
+        dense_weights(rows + i * stride, k, dtype, pair[i]);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) {
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            Floats other = load(x + m * columns + k + half * LANES);
+#pragma GCC unroll 2
+            for (int i = 0; i < R; i++) {
+                Floats *sum = &sums[m][i][(at + half) % many];
+                *sum = multiply_add(pair[i][half], other, *sum);
+            }
+        }
+    }
+}
+
+/* R rows of a dense W against M rows of x. W's columns are a multiple of 2 LANES. */
+TARGET INLINE void dense_run(const Thin *t, const uint8_t *rows, int64_t stride, float sums[][ROWS][LANES], int r,
+                             const int dtype, const int R, const int M) {
+    /* A multiply-add waits for the one before it: so many sums of a pair of rows as make eight in all, or four. */
+    const int many = M * R == 1 ? 4 : M * R > 4 ? 1 : 8 / (M * R) > 2 ? 2 : 8 / (M * R);
+    Floats own[THIN_ROWS][2][4];
+    const float *x = (const float *)t->spread;
+    int64_t columns = t->w->columns, k = 0;
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int i = 0; i < R; i++)
+#pragma GCC unroll 4
+            for (int j = 0; j < many; j++)
+                own[m][i][j] = broadcast(0);
+    for (; k + 4 * LANES <= columns; k += 4 * LANES) {
+        dense_step(rows, stride, x, columns, k, dtype, R, M, 0, many, own);
+        dense_step(rows, stride, x, columns, k + 2 * LANES, dtype, R, M, 2, many, own);
+    }
+    if (k < columns)
+        dense_step(rows, stride, x, columns, k, dtype, R, M, 0, many, own);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) {
+#pragma GCC unroll 2
+        for (int i = 0; i < R; i++) {
+#pragma GCC unroll 3
+            for (int j = 1; j < many; j++)
+                own[m][i][0] = add(own[m][i][0], own[m][i][j]);
+            store(sums[m][r + i], own[m][i][0]);
+        }
+    }
+}
+
+TARGET INLINE void dense_rows(const Thin *t, int64_t strip, const int R, const int M, const int dtype) {
+    const Weight *w = t->w;
+    int64_t end = least(w->rows, (strip + 1) * THIN_STRIP), stride = row_bytes(w);
+    Run run;
+    for (int64_t first = strip * THIN_STRIP; first < end; first += ROWS) {
+#pragma GCC unroll 1
+        for (int r = 0; r < ROWS; r += R) {
+            /* Beyond the last row that is taken again. */
+            const uint8_t *rows = w->codes + least(first + r, end - 1) * stride;
+            dense_run(t, rows, first + r + 1 < end ? stride : 0, run.sums, r, dtype, R, M);
+        }
+        write_rows(t, &run, first, 1);
+    }
+}
+
+/* W's rows meet x one after the other: of several that are read at once, memory gives half as much where they are short.
+ * But two at a time where x is longer than the first-level cache, since it is then read half as often. */
+TARGET INLINE void dense_strip(const Thin *t, int64_t strip, const int M, const int dtype) {
+    if (M > 1 && t->rows * t->w->columns * 4 > X_NEAR)
+        dense_rows(t, strip, 2, M, dtype);
+    else
+        dense_rows(t, strip, 1, M, dtype);
+}
+
+TARGET static void thin_dense(const Thin *t, int64_t strip, float *scales) {
+    int single = t->w->dtype == FLOAT32;
+    switch (t->rows) {
+    case 1: single ? dense_strip(t, strip, 1, FLOAT32) : dense_strip(t, strip, 1, BFLOAT16); break;
+    case 2: single ? dense_strip(t, strip, 2, FLOAT32) : dense_strip(t, strip, 2, BFLOAT16); break;
+    case 3: single ? dense_strip(t, strip, 3, FLOAT32) : dense_strip(t, strip, 3, BFLOAT16); break;
+    case 4: single ? dense_strip(t, strip, 4, FLOAT32) : dense_strip(t, strip, 4, BFLOAT16); break;
+    }
+    (void)scales;
 }

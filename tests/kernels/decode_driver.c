@@ -8,7 +8,12 @@
 int minipeft_level(void);
 void minipeft_decode(const int64_t *call);
 
-int main(void) {
+int check_products(void);
+
+int main(int count, char **arguments) {
+    (void)arguments;
+    if (count > 1)
+        return check_products();
     int64_t call[16];
     if (fread(call, 8, 16, stdin) != 16)
         return 1;

@@ -11,7 +11,7 @@ from minipeft_kernels.nf4.dequantize import nf4_dequantize_reference
 
 needs_library = pytest.mark.skipif(bool(native.obstacle()), reason=native.obstacle())
 # The levels of compiled code that this processor has the instructions for.
-LEVELS = [native.SCALAR] if native.obstacle() else list(range(native.level() + 1))
+LEVELS = [native.SCALAR] if native.obstacle() else native.levels()
 
 
 def become(level: int, patch: pytest.MonkeyPatch) -> None:

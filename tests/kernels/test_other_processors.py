@@ -1,7 +1,8 @@
-"""The compiled part on processors and by compilers that are not this machine's: ARM, an x86-64 of 2008, clang.
+"""The compiled part on processors and by compilers that are not this machine's: ARM, x86-64 of 2008 and 2013, clang.
 
-Each is compiled with the flags that setup.py has, and decodes what `test_native_decode.py` decodes, where the compiler
-and qemu's user mode are there (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user, clang).
+Each is compiled with the flags that setup.py has, and decodes what `test_native_decode.py` decodes and multiplies what
+`product_driver.c` compares with plain C, where the compiler and qemu's user mode are there (Debian:
+gcc-aarch64-linux-gnu, libc6-dev-arm64-cross, qemu-user, clang).
 """
 
 import ctypes
@@ -22,11 +23,14 @@ from minipeft_kernels import native
 from minipeft_kernels.nf4.cpu import decode_range
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [*sorted((ROOT / "kernels" / "native").glob("*.c")), Path(__file__).with_name("decode_driver.c")]
+DRIVERS = [Path(__file__).with_name(f"{name}_driver.c") for name in ("decode", "product")]
+SOURCES = [*sorted((ROOT / "kernels" / "native").glob("*.c")), *DRIVERS]
+BUILT: dict[str, Path] = {}
 # What is compiled with, what runs the result, and the level of that processor.
 MACHINES = {
-    "aarch64": (["aarch64-linux-gnu-gcc", "-static"], ["qemu-aarch64"], native.SCALAR),
+    "aarch64": (["aarch64-linux-gnu-gcc", "-static"], ["qemu-aarch64"], native.NEON),
     "x86-64 of 2008": (["gcc", "-static"], ["qemu-x86_64", "-cpu", "Nehalem"], native.SCALAR),
+    "x86-64 of 2013": (["gcc", "-static"], ["qemu-x86_64", "-cpu", "Haswell"], native.AVX2),
     "clang without OpenMP": (["clang"], [], None),
 }
 
@@ -66,15 +70,35 @@ class Elsewhere:
 
 
 @pytest.fixture(params=MACHINES, scope="module")
-def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], int | None]:
+    """The command that runs the drivers, and the processor's level."""
     compiler, runner, level = MACHINES[request.param]
     for tool in (compiler[0], *runner[:1]):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
-    program = tmp_path_factory.mktemp("native") / "decode"
-    openmp = request.param != "clang without OpenMP"
-    subprocess.run([*compiler, *flags(openmp), "-o", program, *SOURCES], check=True)
-    return Elsewhere([*runner, str(program)]), level
+    key = " ".join(compiler)
+    if key not in BUILT:  # two machines may run one program
+        BUILT[key] = tmp_path_factory.mktemp("native") / "drivers"
+        openmp = request.param != "clang without OpenMP"
+        subprocess.run([*compiler, *flags(openmp), "-o", BUILT[key], *SOURCES, "-lm"], check=True)
+    return [*runner, str(BUILT[key])], level
+
+
+@pytest.fixture
+def elsewhere(machine: tuple[list[str], int | None]) -> Any:
+    return Elsewhere(machine[0]), machine[1]
+
+
+def test_products_equal_plain_c(machine: tuple[list[str], int | None]) -> None:
+    command, level = machine
+    ran = subprocess.run([*command, "products"], capture_output=True, text=True, timeout=120)
+    found, *errors = ran.stdout.split()
+    assert level is None or int(found) == level
+    if int(found) == native.SCALAR:
+        assert ran.returncode == 1 and not errors  # refused, for torch to compute
+    else:
+        assert ran.returncode == 0 and len(errors) == 4, ran.stderr
+        assert all(float(error) < 1e-6 for error in errors), errors
 
 
 @given(

@@ -1,9 +1,9 @@
 """Products with an NF4 weight on a CPU: in compiled code where that has them, else decoded in PyTorch and multiplied.
 
-`kernels/native` has the compiled code, kernels/README.md says how it works. It wants AVX2 and rows of W that are whole
-blocks; what does not fit is answered with None, and multiplied by torch after decoding, which is compiled for every
-processor and every size. What the processor has no instructions for is computed in float32: x is converted before, the
-result once after.
+`kernels/native` has the compiled code, kernels/README.md says how it works. It wants AVX2 or NEON, and rows of W that
+are whole blocks; what does not fit is answered with None, and multiplied by torch after decoding, which is compiled for
+every processor and every size. What the processor has no instructions for is computed in float32: x is converted
+before, the result once after.
 """
 
 from __future__ import annotations
@@ -17,33 +17,37 @@ from .. import native
 from ..arithmetic import arithmetic_dtype, cast
 from ..dispatch import use_native
 from ..nf4.cpu import as_numbers
-from ..packed import NF4
+from ..packed import NF4, Weight
+from . import dense_cpu
+from .dense_cpu import THIN_ROWS, has_memory, is_matrix
 from .low_rank import Lora, LowRank
 from .reference import multiply_back_reference, multiply_reference
 
-# Rows of x up to which a product decodes W row by row and writes no decoded tile; as in kernels/native/nf4.h.
-THIN_ROWS = 4
 _THIN_CALL = struct.Struct("20qd")
 # Dtypes of x, and those that the compiled code writes.
 _TAKEN = (torch.float32, torch.bfloat16, torch.float16)
 _WRITTEN = (torch.float32, torch.bfloat16)
 
 
-def at_once(x: Tensor, weight: NF4, bias: Tensor | None, lora: Lora | None) -> Tensor | None:
+def at_once(x: Tensor, weight: Weight, bias: Tensor | None, lora: Lora | None) -> Tensor | None:
     """x W^T + s (x A^T) B^T + b in one call of the compiled code, or None where that does not have it.
 
     Args:
-        x: (..., K), float32, bfloat16 or float16, which is also the arithmetic where the CPU has it.
+        x: (..., K), float32, bfloat16 or float16, which is also the arithmetic where the CPU has it. weight: NF4, or
+            dense in x's dtype.
 
     Returns:
         (..., N) in x's dtype.
     """
     dtype = x.dtype if bias is None else torch.float32  # the bias is added before the sum is rounded
-    if lora is None:
+    if lora is not None and torch._C._is_any_autocast_enabled():
+        return None  # the compiled update is in float32, and autocast asks for another dtype
+    if not isinstance(weight, NF4):
+        y = dense_cpu.thin_product(x, weight, dtype, lora)
+    elif lora is None:
         y = product(x, weight, dtype)
     else:
-        # The compiled update is in float32, and autocast asks for another dtype.
-        y = None if torch._C._is_any_autocast_enabled() else adapted_product(x, weight, dtype, *lora)
+        y = adapted_product(x, weight, dtype, *lora)
     return y if y is None or bias is None else y.add_(bias).to(x.dtype)
 
 
@@ -106,7 +110,7 @@ def product(a: Tensor, weight: NF4, dtype: torch.dtype, backward: bool = False) 
         ValueError: a tensor of `weight` is too small for its sizes, or of another dtype or device; or a block is empty;
             or a has another last dimension.
     """
-    if not _fits(a.dtype, weight, dtype) or not _has_memory(a):
+    if not _fits(a.dtype, weight, dtype) or not has_memory(a):
         return None
     to, of = (weight.columns, weight.rows) if backward else (weight.rows, weight.columns)
     if a.shape[-1] != of:
@@ -152,21 +156,12 @@ def adapted_product(
     """
     n, k = weight.rows, weight.columns
     rows = x.numel() // k if k else 0
-    if not 0 < rows <= THIN_ROWS or not _fits(x.dtype, weight, dtype) or not _has_memory(x):
+    if not 0 < rows <= THIN_ROWS or not _fits(x.dtype, weight, dtype) or not has_memory(x):
         return None
     rank = lora_A.shape[0]
-    if not _is_matrix(lora_A, (rank, k)) or not _is_matrix(lora_B, (n, rank)):
+    if not is_matrix(lora_A, (rank, k)) or not is_matrix(lora_B, (n, rank)):
         return None
     return _thin_product(x, weight, dtype, rows, (lora_A.data_ptr(), lora_B.data_ptr(), rank), scaling)
-
-
-def _is_matrix(t: Tensor, shape: tuple[int, int]) -> bool:
-    return t.dtype == torch.float32 and t.shape == shape and t.is_cpu and t.is_contiguous() and _has_memory(t)
-
-
-def _has_memory(t: Tensor) -> bool:
-    """False while a sharded model has freed the tensor's storage, which is then not needed."""
-    return t.data_ptr() != 0 or t.numel() == 0
 
 
 def _thin_product(
@@ -184,9 +179,8 @@ def _thin_product(
     written = dtype if dtype in _WRITTEN else torch.float32
     out = torch.empty((*x.shape[:-1], weight.rows), dtype=written)
     kept, numbers = as_numbers(weight)
-    call = (x.data_ptr(), out.data_ptr(), rows, native.DTYPES[x.dtype], native.DTYPES[written])
-    how = (native.threads(), native.level(), *update, scaling)
-    done = native.library().minipeft_thin(_THIN_CALL.pack(*numbers, *call, *how))
+    call = (x.data_ptr(), out.data_ptr(), rows, native.DTYPES[x.dtype], native.DTYPES[written], *update, scaling)
+    done = native.library().minipeft_thin(_THIN_CALL.pack(*numbers, native.threads(), native.level(), *call))
     del kept
     return cast(out, dtype) if done else None
 
@@ -197,7 +191,7 @@ def _fits(a: torch.dtype, weight: NF4, dtype: torch.dtype) -> bool:
     # Blocks are powers of two wherever they come from a checked weight.
     if weight.rows == 0 or k == 0 or blocksize < 32 or k % blocksize or blocksize & (blocksize - 1):
         return False
-    return a in _TAKEN and dtype in _TAKEN and native.level() >= native.AVX2
+    return a in _TAKEN and dtype in _TAKEN and native.has_products()
 
 
 def _has_bfloat16() -> bool:

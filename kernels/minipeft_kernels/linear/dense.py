@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..arithmetic import arithmetic_dtype, cast, dense_product
+from ..dispatch import runs_native
+from . import dense_cpu
 from .low_rank import LowRank
 
 
@@ -25,7 +27,7 @@ def forward(
         assert update is not None and bias is None
         low, up = update
         return dense_product(low, cast(up, low.dtype))
-    y = _base_product(rows, weight)
+    y = _base_product(rows, weight, backward=False)
     if bias is not None:
         y.add_(cast(bias, y.dtype))
     if update is None:
@@ -40,17 +42,20 @@ def input_gradient(rows: Tensor, weight: Tensor | None, update: LowRank | None, 
         assert update is not None
         low, up = update
         return dense_product(low, cast(up, low.dtype).T)
-    dx = _base_product(rows, weight.T)
+    dx = _base_product(rows, weight, backward=True)
     if update is None:
         return dx
     low, up = update
     return _add_product(dx, low, cast(up, low.dtype))
 
 
-def _base_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows W^T, computed and given in the dtype of the arithmetic."""
+def _base_product(rows: Tensor, weight: Tensor, backward: bool) -> Tensor:
+    """rows W^T or backward rows W, computed and given in the dtype of the arithmetic."""
     dtype = arithmetic_dtype(rows.dtype, rows.device)
-    return dense_product(cast(rows, dtype), cast(weight, dtype))
+    y = dense_cpu.product(rows, weight, backward) if runs_native(rows) else None
+    if y is not None:
+        return cast(y, dtype)
+    return dense_product(cast(rows, dtype), cast(weight.T if backward else weight, dtype))
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -85,13 +85,12 @@ def linear(
         x = as_autocast(x)
     plain = is_plain_call(x)
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, lora_A, lora_B))
-    if isinstance(weight, NF4):
-        if x.dtype not in WEIGHT_DTYPES or x.shape[-1] != weight.columns:
-            _refuse(x, weight)
-        if plain and not recorded and compute_dtype in (None, x.dtype) and runs_native(x):
-            y = cpu.at_once(x, weight, bias, lora)
-            if y is not None:
-                return y
+    if isinstance(weight, NF4) and (x.dtype not in WEIGHT_DTYPES or x.shape[-1] != weight.columns):
+        _refuse(x, weight)
+    if weight is not None and plain and not recorded and compute_dtype in (None, x.dtype) and runs_native(x):
+        y = cpu.at_once(x, weight, bias, lora)
+        if y is not None:
+            return y
     dtype = x.dtype if lora_A is None else update_dtype(x, lora_A)
     if weight is not None:
         dtype = arithmetic_dtype(dtype, x.device)

@@ -39,7 +39,7 @@ def memory(args: argparse.Namespace) -> None:
     args.data = args.output_dir = "-"
     config = train_config(args)
 
-    from minipeft.show.memory import GhostRun
+    from minipeft.show.memory import MOST_ROWS, GhostRun
     from minipeft.train.models import resolve_device
     from minipeft.train.report import memory_bytes
 
@@ -60,7 +60,7 @@ def memory(args: argparse.Namespace) -> None:
     }
     if budget is not None:
         largest = run.largest(budget, args.tokens, not args.equal_lengths, near=args.batch)
-        found |= {"budget": budget, "largest_batch": 0 if largest is None else largest.rows}
+        found |= {"budget": budget, "most_tried": MOST_ROWS, "largest_batch": 0 if largest is None else largest.rows}
         found |= {"largest_batch_peak": None if largest is None else largest.peak}
     rows = _memory_rows(found)
     tell(args, found, [f"{name:<13} {value:>10}  {note}".rstrip() for name, value, note in rows])
@@ -80,6 +80,7 @@ def _memory_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     if "budget" in found:
         rows_of, peak = found["largest_batch"], found["largest_batch_peak"]
         told = "not even one row fits" if not rows_of else f"rows fit, which take {size(peak)}"
+        told += "; more were not tried" * (rows_of == found["most_tried"])
         rows.append((f"in {size(found['budget'])}", str(rows_of), told))
     return rows
 

@@ -31,7 +31,7 @@ aten = torch.ops.aten
 # Kinds of memory, in the order in which they are shown.
 KINDS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits")
 
-# Elements of a mask that is kept for real. Those of two dimensions, by which models choose their way, have fewer.
+# Elements of a mask over pairs of positions that is kept for real; by those of (rows, tokens) models choose their way.
 _MOST = 1 << 20
 _INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 _ANY = (aten.any.default, aten.any.dim, aten.any.dims)
@@ -166,7 +166,8 @@ def _run_either(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _is_kept(tensor: Tensor) -> bool:
     """True for scalars, places and masks. uint8 are the codes of weights."""
-    return tensor.ndim == 0 or (tensor.dtype in (torch.int64, torch.int32, torch.bool) and tensor.numel() <= _MOST)
+    small = tensor.ndim <= 2 or tensor.numel() <= _MOST
+    return tensor.ndim == 0 or (tensor.dtype in (torch.int64, torch.int32, torch.bool) and small)
 
 
 def _origin(leaf: Any) -> Any:

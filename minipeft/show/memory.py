@@ -7,13 +7,15 @@ process and its libraries, and what an operation needs within itself, come on to
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from minipeft.nf4 import NF4Config, NF4Weight, quantize_model
 from minipeft.show.ghost import Ghosts
@@ -26,7 +28,7 @@ from minipeft.train.models import load_config, loaded_dtype, resolve_max_length,
 from minipeft.train.schedule import make_optimizer, trainable_parameters
 
 # Batches beyond this are not searched for.
-MOST_ROWS = 1 << 16
+MOST_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,13 @@ class GhostRun:
 
         Raises:
             ConfigError: more tokens than the model has positions for.
+            ModelLoadError: a model that asks for values of its activations.
         """
         tokens = resolve_max_length(tokens, *self._limits)
         asked = rows, tokens, padded
         if asked not in self._steps:
             ghosts = self._ghosts
-            with ghosts.running():
+            with ghosts.running(), _no_values(self.config.model):
                 batch = _batch(rows, tokens, padded)
                 ghosts.start("forward")
                 for _ in range(min(2, self.config.gradient_accumulation)):
@@ -130,7 +133,7 @@ class GhostRun:
         return self._steps[asked]
 
     def largest(self, budget: int, tokens: int, padded: bool = True, near: int = 1) -> StepMemory | None:
-        """The step with the most rows that takes at most `budget` bytes; None if one row takes more.
+        """The step with the most rows, up to MOST_ROWS, that takes at most `budget` bytes; None if one row takes more.
 
         Args:
             near: rows to begin with.
@@ -169,6 +172,17 @@ def ghost_model(path: str, quantize: str | None, dtype: str) -> tuple[Ghosts, An
             with as_user_error(ModelLoadError, path):
                 model = quantize_model(model, packing)
     return ghosts, model
+
+
+@contextlib.contextmanager
+def _no_values(path: str) -> Iterator[None]:
+    """Turn torch's error about values that are asked for, and are not there, into one about the model."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ModelLoadError(
+            f"the memory of {path} cannot be predicted: its forward pass depends on values of its activations ({error})"
+        ) from error
 
 
 def _largest(step: Callable[[int], StepMemory], budget: int, near: int) -> StepMemory | None:

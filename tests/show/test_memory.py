@@ -17,6 +17,7 @@ from minipeft.train import load_base_model
 from minipeft.train.batches import Batch, collate
 from minipeft.train.config import TrainConfig
 from minipeft.train.encoding import Example
+from minipeft.train.errors import ModelLoadError
 from minipeft.train.loss import training_loss_sum
 from minipeft.train.methods import attach, method_config
 from minipeft.train.models import training_mode
@@ -111,6 +112,13 @@ def test_settings_count(folders):
     assert short.phase == "update" and short.kinds["gradients"] == short.kinds["adapter"]
 
 
+def test_a_model_that_asks_for_values_is_refused(folders):
+    run = GhostRun(TrainConfig(str(folders["Llama"]), "-", "-"))
+    run._model.model.norm.register_forward_hook(lambda module, args, out: out[:, (out > 0).any(-1)[0]])
+    with pytest.raises(ModelLoadError, match="depends on values"):
+        run.step(ROWS, TOKENS)
+
+
 def test_the_command_says_what_fits(tmp_path):
     model = save_model(tmp_path / "model")
     page = tmp_path / "page.html"
@@ -121,6 +129,8 @@ def test_the_command_says_what_fits(tmp_path):
     assert rows > 2 and run.step(rows, 64).peak == told["largest_batch_peak"] <= 3e6 < run.step(rows + 1, 64).peak
     html = page.read_text()
     assert "http" not in html.replace("http-equiv", "") and "<polygon" in html and "rows fit" in html
+    text = ok("memory", model, "--tokens", 2, "--batch", 1024, "--budget", "16GB")
+    assert "1024  rows fit" in text and "more were not tried" in text
     text = ok("memory", model, "--tokens", 64, "--method", "qlora", "--budget", "1kB")
     assert "not even one row fits" in text and "activations" in text
 

@@ -5,7 +5,7 @@
 
 A cell is a block ```python, and what it prints stands in a block ```output behind it. Pictures are drawn and not kept.
 Training amplifies the last bit of each sum, which another processor rounds otherwise: numbers that follow from a
-trained model stand in a block ```output trained, and are compared with more room.
+trained model have the comment <!-- trained --> above their block, and are compared with more room.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TRAINED = Room(relative=0.5, digits=4.01, points=12)
 
 _CELL = re.compile(
     r"(?P<cell>^```python\n(?P<code>.*?)^```\n)(?P<gap>\n)?"
-    r"(?P<output>^```output(?P<kind> trained)?\n(?P<text>.*?)^```\n)?",
+    r"(?P<output>(?P<kind>^<!-- trained -->\n)?^```output\n(?P<text>.*?)^```\n)?",
     re.M | re.S,
 )
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?%?")
@@ -132,7 +132,7 @@ class Lesson:
             if not printed:
                 return match["cell"] + ("\n" if match["gap"] and not match["output"] else "")
             end = "\n" if match["gap"] and not match["output"] else ""
-            return f"{match['cell']}\n```output{match['kind'] or ''}\n{printed}```\n{end}"
+            return f"{match['cell']}\n{match['kind'] or ''}```output\n{printed}```\n{end}"
 
         self.path.write_text(_CELL.sub(filled, self.path.read_text()))
 

@@ -12,11 +12,13 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 SYMBOLS, RULES, LENGTH = 32, 4, 12
 VOCABULARY = SYMBOLS + RULES
@@ -86,6 +88,8 @@ def measure(model: Any, new: bool = True) -> tuple[float, float]:
 
 @functools.cache
 def _trained() -> LlamaForCausalLM:
+    from transformers import LlamaConfig, LlamaForCausalLM  # here, since lessons 8 and 9 need no model
+
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}

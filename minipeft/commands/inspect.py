@@ -60,6 +60,18 @@ def describe(path: str | Path) -> str:
     raise InspectError(f"{path} is no adapter, checkpoint, run or model: it holds none of {markers}")
 
 
+def holds_model(path: str | Path) -> bool:
+    """False for a directory that `describe` takes for an adapter, a checkpoint or a run; True for anything else."""
+    found = next((marker for marker, _ in _KINDS if (Path(path) / marker).is_file()), None)
+    return found in (None, "config.json")
+
+
+def tensors_in(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of an adapter's, a checkpoint's or a run's directory, by their names there, from file headers."""
+    files = [file for folder in (path, path / "adapter") for file in sorted(folder.glob("*.safetensors"))]
+    return {name: info for file in files for name, info in read_header(file).items()}
+
+
 def verify(path: str | Path) -> Iterator[str]:
     """Lines on each checkpoint of a run, or on the one that `path` is: if its files are as they were written.
 

@@ -24,15 +24,16 @@ def inspect(args: argparse.Namespace) -> None:
     Raises:
         InspectError: see `describe`, `verify` and `servers.served_by`; `show.tree` says what the last raises.
     """
-    from minipeft.commands.inspect import InspectError, describe, verify
+    from minipeft.commands.inspect import InspectError, describe, holds_model, verify
     from minipeft.commands.servers import served_by
 
     if args.adapter is not None or args.tree or args.quantize or args.json or args.html is not None:
         if args.server is not None or args.verify:
             raise InspectError("--for and --verify do not go with what shows a model's modules")
-        from minipeft.commands.show import tree
+        from minipeft.commands.show import description, tree
 
-        tree(args)
+        modules = args.adapter is not None or args.tree or args.quantize or holds_model(args.path)
+        (tree if modules else description)(args)
         return
     if args.server is not None:
         print(served_by(args.path, args.server))

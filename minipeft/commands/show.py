@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minipeft.commands.arguments import check_adapter_path, check_device
+from minipeft.commands.inspect import describe, tensors_in
 from minipeft.commands.train import train_config
 from minipeft.files import size
 from minipeft.train import page
@@ -261,6 +262,24 @@ def tree(args: argparse.Namespace) -> None:
         shown = [(cell[0].replace("  ", "\u2003"), *cell[1:]) for cell in cells]
         parts = [page.table(shown, header, numbers=(6,)), f"<p>{lines[-1]}</p>"]
         page.write_page(Path(args.html), f"The modules of {Path(args.path).name}", parts)
+
+
+def description(args: argparse.Namespace) -> None:
+    """`minipeft inspect` of an adapter, a checkpoint or a run, as JSON and as a page.
+
+    Raises:
+        InspectError, OutputDirError: see `inspect.describe`; a page that cannot be written.
+    """
+    check_page(args.html)
+    lines = describe(args.path).splitlines()
+    tensors = tensors_in(Path(args.path))
+    stored = [{"name": name, **dataclasses.asdict(info), "bytes": info.nbytes} for name, info in tensors.items()]
+    tell(args, {"description": lines, "tensors": stored}, lines)
+    if args.html is not None:
+        cells = [(t["name"], " x ".join(map(str, t["shape"])), t["dtype"], size(t["bytes"])) for t in stored]
+        text = html.escape("\n".join(lines))
+        parts = [f'<pre class="wide">{text}</pre>', page.table(cells, ("tensor", "shape", "dtype", "bytes"), (3,))]
+        page.write_page(Path(args.html), Path(args.path).resolve().name, parts)
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Iterable[int] = ()) -> list[str]:

@@ -165,7 +165,11 @@ def read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tens
     for layer, half in halves.items():
         if half.keys() != {"A", "B"}:
             raise DiffError(f"{file} holds only one of the factors of {layer}")
+        if min(half["A"].ndim, half["B"].ndim) < 2:
+            raise DiffError(f"{file}: the factors of {layer} must be matrices, not {_shapes(half)}")
         A, B = half["A"].double().flatten(1), half["B"].double().flatten(1)
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise DiffError(f"{file}: the factors of {layer} hold NaN or infinity")
         rank, _, scaling = config.settings_for(layer)
         if A.shape[0] != B.shape[1] or A.shape[0] != rank:
             # Experts in one parameter: factors side by side, each of its own expert's matrix.
@@ -173,6 +177,10 @@ def read(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tens
         else:
             factors[layer] = (A, scaling * B)
     return factors, rest
+
+
+def _shapes(half: Mapping[str, Tensor]) -> str:
+    return " and ".join(str(list(tensor.shape)) for tensor in half.values())
 
 
 def decompose(A: Tensor, B: Tensor) -> Update:

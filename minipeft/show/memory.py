@@ -77,8 +77,8 @@ class GhostRun:
         text = model.config.get_text_config()
         self._limits = getattr(text, "max_position_embeddings", None), adapter_config.positions_taken(text.model_type)
         self.parameters = model.num_parameters()
-        with self._ghosts.running():
-            self._model = model = attach(model, adapter_config, config.adapter)
+        with self._ghosts.running(), _no_values(config.model):
+            self._model = model = attach(model, as_new(adapter_config))
             trained = list(trainable_parameters(model).values())
             self.trained = sum(parameter.numel() for parameter in trained)
             self._ghosts.count([*model.parameters(), *model.buffers()], "weights")
@@ -183,6 +183,14 @@ def _no_values(path: str) -> Iterator[None]:
         raise ModelLoadError(
             f"the memory of {path} cannot be predicted: its forward pass depends on values of its activations ({error})"
         ) from error
+
+
+def as_new(config: Any) -> Any:
+    """A stored adapter's config as one for a new adapter, which has the same tensors; changed in place."""
+    config.inference_mode = False
+    # The name under which the base model is known here may be another.
+    config.base_model_name_or_path = None
+    return config
 
 
 def _largest(step: Callable[[int], StepMemory], budget: int, near: int) -> StepMemory | None:

@@ -14,7 +14,7 @@ from minipeft.config import PeftConfig
 from minipeft.mixins import taken_apart
 from minipeft.nf4.experts import NF4Experts
 from minipeft.nf4.linear import NF4Linear
-from minipeft.show.memory import ghost_model
+from minipeft.show.memory import as_new, ghost_model
 from minipeft.train.errors import as_user_error
 from minipeft.train.methods import AdapterError, attach
 
@@ -69,10 +69,7 @@ def tree(
     config = None
     if adapter is not None:
         with as_user_error(AdapterError, str(adapter)):
-            config = PeftConfig.from_pretrained(adapter)
-            config.inference_mode = False
-            # The name under which the model is known here may be another.
-            config.base_model_name_or_path = None
+            config = as_new(PeftConfig.from_pretrained(adapter))
     ghosts, built = ghost_model(model, quantize, dtype)
     if config is not None:
         with ghosts.running():

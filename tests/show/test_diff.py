@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import ok, refused
+from safetensors.torch import load_file, save_file
 from tiny import randomize, tiny_gpt2, tiny_llama
 
 from minipeft import BottleneckConfig, LoraConfig, get_peft_model
@@ -100,5 +101,13 @@ def test_the_command(tmp_path):
     save(tmp_path / "other", 1, tiny_gpt2(), target_modules=["c_attn"], fan_in_fan_out=True)
     assert "nothing in common" in refused("diff", tmp_path / "a", tmp_path / "other")
     assert "no adapter at" in refused("diff", tmp_path / "a", tmp_path)
-    (tmp_path / "b" / "adapter_model.safetensors").write_bytes(b"abc")
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_A" in name)
+    for value, said in ((tensors[name].flatten(), "must be matrices"), (tensors[name] / 0, "NaN or infinity")):
+        save_file(tensors | {name: value.contiguous()}, file)
+        assert said in refused("diff", tmp_path / "a", tmp_path / "b")
+    save_file({other: tensor for other, tensor in tensors.items() if other != name}, file)
+    assert "only one of the factors" in refused("diff", tmp_path / "a", tmp_path / "b")
+    file.write_bytes(b"abc")
     assert "cut off" in refused("diff", tmp_path / "a", tmp_path / "b")

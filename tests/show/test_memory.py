@@ -12,6 +12,7 @@ from tiny_families import FAMILIES
 from tiny_folder import save_model
 from torch.profiler import ProfilerActivity, profile
 
+from minipeft import LoraConfig, get_peft_model
 from minipeft.show.memory import GhostRun
 from minipeft.train import load_base_model
 from minipeft.train.batches import Batch, collate
@@ -97,7 +98,7 @@ def test_the_peak_is_what_a_run_then_allocates(folders, family, method, checkpoi
     assert step.kinds["weights"] > step.kinds["adapter"] > 0
 
 
-def test_settings_count(folders):
+def test_settings_count(folders, tmp_path):
     def peak(rows: int = 8, **settings: Any) -> Any:
         return GhostRun(TrainConfig(str(folders["Llama"]), "-", "-", **settings)).step(rows, TOKENS)
 
@@ -107,6 +108,11 @@ def test_settings_count(folders):
     # A second micro-batch is computed while the gradients of the first are held.
     assert peak(gradient_accumulation=2).kinds["gradients"] == plain.kinds["adapter"]
     assert plain.kinds["optimizer"] >= 2 * plain.kinds["adapter"]
+    # An adapter to be trained further, of which the config alone counts.
+    model = get_peft_model(load_base_model(folders["Llama"], device="cpu"), LoraConfig(r=4, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    further = peak(adapter=str(tmp_path)).kinds
+    assert further["adapter"] == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     # So few tokens that the update, when all gradients are there, takes more than the rest.
     short = GhostRun(TrainConfig(str(folders["Llama"]), "-", "-", method_args={"r": 64})).step(1, 2)
     assert short.phase == "update" and short.kinds["gradients"] == short.kinds["adapter"]

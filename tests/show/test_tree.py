@@ -54,6 +54,10 @@ def test_the_command_shows_what_is_patched_where(tmp_path):
     assert "LoraNF4Linear" in (tmp_path / "page.html").read_text()
     plain = json.loads(ok("inspect", folder, "--json"))
     assert not any(branch["patched"] for branch in plain) and plain[0]["kind"] == "LlamaForCausalLM"
+    # An adapter by itself has no modules: what its files hold is told.
+    held = json.loads(ok("inspect", tmp_path / "adapter", "--json", "--html", tmp_path / "adapter.html"))
+    assert sorted(t["bytes"] for t in held["tensors"]) == [4 * 8 * 64] * 4 and "LORA" in held["description"][0]
+    assert "lora_A" in (tmp_path / "adapter.html").read_text()
     assert "no adapter at" in refused("inspect", folder, tmp_path)
     assert "do not go with" in refused("inspect", folder, "--tree", "--verify")
     assert "no model" in refused("inspect", tmp_path / "adapter", "--tree")

@@ -99,10 +99,12 @@ def test_the_peak_is_what_a_run_then_allocates(folders, family, method, checkpoi
 
 
 def test_settings_count(folders, tmp_path):
-    def peak(rows: int = 8, **settings: Any) -> Any:
-        return GhostRun(TrainConfig(str(folders["Llama"]), "-", "-", **settings)).step(rows, TOKENS)
+    def peak(more: dict[str, Any] | None = None, **settings: Any) -> Any:
+        if "adapter" not in settings:
+            settings["method_args"] = {"target_modules": ["q_proj"], **(more or {})}
+        return GhostRun(TrainConfig(str(folders["Llama"]), "-", "-", **settings)).step(8, TOKENS)
 
-    plain, dora = peak(), peak(method_args={"use_dora": True, "r": 32})
+    plain, dora = peak(), peak({"use_dora": True, "r": 32})
     assert dora.kinds["adapter"] > 3 * plain.kinds["adapter"] and dora.peak > plain.peak
     assert peak(dtype="bfloat16").kinds["weights"] == pytest.approx(plain.kinds["weights"] / 2, rel=0.01)
     # A second micro-batch is computed while the gradients of the first are held.
@@ -114,7 +116,8 @@ def test_settings_count(folders, tmp_path):
     further = peak(adapter=str(tmp_path)).kinds
     assert further["adapter"] == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     # So few tokens that the update, when all gradients are there, takes more than the rest.
-    short = GhostRun(TrainConfig(str(folders["Llama"]), "-", "-", method_args={"r": 64})).step(1, 2)
+    many = {"target_modules": ["q_proj"], "r": 512}
+    short = GhostRun(TrainConfig(str(folders["Llama"]), "-", "-", method_args=many)).step(1, 2)
     assert short.phase == "update" and short.kinds["gradients"] == short.kinds["adapter"]
 
 
@@ -128,16 +131,17 @@ def test_a_model_that_asks_for_values_is_refused(folders):
 def test_the_command_says_what_fits(tmp_path):
     model = save_model(tmp_path / "model")
     page = tmp_path / "page.html"
-    told = json.loads(ok("memory", model, "--tokens", 64, "--batch", 2, "--budget", "3MB", "--json", "--html", page))
+    asked = ("memory", model, "--method-args", "{target_modules: [q_proj]}")
+    told = json.loads(ok(*asked, "--tokens", 64, "--batch", 2, "--budget", "3MB", "--json", "--html", page))
     assert told["peak"] == sum(told["bytes"].values()) and told["trained"] < told["parameters"]
-    run = GhostRun(TrainConfig(str(model), "-", "-"))
+    run = GhostRun(TrainConfig(str(model), "-", "-", method_args={"target_modules": ["q_proj"]}))
     rows = told["largest_batch"]
     assert rows > 2 and run.step(rows, 64).peak == told["largest_batch_peak"] <= 3e6 < run.step(rows + 1, 64).peak
     html = page.read_text()
     assert "http" not in html.replace("http-equiv", "") and "<polygon" in html and "rows fit" in html
-    text = ok("memory", model, "--tokens", 2, "--batch", 1024, "--budget", "16GB")
+    text = ok(*asked, "--tokens", 2, "--batch", 1024, "--budget", "16GB")
     assert "1024  rows fit" in text and "more were not tried" in text
-    text = ok("memory", model, "--tokens", 64, "--method", "qlora", "--budget", "1kB")
+    text = ok(*asked, "--tokens", 8, "--method", "qlora", "--budget", "1kB")
     assert "not even one row fits" in text and "activations" in text
 
 

@@ -90,11 +90,12 @@ def measure(model: Any, new: bool = True) -> tuple[float, float]:
 def _trained() -> LlamaForCausalLM:
     from transformers import LlamaConfig, LlamaForCausalLM  # here, since lessons 8 and 9 need no model
 
-    torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
     config = LlamaConfig(vocab_size=VOCABULARY, attn_implementation="eager", **sizes, **heads)
-    model = LlamaForCausalLM(config)
+    with torch.random.fork_rng():  # what a lesson draws next does not depend on whether the model was there already
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
     train(model, steps=100, lr=1e-2, new=False, seed=2)
     return model
 

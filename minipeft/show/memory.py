@@ -83,23 +83,27 @@ class GhostRun:
             self.trained = sum(parameter.numel() for parameter in trained)
             self._ghosts.count([*model.parameters(), *model.buffers()], "weights")
             self._ghosts.count(trained, "adapter")
-            self._update = self._first_update(trained)
+            self._update = self._second_update(trained)
+            # What the loss finds out of a model once.
+            with torch.no_grad():
+                training_loss_sum(model, _batch(1, 4, padded=False))
 
-    def _first_update(self, trained: Sequence[torch.nn.Parameter]) -> StepMemory:
-        """The optimizer's part of a step, after which its state is there; it does not depend on the batch."""
+    def _second_update(self, trained: Sequence[torch.nn.Parameter]) -> StepMemory:
+        """The optimizer's part of a step, its state being there; it does not depend on the batch."""
         ghosts, optimizer = self._ghosts, make_optimizer(self._model, self.config)
+        # Held by the optimizer, which lives as long as this does.
+        self._optimizer = optimizer
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         ghosts.count([p.grad for p in trained if p.grad is not None], "gradients")
+        optimizer.step()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        ghosts.count([value for value in states if isinstance(value, torch.Tensor)], "optimizer")
         ghosts.start("update")
         torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         update = StepMemory(0, 0, ghosts.peak, ghosts.peak_phase, ghosts.history)
-        # Held by the optimizer, which lives as long as this does.
-        self._optimizer = optimizer
-        states = [value for state in optimizer.state.values() for value in state.values()]
-        ghosts.count([value for value in states if isinstance(value, torch.Tensor)], "optimizer")
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._count_gradient)
         return update

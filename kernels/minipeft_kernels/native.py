@@ -17,7 +17,7 @@ import torch
 
 # The layout of the calls, as in kernels/native/entry.c: raised together, so that a library built from older sources is
 # noticed and not called.
-ABI = 5
+ABI = 6
 
 SCALAR, AVX2, AVX512, AVX512_BF16, NEON = range(5)
 LEVELS = ("scalar", "AVX2", "AVX-512", "AVX-512 with bfloat16", "NEON")

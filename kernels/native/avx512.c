@@ -290,6 +290,7 @@ TARGET_BF16 static void strip_bfloat16(const Product *p, int64_t strip, int64_t 
     }
     for (int64_t i = 0; i < (m1 - m0) * STRIP && !p->backward; i++)
         sums[i] *= 1 / STRETCH;
+    add_low_rank(p, strip, m0, m1, (float *)panel, sums);
     write_strip(p, strip, m0, m1, sums);
 }
 /* Nibble i of half a lane is weight i ^ 1 of its 4. `table` has the levels twice: of an index's 5 bits the highest is

@@ -14,7 +14,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 /* Raised with every change to the calls below; `native.py` has the same number, and refuses another. */
-#define ABI 5
+#define ABI 6
 
 /* Weights that are worth a second thread: below, waking one takes longer. */
 #define WEIGHTS_PER_THREAD (1 << 15)
@@ -171,7 +171,7 @@ static Thin thin_of(const int64_t *call, const Weight *w) {
     return t;
 }
 
-/* call: the weight (10), a, out, rows of a, backward, dtype of a, dtype of out, threads, level. 1 if it was done, 0 if
+/* call: the weight (10), a, out, rows of a, backward, dtype of a, dtype of out, threads, level, low, up, rank. 1 if it was done, 0 if
  * not: the level has no such product. */
 EXPORT int minipeft_product(const int64_t *call) {
     const Kernels *kernels = kernels_of((int)call[17]);
@@ -179,7 +179,8 @@ EXPORT int minipeft_product(const int64_t *call) {
     if (!kernels || (half && !kernels->strip_bfloat16))
         return 0;
     Weight w = weight_of(call);
-    Product p = {&w, (const void *)call[10], (void *)call[11], (int)call[13], (int)call[15]};
+    Product p = {&w, (const void *)call[10], (void *)call[11], (int)call[13], (int)call[15],
+                 (const float *)call[18], (const float *)call[19], call[20]};
     run_product(kernels, &p, call[12], half, call[16]);
     return 1;
 }
@@ -203,7 +204,7 @@ EXPORT int minipeft_dense(const int64_t *call) {
     Thin t = thin_of(call + 7, &w);
     if (t.rows <= THIN_ROWS && !call[6])
         return run_thin(kernels, &t, call[4]);
-    Product p = {&w, t.x, t.out, (int)call[6], t.out_dtype};
+    Product p = {.w = &w, .a = t.x, .out = t.out, .backward = (int)call[6], .out_dtype = t.out_dtype};
     run_product(kernels, &p, t.rows, 0, call[4]);
     return 1;
 }

@@ -70,12 +70,16 @@ INLINE float from_bfloat16(uint16_t half) {
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* panels.h: columns 64 strip .. of out = a W^T (backward 0) or a W (backward 1), for rows m0..m1-1 of a. */
+/* panels.h: columns 64 strip .. of out = a W^T + low B^T (backward 0) or a W + low A (backward 1), for rows m0..m1-1 of
+ * a. */
 typedef struct {
     const Weight *w;
     const void *a;      /* (M, K) or, backward, (M, N) */
     void *out;          /* (M, N) or, backward, (M, K) */
     int backward, out_dtype;
+    const float *low;   /* (M, rank); rank 0 without an update */
+    const float *up;    /* B (N, rank) or, backward, A (rank, K) */
+    int64_t rank;
 } Product;
 
 #define STRIP 64

@@ -1,4 +1,4 @@
-/* out = a W^T, and backward out = a W, for many rows of `a`, in float32: the loops, which each level's file includes
+/* out = a W^T + low B^T, and backward out = a W + low A, for many rows of `a`, in float32: the loops, which each level's file includes
  * after its few instructions (the top of avx2.c names them).
  *
  * A strip of 64 columns of `out` is made at once. The part of W that it needs is decoded, 128 steps of the sum at a
@@ -9,7 +9,7 @@
  * and the rows of `a` go over each part six at a time: TILE x PART sums are registers, VECTORS hold the panel's row, one
  * a number of `a`. Each weight is decoded once for up to MAX_ROWS rows, and nothing but the panel is ever written.
  *
- * Forward, a column of `out` is a row of W: LANES rows' codes are transposed as 32-bit words, so that lane i has 8
+ * LoRA's update is a few more steps of the same sum. Forward, a column of `out` is a row of W: LANES rows' codes are transposed as 32-bit words, so that lane i has 8
  * weights of row i. Backward a column is a column of W, and lies as it should.
  */
 #include "scales.h"
@@ -156,6 +156,24 @@ TARGET static void tiles(
     }
 }
 
+/* The sums of rows m0..m1-1 += low B^T or low A. */
+TARGET static void add_low_rank(
+    const Product *p, int64_t strip, int64_t m0, int64_t m1, float *panel, float *sums) {
+    int64_t columns = p->backward ? p->w->columns : p->w->rows, rows = m1 - m0, rank = p->rank;
+    int64_t width = least(STRIP, columns - strip * STRIP);
+    for (int64_t first = 0; first < rank; first += STEPS) {
+        int64_t steps = least(STEPS, rank - first);
+        for (int64_t j = 0; j < steps; j++)
+            for (int64_t i = 0; i < STRIP; i++) {
+                int64_t column = strip * STRIP + i, step = first + j;
+                int64_t at = p->backward ? step * columns + column : column * rank + step;
+                panel[place_of(i, STEPS) + j * PART] = i < width ? p->up[at] : 0;
+            }
+        for (int64_t part = 0; part < STRIP; part += PART)
+            tiles(rows, p->low + m0 * rank + first, rank, panel + part * STEPS, steps, sums + part * rows);
+    }
+}
+
 /* The strip's sums [part][row][column] to rows m0..m1-1 of out. */
 static void write_strip(const Product *p, int64_t strip, int64_t m0, int64_t m1, const float *sums) {
     int64_t columns = p->backward ? p->w->columns : p->w->rows, first = strip * STRIP;
@@ -214,5 +232,6 @@ TARGET static void strip_float32(const Product *p, int64_t strip, int64_t m0, in
         for (int64_t part = 0; part < STRIP; part += PART)
             tiles(rows, (const float *)p->a + m0 * length + first, length, panel + part * STEPS, steps, sums + part * rows);
     }
+    add_low_rank(p, strip, m0, m1, panel, sums);
     write_strip(p, strip, m0, m1, sums);
 }

@@ -87,7 +87,7 @@ int check_products(void) {
             float *x = numbers(m * most), *y = malloc(m * most * sizeof(float));
             for (int backward = 0; backward < 2; backward++) {
                 int64_t to = backward ? k : n, of = backward ? n : k;
-                int64_t call[18] = {(int64_t)codes, (int64_t)scales, (int64_t)levels, 0, 0, 0, n, k, size, 256,
+                int64_t call[21] = {(int64_t)codes, (int64_t)scales, (int64_t)levels, 0, 0, 0, n, k, size, 256,
                                     (int64_t)x, (int64_t)y, m, backward, FLOAT32, FLOAT32, 2, level};
                 if (!minipeft_product(call))
                     return 1;

@@ -56,11 +56,15 @@ def forward(
 ) -> Tensor:
     """rows W^T + low up^T + b: (M, K) -> (M, N), computed in `compute_dtype`, or in float32 if the CPU lacks it.
 
-    The result is in the dtype of rows, rounded once, after the bias was added; with an update it is in the update's
-    dtype, and not rounded yet.
+    The result is in the dtype of rows, rounded once, after update and bias were added; with an update that is no part
+    of the compiled product it is in the update's dtype, and not rounded yet.
     """
     dtype = rows.dtype
     rows = cast(rows, arithmetic_dtype(compute_dtype, rows.device))
+    if update is not None and rows.shape[0] > THIN_ROWS and use_native(rows):
+        y = product(rows, weight, dtype if bias is None else torch.float32, update=update)
+        if y is not None:
+            return y if bias is None else y.add_(bias).to(dtype)
     if update is None:
         if bias is None:
             return multiply(rows, weight, dtype)
@@ -79,6 +83,9 @@ def input_gradient(rows: Tensor, weight: NF4, update: LowRank | None, compute_dt
     rows = cast(rows, arithmetic_dtype(compute_dtype, rows.device))
     if update is None:
         return multiply_back(rows, weight, dtype)
+    dx = product(rows, weight, dtype, backward=True, update=update) if use_native(rows) else None
+    if dx is not None:
+        return dx
     low, up = update
     return multiply_back(rows, weight, low.dtype).addmm_(low, up.to(low.dtype))
 
@@ -95,13 +102,16 @@ def multiply_back(rows: Tensor, weight: NF4, dtype: torch.dtype) -> Tensor:
     return cast(multiply_back_reference(rows, weight), dtype) if dx is None else dx
 
 
-def product(a: Tensor, weight: NF4, dtype: torch.dtype, backward: bool = False) -> Tensor | None:
-    """a W^T, or backward a W, or None where the compiled code has no such product.
+def product(
+    a: Tensor, weight: NF4, dtype: torch.dtype, backward: bool = False, update: LowRank | None = None
+) -> Tensor | None:
+    """a W^T + low B^T, or backward a W + low A, or None where the compiled code has no such product.
 
     Args:
         a: (..., K) or backward (..., N), float32, bfloat16 or float16, which is also the arithmetic where the compiled
             code has it; sums are float32.
         dtype: of the result, one of these; rounded to it once.
+        update: low (M, r) and B (N, r) or backward A (r, K), for more than THIN_ROWS rows or backward; low in float32.
 
     Returns:
         (..., N) or backward (..., K).
@@ -115,6 +125,8 @@ def product(a: Tensor, weight: NF4, dtype: torch.dtype, backward: bool = False) 
     to, of = (weight.columns, weight.rows) if backward else (weight.rows, weight.columns)
     if a.shape[-1] != of:
         raise ValueError(f"the last dimension of {tuple(a.shape)} must be {of}, as the NF4 weight has it")
+    if update is not None and not _fits_update(update, a.shape[0], to, backward):
+        return None
     if not backward and 0 < a.numel() <= THIN_ROWS * of:
         return _thin_product(a, weight, dtype, a.numel() // of)
     written = dtype if dtype in _WRITTEN else torch.float32
@@ -130,9 +142,11 @@ def product(a: Tensor, weight: NF4, dtype: torch.dtype, backward: bool = False) 
     kept, numbers = as_numbers(weight)
     dtypes = native.DTYPES
     call = (a.data_ptr(), out.data_ptr(), rows, backward, dtypes[a.dtype], dtypes[written])
+    low, up = (t.float().contiguous() for t in update) if update else (None, None)
+    more = (low.data_ptr(), up.data_ptr(), low.shape[1]) if low is not None and up is not None else (0, 0, 0)
     how = (native.threads(), native.level())
-    native.library().minipeft_product(native.packer(18).pack(*numbers, *call, *how))
-    del kept
+    native.library().minipeft_product(native.packer(21).pack(*numbers, *call, *how, *more))
+    del kept, low, up
     return cast(out, dtype)
 
 
@@ -192,6 +206,13 @@ def _fits(a: torch.dtype, weight: NF4, dtype: torch.dtype) -> bool:
     if weight.rows == 0 or k == 0 or blocksize < 32 or k % blocksize or blocksize & (blocksize - 1):
         return False
     return a in _TAKEN and dtype in _TAKEN and native.has_products()
+
+
+def _fits_update(update: LowRank, rows: int, to: int, backward: bool) -> bool:
+    low, up = update
+    shape = (low.shape[1], to) if backward else (to, low.shape[1])
+    fit = low.dtype == torch.float32 and low.shape[0] == rows and up.shape == shape
+    return fit and up.is_cpu and up.is_floating_point() and has_memory(low) and has_memory(up)
 
 
 def _has_bfloat16() -> bool:

@@ -51,6 +51,35 @@ def test_products_equal_float64(
     assert error_of_product(dx, dy, dense) < TOLERANCES[dtype]
 
 
+@given(
+    n=st.integers(1, 150),
+    blocks=st.integers(1, 7),
+    m=st.sampled_from([1, 5, 6, 16, 300]),
+    rank=st.sampled_from([0, 1, 4, 7, 16, 150]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    adapter=st.sampled_from([torch.float32, torch.bfloat16]),
+    which=st.sampled_from(LEVELS),
+)
+@settings(max_examples=100, deadline=None)
+def test_products_with_an_update_equal_float64(
+    n: int, blocks: int, m: int, rank: int, dtype: torch.dtype, adapter: torch.dtype, which: int
+) -> None:
+    k = 32 * blocks
+    w = NF4Weight.quantize(torch.randn(n, k), 32)
+    dense = by_reference(w, torch.float32).double()
+    x, dy, low = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), torch.randn(m, rank)
+    lora_A, lora_B = torch.randn(rank, k).to(adapter), torch.randn(n, rank).to(adapter)
+    with pytest.MonkeyPatch.context() as patch:
+        become(which, patch)
+        y = cpu.forward(x, w.packed(), None, (low, lora_B), dtype)
+        dx = cpu.input_gradient(dy, w.packed(), (low, lora_A), dtype)
+        calls = count_calls(patch)
+        cpu.input_gradient(dy, w.packed(), (low, lora_A), dtype)
+    assert set(calls) == ({"minipeft_decode"} if which == native.SCALAR else {"minipeft_product"})
+    assert error_of_product(y, torch.cat([x, low], 1), torch.cat([dense, lora_B.double()], 1).T) < TOLERANCES[dtype]
+    assert error_of_product(dx, torch.cat([dy, low], 1), torch.cat([dense, lora_A.double()])) < TOLERANCES[dtype]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(64, 64), (70, 96), (2, 32), (576, 576)])
 def test_a_fitting_product_is_compiled_code_and_one_call(

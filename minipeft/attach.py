@@ -28,6 +28,7 @@ from minipeft.biases import TrainedBias
 from minipeft.config import PeftConfig
 from minipeft.copies import Replaced, TrainedModule
 from minipeft.fused import CallsItsParts, may_pass_by
+from minipeft.gathered import share_out
 from minipeft.methods import method_of
 from minipeft.mixins import behind_face
 from minipeft.packed import Packed
@@ -217,9 +218,11 @@ def set_enabled(model: AdaptedModel, enabled: bool) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Put the original base weights back. Nothing happens if nothing is merged."""
-    for _, module in adapter_modules(model):
-        if module.merged_adapters:
-            module.unmerge()
+    merged = [module for _, module in adapter_modules(model) if module.merged_adapters]
+    if merged:
+        share_out(model)
+    for module in merged:
+        module.unmerge()
 
 
 @contextlib.contextmanager

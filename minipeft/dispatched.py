@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.gathered import put_back_shard
 from minipeft.mixins import own_attributes
+from minipeft.packed import Packed
 from minipeft.shards import is_sharded
 
 logger = logging.getLogger("minipeft")
@@ -70,10 +72,13 @@ def why_unmergeable(module: nn.Module) -> str | None:
     """The reason why nothing can be added to the parameters of `module` itself, where they are, if there is one."""
     if has_lost_values(module):
         return "its weight has no values (device meta), and nothing can be added to it"
-    if any(is_sharded(parameter) for parameter in module._parameters.values()):
-        # FSDP2 gathers the parameters that it was given, and would put them back over merged ones.
+    shards: list[Any] = [parameter for parameter in module._parameters.values() if is_sharded(parameter)]
+    packed = bool(shards) and isinstance(module, Packed)
+    if packed or any(type(p).__name__ not in ("Shard", "Replicate") for shard in shards for p in shard.placements):
+        # Merged it would be dense, and whole in every process.
+        how = "in 4 bits and" if packed else "in another way than FSDP2's by rows"
         return (
-            "its weight is sharded over processes (FSDP2): save the adapter, and merge it into the model in one process"
+            f"its weight is {how} sharded over processes: save the adapter, and merge it into the model in one process"
         )
     return None
 
@@ -150,6 +155,10 @@ def put(owner: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | 
 
 def put_back(owner: nn.Module, name: str, original: nn.Parameter | None) -> None:
     """Undo `put`, which gave `original`."""
+    held = owner._parameters[name]
+    if is_sharded(held) and original is not None:
+        put_back_shard(held, original)
+        return
     owner._parameters[name] = original
     hook = offload_hook(owner)
     weights = None if hook is None else hook.weights_map

@@ -14,6 +14,7 @@ from torch import nn
 
 from minipeft.dispatched import in_memory
 from minipeft.errors import NotMergeableError
+from minipeft.gathered import gathered
 from minipeft.switch import OwnSwitch, Switch
 
 if TYPE_CHECKING:
@@ -131,13 +132,13 @@ class LayerCalls(_Base):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {new[0]} seems to be broken")
 
     def finite_here(self, adapters: tuple[str, ...]) -> bool:
-        """`merged_finite`, also of weights that accelerate offloaded."""
-        with in_memory(self):
+        """`merged_finite`, also of weights that accelerate offloaded or FSDP2 sharded."""
+        with in_memory(self), gathered(self):
             return self.merged_finite(adapters)
 
     def fold_here(self, adapters: tuple[str, ...]) -> None:
-        """`fold`, also into weights that accelerate offloaded."""
-        with in_memory(self):
+        """`fold`, also into weights that accelerate offloaded or FSDP2 sharded."""
+        with in_memory(self), gathered(self):
             self.fold(adapters)
 
     def dense_form_here(self) -> nn.Module | None:

@@ -16,6 +16,7 @@ from minipeft.base_state import one_dtype
 from minipeft.dispatched import follow_class, in_memory
 from minipeft.embeddings import untie_different_embeddings
 from minipeft.errors import NotMergeableError
+from minipeft.gathered import check_shared, share_out
 from minipeft.meta import recall_adapters
 from minipeft.mixins import Face, mix_out
 from minipeft.packed import Packed
@@ -37,6 +38,7 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
         non-finite weights, naming the module.
     """
     recall_adapters(model)
+    share_out(model)
     modules = adapter_modules(model)
     # A module that was set by itself has adapters of its own that act.
     wanted = {path: module.switch.active if adapter_names is None else adapter_names for path, module in modules}
@@ -61,6 +63,7 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
         reason = module.unmergeable(here[path])
         if reason is not None:
             raise NotMergeableError(f"{path}: {reason} (adapters {list(names)})")
+    check_shared(model, modules, here)
     if before:
         warnings.warn(
             f"Already following adapters were merged {','.join(before)}. You are now additionally merging "

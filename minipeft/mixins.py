@@ -38,10 +38,23 @@ def mix_out(obj: Any, kind: type) -> list[tuple[Any, tuple[str, ...]]]:
     """Take the mixins of `kind` out of the class of `obj`, in place; others stay. Returns those taken, outer last."""
     plain, mixins = taken_apart(type(obj))
     obj.__class__ = plain
+    behind = []
+    if plain.__bases__[0].__name__ == "FSDPModule":
+        # torch's `fully_shard` puts a class of its own in front of all that is there by then.
+        front: Any = plain.__bases__[0]
+        obj.__class__ = plain.__bases__[1]
+        behind = mix_out(obj, kind)
+        inner: Any = type(obj)
+        obj.__class__ = _sharded_class(front, inner, vars(plain).get("__deepcopy__")) if behind else plain
     for mixin, offered in mixins:
         if not issubclass(mixin, kind):
             mix_in(obj, mixin, offered)
-    return [(mixin, offered) for mixin, offered in mixins if issubclass(mixin, kind)]
+    return behind + [(mixin, offered) for mixin, offered in mixins if issubclass(mixin, kind)]
+
+
+@functools.cache
+def _sharded_class(front: Any, plain: Any, deepcopy: Any) -> type:
+    return type(f"FSDP{plain.__name__}", (front, plain), {"__module__": plain.__module__, "__deepcopy__": deepcopy})
 
 
 def plain_class(obj: Any) -> Any:

@@ -63,6 +63,7 @@ CORE = {
         "shorter",
         "meta",
         "shards",
+        "gathered",
     ),
     "tying",
     *("compat", "machine"),

@@ -1,0 +1,130 @@
+"""Merging into weights of which each process has a part (FSDP2): whole inside a block, in parts again after it.
+
+FSDP2 keeps the parameters that it was given, and puts them back after each pass. So a merged weight is written into
+the part that a process has, in place, and the part that was there is kept for `unmerge`. One module is whole at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.errors import NotMergeableError
+from minipeft.shards import is_sharded, own_part, part_of, whole
+
+# A shard's attribute: a weak reference to what it held before adapters were merged into it, which modules keep
+# (`_originals`) until they unmerge or become plain.
+_BEFORE = "_before_merging"
+
+
+def _before(shard: Any) -> Any:
+    return getattr(shard, _BEFORE, lambda: None)()
+
+
+def share_out(model: nn.Module) -> None:
+    """Let FSDP2 take back what it left gathered after a pass, so that every module has its parts.
+
+    Raises NotMergeableError during a pass, which needs what is gathered.
+    """
+    units: list[Any] = [part for part in model.modules() if hasattr(part, "set_requires_all_reduce")]
+    for unit in units:
+        if unit._get_fsdp_state()._training_state.name != "IDLE":
+            raise NotMergeableError(
+                "adapters cannot be merged or unmerged during a pass of a sharded model (FSDP2): do so before or after"
+            )
+    for unit in units:
+        unit.reshard()
+
+
+def check_shared(model: nn.Module, modules: list[tuple[str, Any]], merging: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise NotMergeableError if merging would change a sharded weight that a module without the adapters has, too.
+
+    In one process such modules part. In FSDP2 they cannot: both have the one part of the one weight.
+
+    Args:
+        modules: the adapted modules of `model`, by dotted name.
+        merging: dotted name -> the adapters that are to be merged there.
+    """
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and is_sharded(parameter):
+                owners.setdefault(parameter, []).append(module)
+    for path, module in modules:
+        names = module.adapter_names() & set(merging[path])
+        for name, parameter in module._parameters.items() if names else ():
+            others = [other for other in owners.get(parameter, ()) if other is not module]
+            if not all(_follows(module, other, names) or _follows(other, module, names) for other in others):
+                raise NotMergeableError(
+                    f"{path}: its {name} is another module's, too, and sharded over processes (FSDP2), where the two "
+                    f"cannot part (adapters {sorted(names)}): save the adapter, and merge it into the model in one "
+                    "process"
+                )
+
+
+def _leaders(module: nn.Module) -> dict[str, Any]:
+    """adapter -> the module of which `module` has the adapter's tensors."""
+    return {**vars(module).get("tied_to", {}), **vars(module).get("row_leaders", {})}
+
+
+def _follows(module: Any, leader: nn.Module, names: set[str]) -> bool:
+    """True if each of the adapters `names` is the same in `module` as in `leader`, so that both merge to one weight."""
+    found = _leaders(module)
+    return all(found.get(name) is leader for name in names)
+
+
+@contextlib.contextmanager
+def gathered(module: Any) -> Iterator[None]:
+    """Inside the block, sharded parameters in `module` are whole, without the adapters that are merged elsewhere.
+
+    Those that the block replaced are written into their shards in the end; the originals that the module keeps of them
+    become shards. All processes must enter.
+    """
+    parts = dict.fromkeys(part for owner in (module, *_leaders(module).values()) for part in owner.modules())
+    wholes: dict[nn.Parameter, nn.Parameter] = {}
+    places = [
+        (part._parameters, name, parameter)
+        for part in parts
+        for name, parameter in part._parameters.items()
+        if parameter is not None and is_sharded(parameter)
+    ]
+    for held, name, shard in places:
+        if shard not in wholes:
+            values = whole((shard if _before(shard) is None else _before(shard)).detach())
+            wholes[shard] = nn.Parameter(values, requires_grad=shard.requires_grad)
+        held[name] = wholes[shard]
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
+    try:
+        yield
+        replaced = {s: new for held, name, s in places if (new := held[name]) is not wholes[s] and new is not None}
+    finally:
+        for held, name, shard in places:
+            held[name] = shard
+    shards = {}
+    for shard, all_of_it in wholes.items():
+        before = _before(shard)
+        if before is None and shard in replaced:
+            before = nn.Parameter(shard.detach().clone(), requires_grad=False)
+            setattr(shard, _BEFORE, weakref.ref(before))
+        if before is not None:
+            shards[all_of_it] = before
+        if shard in replaced:
+            _write(shard, replaced[shard])
+    for part in parts:
+        originals = vars(part).get("_originals", {})
+        originals.update({name: shards[held] for name, held in originals.items() if held in shards})
+
+
+def put_back_shard(shard: Any, original: nn.Parameter) -> None:
+    """Let `shard` hold what it held before adapters were merged into it."""
+    _write(shard, original)
+
+
+@torch.no_grad()
+def _write(shard: Any, values: Tensor) -> None:
+    own_part(shard).copy_(part_of(values, shard))

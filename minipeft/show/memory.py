@@ -103,7 +103,7 @@ class GhostRun:
         torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        update = StepMemory(0, 0, ghosts.peak, ghosts.peak_phase, ghosts.history)
+        update = StepMemory(0, 0, ghosts.peak, ghosts.peak_phase, list(ghosts.history))
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._count_gradient)
         return update

@@ -109,6 +109,9 @@ def test_settings_count(folders, tmp_path):
     assert peak(dtype="bfloat16").kinds["weights"] == pytest.approx(plain.kinds["weights"] / 2, rel=0.01)
     # A second micro-batch is computed while the gradients of the first are held.
     assert peak(gradient_accumulation=2).kinds["gradients"] == plain.kinds["adapter"]
+    # Forward, backward, update, and nothing of what was run before the step.
+    phases = [phase for phase, _ in plain.history]
+    assert phases == sorted(phases, key=["forward", "backward", "update"].index)
     assert plain.kinds["optimizer"] >= 2 * plain.kinds["adapter"]
     # An adapter to be trained further, of which the config alone counts.
     model = get_peft_model(load_base_model(folders["Llama"], device="cpu"), LoraConfig(r=4, target_modules=["q_proj"]))

@@ -58,6 +58,19 @@ static float *transposed(const float *w, int64_t n, int64_t k) {
     return out;
 }
 
+/* s a A^T for a (m, k) and A (rank, k). */
+static float *low_of(const float *a, const float *A, int64_t m, int64_t k, int64_t rank, double s) {
+    float *out = malloc((m * rank + 1) * sizeof(float));
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t r = 0; r < rank; r++) {
+            double sum = 0;
+            for (int64_t l = 0; l < k; l++)
+                sum += s * a[i * k + l] * A[r * k + l];
+            out[i * rank + r] = (float)sum;
+        }
+    return out;
+}
+
 int check_products(void) {
     static const int64_t SHAPES[][3] = {{1, 32, 32}, {66, 160, 32}, {35, 192, 64}};
     static const int64_t ROWS[] = {1, 2, 3, 4, 5, 13};
@@ -82,16 +95,22 @@ int check_products(void) {
             dense[i] = from_bfloat16(halves[i]);
         }
         float *back = transposed(w, n, k), *dense_back = transposed(dense, n, k);
+        float *B_rows = transposed(B, n, rank), *A_columns = transposed(A, rank, k);
         for (int i = 0; i < 6; i++) {
             int64_t m = ROWS[i], most = n > k ? n : k;
             float *x = numbers(m * most), *y = malloc(m * most * sizeof(float));
             for (int backward = 0; backward < 2; backward++) {
                 int64_t to = backward ? k : n, of = backward ? n : k;
+                const float *first = backward ? B_rows : A, *second = backward ? A_columns : B;
+                float *low = low_of(x, first, m, of, rank, scaling);
                 int64_t call[21] = {(int64_t)codes, (int64_t)scales, (int64_t)levels, 0, 0, 0, n, k, size, 256,
-                                    (int64_t)x, (int64_t)y, m, backward, FLOAT32, FLOAT32, 2, level};
+                                    (int64_t)x, (int64_t)y, m, backward, FLOAT32, FLOAT32, 2, level, (int64_t)low,
+                                    (int64_t)(backward ? A : B), rank};
                 if (!minipeft_product(call))
                     return 1;
-                worst[0] = fmax(worst[0], error(y, x, backward ? back : w, m, to, of, A, B, 0, 0));
+                const float *own = backward ? back : w;
+                worst[0] = fmax(worst[0], error(y, x, own, m, to, of, first, second, rank, scaling));
+                free(low);
                 for (int dtype = FLOAT32; dtype <= BFLOAT16; dtype++) {
                     int64_t call[16] = {dtype == FLOAT32 ? (int64_t)dense : (int64_t)halves, n, k, dtype, 2, level,
                                         backward, (int64_t)x, (int64_t)y, m, FLOAT32, FLOAT32};
@@ -115,7 +134,7 @@ int check_products(void) {
             free(x), free(y);
         }
         free(levels), free(scales), free(A), free(B), free(codes), free(halves), free(w), free(dense), free(back),
-            free(dense_back);
+            free(dense_back), free(B_rows), free(A_columns);
     }
     printf(" %g %g %g %g\n", worst[0], worst[1], worst[2], worst[3]);
     return 0;

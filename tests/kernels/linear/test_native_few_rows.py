@@ -1,5 +1,7 @@
 """Products of a few rows in compiled code, alone and with LoRA's update, against float64; and what does not fit."""
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -204,3 +206,31 @@ def test_freed_memory_is_not_read(rows: int, freed: str, level: int) -> None:
     tensor.untyped_storage().resize_(0)
     with torch.no_grad(), pytest.raises((RuntimeError, ValueError), match=r"storage|not allocated"):
         model(x)
+
+
+def python_calls(run: Callable[[], object]) -> int:
+    """How many Python functions a call of `run` enters, itself left out."""
+    names: list[str] = []
+    sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return len(names) - 1
+
+
+@pytest.mark.parametrize("kind", ["nf4", "dense"])
+@torch.no_grad()
+def test_a_token_takes_few_python_calls_a_layer(monkeypatch: pytest.MonkeyPatch, kind: str, level: int) -> None:
+    """Of a generated token a third was Python: what is asked at every layer and token is counted, not timed."""
+    if level == native.SCALAR:
+        pytest.skip("torch multiplies")
+    # As a user's process is: no form of the operation is forced, and kernels are not interpreted.
+    monkeypatch.delenv("MINIPEFT_BACKEND")
+    monkeypatch.setattr("minipeft_kernels.dispatch.interpreting", lambda: False)
+    linear = torch.nn.Linear(192, 256, bias=False)
+    model = torch.nn.Sequential(NF4Linear.from_linear(linear) if kind == "nf4" else linear)
+    get_peft_model(model, LoraConfig(r=8, target_modules=["0"], init_lora_weights=False))
+    layer, x = model[0], torch.randn(1, 1, 192)
+    layer(x)  # what is asked once
+    assert python_calls(lambda: layer(x)) <= 42

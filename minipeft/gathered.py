@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,11 +79,14 @@ def _follows(module: Any, leader: nn.Module, names: set[str]) -> bool:
 
 
 @contextlib.contextmanager
-def gathered(module: Any) -> Iterator[None]:
+def gathered(module: Any) -> Iterator[list[bool]]:
     """Inside the block, sharded parameters in `module` are whole, without the adapters that are merged elsewhere.
 
     Those that the block replaced are written into their shards in the end; the originals that the module keeps of them
-    become shards. All processes must enter.
+    become shards. All processes must enter. What one of them raises in the block is raised in it, and
+    NotMergeableError in the others, with nothing written: none goes on to a meeting at which another is missing.
+
+    Yields: a list; what is added to it is True after the block if it is in all processes.
     """
     parts = dict.fromkeys(part for owner in (module, *_leaders(module).values()) for part in owner.modules())
     wholes: dict[nn.Parameter, nn.Parameter] = {}
@@ -98,13 +101,27 @@ def gathered(module: Any) -> Iterator[None]:
             values = whole((shard if _before(shard) is None else _before(shard)).detach())
             wholes[shard] = nn.Parameter(values, requires_grad=shard.requires_grad)
         held[name] = wholes[shard]
+    answers: list[bool] = []
     replaced: dict[nn.Parameter, nn.Parameter] = {}
+    error: Exception | None = None
     try:
-        yield
+        yield answers
         replaced = {s: new for held, name, s in places if (new := held[name]) is not wholes[s] and new is not None}
+    except Exception as raised:
+        error = raised
     finally:
         for held, name, shard in places:
             held[name] = shard
+    worst = _worst(wholes, 2 if error else int(not all(answers)))
+    if worst == 1:
+        answers[:] = [False] * len(answers)
+    if worst == 2:
+        unwritten = set(wholes.values())
+        for part in parts:
+            originals = vars(part).get("_originals", {})
+            for name in [name for name, held in originals.items() if held in unwritten]:
+                del originals[name]
+        raise error or NotMergeableError("another process could not merge its part of a module: see what it says")
     shards = {}
     for shard, all_of_it in wholes.items():
         before = _before(shard)
@@ -118,6 +135,17 @@ def gathered(module: Any) -> Iterator[None]:
     for part in parts:
         originals = vars(part).get("_originals", {})
         originals.update({name: shards[held] for name, held in originals.items() if held in shards})
+
+
+def _worst(shards: Iterable[Any], here: int) -> int:
+    """The greatest `here` of all processes that have a part of the shards; without shards, `here`."""
+    mesh = next((shard.device_mesh for shard in shards), None)
+    if mesh is None:
+        return here
+    worst = torch.tensor(here, device=mesh.device_type)
+    for axis in range(mesh.ndim):
+        torch.distributed.all_reduce(worst, torch.distributed.ReduceOp.MAX, mesh.get_group(axis))
+    return int(worst)
 
 
 def put_back_shard(shard: Any, original: nn.Parameter) -> None:

@@ -133,8 +133,9 @@ class LayerCalls(_Base):
 
     def finite_here(self, adapters: tuple[str, ...]) -> bool:
         """`merged_finite`, also of weights that accelerate offloaded or FSDP2 sharded."""
-        with in_memory(self), gathered(self):
-            return self.merged_finite(adapters)
+        with in_memory(self), gathered(self) as true:
+            true.append(self.merged_finite(adapters))
+        return true[0]
 
     def fold_here(self, adapters: tuple[str, ...]) -> None:
         """`fold`, also into weights that accelerate offloaded or FSDP2 sharded."""

@@ -79,7 +79,7 @@ def merge(model: AdaptedModel, adapter_names: Sequence[str] | None = None, safe_
                     f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: merging "
                     f"would make a weight of {path} infinite or NaN"
                 )
-    except ValueError:
+    except Exception:
         here = dict.fromkeys(here, before)
         raise
     finally:

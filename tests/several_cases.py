@@ -438,5 +438,34 @@ def merge_shards(folder: str) -> list[str]:
             torch.equal(own_part(p).nan_to_num(), o.nan_to_num())
             for p, o in zip(refused.parameters(), old, strict=True)
         )
+    fail_alone(processes.rank, pair("LoraConfig", TWO)[1])
     processes.leave()
     return said
+
+
+def fail_alone(rank: int, model: Any) -> None:
+    """What fails in the second process alone, while weights are checked or changed, ends in all, and is undone."""
+    old = [own_part(p).clone() for p in model.parameters()]
+    layer = model.model.layers[1].self_attn.q_proj
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError("no room")
+
+    failing = [("merged_finite", lambda *_: False, "NaNs"), ("merged_finite", fail, ""), ("_install_weight", fail, "")]
+    for name, instead, expected in failing:
+        if rank == 1:
+            setattr(layer, name, instead)
+        try:
+            model.merge_adapter(safe_merge=name == "merged_finite")
+        except (ArithmeticError, ValueError) as error:
+            assert str(error).startswith(expected or ("another process" if rank == 0 else "no room")), error
+        else:
+            raise AssertionError("one process merged what another did not")
+        vars(layer).pop(name, None)
+        if name == "_install_weight":
+            model.unmerge_adapter()
+        assert all(torch.equal(own_part(p), o) for p, o in zip(model.parameters(), old, strict=True))
+    # And then all goes on.
+    model.merge_adapter(safe_merge=True)
+    model.unmerge_adapter()
+    assert all(torch.equal(own_part(p), o) for p, o in zip(model.parameters(), old, strict=True))

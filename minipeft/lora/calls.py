@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from minipeft.biases import TrainedBias
 from minipeft.copies import without_mixins
 from minipeft.dispatched import in_memory
+from minipeft.gathered import gathered
 from minipeft.lora.own_forward import merges_alike
 from minipeft.lora.variants import Plain
 from minipeft.mixins import plain_class
@@ -66,11 +67,13 @@ class LoraCalls(TrainedBias):
         reason = super().unmergeable(adapters)
         if reason is not None or not here or not self._has_own_forward():
             return reason
-        with in_memory(self):
+        with in_memory(self), gathered(self) as true:
             scaled = any(self.use_dora[adapter] for adapter in here)
-            alike = merges_alike(self, self.base_output, self.merged_weight(here), scaled)
+            true.append(merges_alike(self, self.base_output, self.merged_weight(here), scaled))
+        if true[0]:
+            return None
         kind = f"{plain_class(self).__module__}.{plain_class(self).__name__}"
-        return None if alike else f"{kind} does more with its weight than W x + b: merged it would be another function"
+        return f"{kind} does more with its weight than W x + b: merged it would be another function"
 
     def _has_own_forward(self) -> bool:
         """True for a linear layer or an embedding whose class or instance has a forward of its own."""

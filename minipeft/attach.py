@@ -28,7 +28,7 @@ from minipeft.biases import TrainedBias
 from minipeft.config import PeftConfig
 from minipeft.copies import Replaced, TrainedModule
 from minipeft.fused import CallsItsParts, may_pass_by
-from minipeft.gathered import share_out
+from minipeft.gathered import beside_shards, check_comes_first, share_out
 from minipeft.methods import method_of
 from minipeft.mixins import behind_face
 from minipeft.packed import Packed
@@ -65,14 +65,15 @@ def attach_adapter(
 
     Returns: the dotted names of the modules that it adapts.
 
-    Raises ValueError for an invalid adapter name, names that match nothing, and modules that cannot be adapted.
+    Raises ValueError for an invalid adapter name, names that match nothing, modules that cannot be adapted, and a
+        model that is sharded already.
     """
     method: Method = method_of(str(config.type_name)).load("attach")
     saved, targets, parts = check_adapter(model, config, adapter, init)
     modules: dict[str, Any] = dict(base_modules(model))
     # A start may be computed from the base weights, which must be the originals then.
     unmerge(model)
-    with _undone_on_error(model, adapter):
+    with _undone_on_error(model, adapter), beside_shards(model, adapter):
         for path in saved:
             module = modules[path]
             become(module, TrainedModule, switch)
@@ -107,6 +108,7 @@ def check_adapter(
     check_adapter_name(adapter)
     registration = method_of(str(config.type_name))
     if init:
+        check_comes_first(model)
         config.check_start()
         if registration.names is not None:
             registration.load("names")(model, config)

@@ -31,14 +31,58 @@ def share_out(model: nn.Module) -> None:
 
     Raises NotMergeableError during a pass, which needs what is gathered.
     """
+    if not _several():
+        return
     units: list[Any] = [part for part in model.modules() if hasattr(part, "set_requires_all_reduce")]
     for unit in units:
         if unit._get_fsdp_state()._training_state.name != "IDLE":
             raise NotMergeableError(
-                "adapters cannot be merged or unmerged during a pass of a sharded model (FSDP2): do so before or after"
+                "adapters cannot be attached, merged or unmerged during a pass of a sharded model (FSDP2)"
             )
     for unit in units:
         unit.reshard()
+
+
+def check_comes_first(model: nn.Module) -> None:
+    """Raise ValueError if `model` is sharded already, so that FSDP2 would not average an adapter's gradients."""
+    if _shards(model):
+        raise ValueError(
+            "the model is sharded over processes (FSDP2), which does not average the gradients of an adapter that "
+            "comes later: attach the adapter, or load it with is_trainable=True, before fully_shard"
+        )
+
+
+@contextlib.contextmanager
+def beside_shards(model: nn.Module, adapter: str) -> Iterator[None]:
+    """The block makes the tensors of `adapter`, which FSDP2 does not know if it has sharded `model` before.
+
+    Raises ValueError if they are made of base weights: those are parts, which nobody would gather in the copies.
+    """
+    share_out(model)
+    before = _shards(model)
+    refusal = (
+        f"adapter {adapter!r} holds what is made of the base weights, of which each process has a part (FSDP2): load "
+        "it before fully_shard"
+    )
+    try:
+        yield
+    except RuntimeError as error:
+        if before and "DTensor" in str(error):
+            raise ValueError(refusal) from error
+        raise
+    if before and _shards(model) - before:
+        raise ValueError(refusal)
+
+
+def _several() -> bool:
+    """True if this process has met others, which comes before any shard."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _shards(model: nn.Module) -> set[int]:
+    if not _several():
+        return set()
+    return {id(t) for own in (model.parameters(), model.buffers()) for t in own if is_sharded(t)}
 
 
 def check_shared(model: nn.Module, modules: list[tuple[str, Any]], merging: Mapping[str, tuple[str, ...]]) -> None:

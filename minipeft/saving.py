@@ -33,6 +33,7 @@ from minipeft.card import write_card
 from minipeft.config import PeftConfig
 from minipeft.directory import find_adapter, read_marks, read_tensors, read_training_tensors, save_adapter
 from minipeft.files import atomic_path
+from minipeft.gathered import check_comes_first
 from minipeft.hub import base_names, hub_arguments
 from minipeft.meta import recall_adapters
 from minipeft.mixins import plain_class
@@ -89,8 +90,8 @@ def load_adapter(
         key_mapping: Regular expression -> replacement, for the stored names without "base_model.model.".
         others: How to reach the hub (`hub.HUB_ARGUMENTS`), and what is asked of the base model (`asked.py`).
 
-    Raises FileNotFoundError when there is no adapter, ValueError when it does not fit or the model is split by tensor
-    parallelism; the model is then as before.
+    Raises FileNotFoundError when there is no adapter, ValueError when it does not fit, the model is split by tensor
+    parallelism, or sharded (FSDP2) while a new adapter is trainable or made of base weights; it is then as before.
     """
     hub = hub_arguments(others)
     check_not_split(model)
@@ -103,6 +104,8 @@ def load_adapter(
     config.check_marks(read_marks(directory), str(directory))
     _warn_other_base(model, config, directory)
     exists = adapter_name in model.peft_config
+    if is_trainable and not exists:
+        check_comes_first(model)
     if exists:
         _check_same_settings(model, config, adapter_name, directory)
     training = read_training_tensors(directory)

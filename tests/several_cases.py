@@ -17,7 +17,7 @@ from minipeft import get_peft_model
 from minipeft.nf4 import quantize_model
 from minipeft.optim import PagedAdamW
 from minipeft.shards import is_sharded, own_part, whole
-from minipeft.train import Trainer, read_log
+from minipeft.train import Trainer, TrainingError, read_log
 from minipeft.train.processes import join
 from minipeft.train.processes import shard as shard_model
 
@@ -374,7 +374,7 @@ MERGED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def merge_shards(folder: str) -> list[str]:
+def merge_shards(processes: Any, folder: str) -> list[str]:
     """Models that are merged in parts beside the same ones merged whole, bit for bit; what is refused."""
     from tiny import randomize, some_ids
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -395,7 +395,7 @@ def merge_shards(folder: str) -> list[str]:
         shard_model(built[1], "cpu")
         return built[0], built[1]
 
-    processes, ids, said = join(60), some_ids(4), []
+    ids, said = some_ids(4), []
     for number, (method, given) in enumerate(MERGED):
         tied = given.get("ensure_weight_tying", method == "TrainableTokensConfig")
         alone, model = pair(method, given, tied)
@@ -439,6 +439,75 @@ def merge_shards(folder: str) -> list[str]:
             for p, o in zip(refused.parameters(), old, strict=True)
         )
     fail_alone(processes.rank, pair("LoraConfig", TWO)[1])
+    return said
+
+
+COPIES: list[dict[str, Any]] = [
+    {"init_lora_weights": "pissa"},
+    {"trainable_token_indices": [1, 5]},
+    {"modules_to_save": ["lm_head"]},
+    {"bias": "all"},
+]
+
+
+def load_into_shards(processes: Any, folder: str) -> list[str]:
+    """Adapters that come to a model which is sharded already: those that act as in one process, and what is refused."""
+    from tiny import randomize, some_ids
+
+    ids, said = some_ids(4), []
+
+    def stored(name: str, adapted: Any) -> str:
+        randomize(adapted)
+        adapted.save_pretrained(f"{folder}/{name}", is_main_process=processes.first)
+        torch.distributed.barrier()
+        return f"{folder}/{name}"
+
+    def sharded(**given: Any) -> Any:
+        base = tiny_llama(0, **given)
+        shard_model(base, "cpu")
+        return base
+
+    def refused(call: Any, model: Any) -> None:
+        names = [name for name, _ in model.named_parameters()]
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+        assert [name for name, _ in model.named_parameters()] == names
+
+    for method, packed in (*((method, False) for method in CONFIGS), ("LoraConfig", True)):
+        alone = a_model(method, packed)
+        path = stored(f"{method}-{packed}", alone)
+        base = tiny_llama(0)
+        if packed:
+            quantize_model(base)
+        shard_model(base, "cpu")
+        model = minipeft.PeftModel.from_pretrained(base, path)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, alone.eval()(ids).logits)
+    for number, given in enumerate(COPIES):
+        config = minipeft.LoraConfig(task_type="CAUSAL_LM", **{**TWO, **given})
+        path, base = stored(str(number), get_peft_model(tiny_llama(0, mlp_bias=True), config)), sharded(mlp_bias=True)
+        refused(lambda base=base, path=path: minipeft.PeftModel.from_pretrained(base, path), base)
+    path, base = f"{folder}/LoraConfig-False", sharded()
+    refused(lambda: get_peft_model(base, minipeft.LoraConfig(task_type="CAUSAL_LM", **TWO)), base)
+    refused(lambda: minipeft.PeftModel.from_pretrained(base, path, is_trainable=True), base)
+    model = a_model("LoraConfig")
+    shard_model(model, "cpu")
+    refused(lambda: model.load_adapter(path, "late", is_trainable=True), model)
+    model.load_adapter(path, "late")
+    model.set_adapter("late")
+    try:
+        Trainer(model, make_data(4), make_config(Path(folder) / "run"), processes=processes)
+    except TrainingError as error:
+        said.append(str(error))
+    return said
+
+
+def after_sharding(folder: str) -> tuple[list[str], list[str]]:
+    """What `merge_shards` and `load_into_shards` say."""
+    processes = join(60)
+    said = merge_shards(processes, folder), load_into_shards(processes, folder)
     processes.leave()
     return said
 

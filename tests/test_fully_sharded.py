@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from several import in_processes
-from several_cases import CONFIGS, accelerated, loading_peak, merge_shards, page, shard, shard_others, split_model
+from several_cases import CONFIGS, accelerated, after_sharding, loading_peak, page, shard, shard_others, split_model
 from tiny import tiny_llama
 from tiny_folder import save_model
 
@@ -53,8 +53,12 @@ def test_each_process_pages_its_own_shard_and_another_number_of_them_goes_on(tmp
         in_processes(count, page, str(tmp_path), first, last)
 
 
-def test_adapters_are_merged_into_parts_as_into_whole_weights(tmp_path: Path) -> None:
-    for shared, packed, broken in in_processes(2, merge_shards, str(tmp_path)):
+def test_adapters_are_merged_and_loaded_into_parts_as_into_whole_weights(tmp_path: Path) -> None:
+    for (shared, packed, broken), late in in_processes(2, after_sharding, str(tmp_path)):
         assert "embed_tokens: its weight is another module's, too" in shared
         assert "its weight is in 4 bits and sharded over processes: save the adapter" in packed
         assert "a weight of model.layers.1.mlp.down_proj infinite or NaN" in broken
+        assert len(late) == 8
+        assert all("holds what is made of the base weights, of which each" in said for said in late[:4])
+        assert all("does not average the gradients of an adapter that comes later" in said for said in late[4:7])
+        assert "loaded after the model was sharded (FSDP2) cannot be trained" in late[7]

@@ -32,7 +32,7 @@ from minipeft.train.checkpoint import (
 )
 from minipeft.train.config import TrainConfig
 from minipeft.train.encoding import EncodedDataset, check_vocabulary
-from minipeft.train.errors import NonFiniteError, TrainingInterrupted
+from minipeft.train.errors import NonFiniteError, TrainingError, TrainingInterrupted
 from minipeft.train.evaluation import EvalResult, evaluate_loss
 from minipeft.train.loss import autocast
 from minipeft.train.models import training_mode, vocabulary_of
@@ -91,6 +91,11 @@ class Trainer:
         self.device = next(model.parameters()).device
         self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
         self.parameters = list(trainable_parameters(model).values())
+        if self._sharded and not all(map(is_sharded, self.parameters)):
+            raise TrainingError(
+                "an adapter that was loaded after the model was sharded (FSDP2) cannot be trained: nobody would "
+                "average its gradients; load it before fully_shard"
+            )
         rows = vocabulary_of(model)
         for examples in (data.examples, [] if eval_data is None else eval_data.examples):
             check_vocabulary(examples, rows)

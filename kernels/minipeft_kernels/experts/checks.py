@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linear.checks import check_scaling
 from ..nf4.checks import FLOATING, WEIGHT_DTYPES, check_weight
 from .stack import NF4Stack, Stack, unflatten_stack
 
@@ -48,10 +49,11 @@ def check_forward(
     x: Tensor, offsets: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, *numbers_and_weight: Any
 ) -> None:
     """Raise ValueError or TypeError unless these are arguments of the operation `experts_linear`."""
-    _, compute_dtype, adapter_dtype, *flat_weight = numbers_and_weight
+    scaling, compute_dtype, adapter_dtype, *flat_weight = numbers_and_weight
     weight = _checked_stack(flat_weight, x.device)
     check_sizes(x, offsets, weight, lora_A, lora_B)
     _check_tensors(x.device, compute_dtype, adapter_dtype, x=x, lora_A=lora_A, lora_B=lora_B)
+    check_scaling(scaling, adapter_dtype)
     if isinstance(weight, Tensor) and weight.dtype != x.dtype:
         raise TypeError(f"x and the experts' dense weights must have one dtype, got {x.dtype} and {weight.dtype}")
 
@@ -72,6 +74,7 @@ def check_backward(
     """Raise ValueError or TypeError unless these are arguments of the operation `experts_linear_backward`."""
     weight = _checked_stack(flat_weight, dy.device)
     _check_tensors(dy.device, compute_dtype, adapter_dtype, dy=dy, x=x, lora_A=lora_A, lora_B=lora_B, low=low)
+    check_scaling(scaling, adapter_dtype)
     if len(needed) != 3:
         raise ValueError(f"needed says of dx, dA and dB whether they are needed, got {len(needed)} answers")
     _, needs_A, needs_B = needed

@@ -31,6 +31,7 @@ def check_forward(
     _check_tensor("x", x, x.device)
     weight = checked_weight(flat_weight, x.device)
     _check_dtypes("x", x, compute_dtype, adapter_dtype, weight)
+    check_scaling(scaling, adapter_dtype)
     rows, _ = _sizes(weight, lora_A, lora_B, None, x.shape[-1], x.device)
     if bias is not None:
         if weight is None:
@@ -56,6 +57,7 @@ def check_backward(
     _check_tensor("dy", dy, dy.device)
     weight = checked_weight(flat_weight, dy.device)
     _check_dtypes("dy", dy, compute_dtype, adapter_dtype, weight)
+    check_scaling(scaling, adapter_dtype)
     if len(needed) != 3:
         raise ValueError(f"needed says of dx, dA and dB whether they are needed, got {len(needed)} answers")
     needs_x, needs_A, needs_B = needed
@@ -94,6 +96,13 @@ def check_addends(
         raise ValueError(f"x A^T must be ({rows}, r) on {device}, got {_shape(low)} on {low.device}")
     if low is not None and up is not None and (up.shape != (width, low.shape[1]) or up.device != device):
         raise ValueError(f"the update's factor must be ({width}, r) on {device}, got {_shape(up)} on {up.device}")
+
+
+def check_scaling(scaling: float, dtype: torch.dtype) -> None:
+    """Raise ValueError for a scaling that its arithmetic has no number for: float32, or float64 if `dtype` is."""
+    most = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+    if most < abs(scaling) < math.inf:
+        raise ValueError(f"scaling must be within {most:g}, as {dtype} is multiplied, got {scaling!r}")
 
 
 def _check_tensor(name: str, t: Tensor, device: torch.device) -> None:

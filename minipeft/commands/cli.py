@@ -43,6 +43,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with the message, and the command whose help explains it."""
+        if message.endswith("expected one argument"):
+            message += "; a value that begins with a dash is given after =, as in --option=-1"
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 

@@ -29,7 +29,9 @@ def inspect(args: argparse.Namespace) -> None:
 
     if args.adapter is not None or args.tree or args.quantize or args.json or args.html is not None:
         if args.server is not None or args.verify:
-            raise InspectError("--for and --verify do not go with what shows a model's modules")
+            raise InspectError(
+                "--for and --verify do not go with ADAPTER, --tree, --quantize, --json or --html: leave these out"
+            )
         from minipeft.commands.show import description, tree
 
         modules = args.adapter is not None or args.tree or args.quantize or holds_model(args.path)

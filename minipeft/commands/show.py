@@ -63,6 +63,7 @@ def memory(args: argparse.Namespace) -> None:
         largest = run.largest(budget, args.tokens, not args.equal_lengths, near=args.batch)
         found |= {"budget": budget, "most_tried": MOST_ROWS, "largest_batch": 0 if largest is None else largest.rows}
         found |= {"largest_batch_peak": None if largest is None else largest.peak}
+        found |= {"one_row_peak": run.step(1, args.tokens, not args.equal_lengths).peak}
     rows = _memory_rows(found)
     tell(args, found, [f"{name:<13} {value:>10}  {note}".rstrip() for name, value, note in rows])
     if args.html is not None:
@@ -74,13 +75,16 @@ def memory(args: argparse.Namespace) -> None:
 def _memory_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     notes = {"weights": f"{found['parameters']:,} parameters", "adapter": f"{found['trained']:,} trained parameters"}
     notes["activations"] = "what the backward pass needs, and what is computed with it"
+    if not found["bytes"]["gradients"]:
+        notes["gradients"] = f"none is alive at the peak, which is in the {found['peak_in']}"
     rows = [(name, size(nbytes), notes.get(name, "")) for name, nbytes in found["bytes"].items()]
     what = f"in the {found['peak_in']}, {found['batch']} x {found['tokens']} tokens; each kind as it is then"
     rows.append(("peak", size(found["peak"]), what))
     rows.append(("process", size(found["process"]), "Python and its libraries, on top of it (as this process has it)"))
     if "budget" in found:
         rows_of, peak = found["largest_batch"], found["largest_batch_peak"]
-        told = "not even one row fits" if not rows_of else f"rows fit, which take {size(peak)}"
+        told = f"rows fit, whose tensors take {size(peak)}" if rows_of else "not even one row fits: its tensors take "
+        told += "" if rows_of else size(found["one_row_peak"])
         told += "; more were not tried" * (rows_of == found["most_tried"])
         rows.append((f"in {size(found['budget'])}", str(rows_of), told))
     return rows
@@ -127,7 +131,7 @@ def trace(args: argparse.Namespace) -> None:
     config = train_config(args)
     check_device(config.device)
     # torch's profiler would say on standard error that it begins and ends.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
     from minipeft.show.trace import trace as run_trace
 

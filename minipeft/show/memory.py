@@ -24,7 +24,7 @@ from minipeft.train.config import TrainConfig
 from minipeft.train.errors import ConfigError, ModelLoadError, as_user_error
 from minipeft.train.loss import autocast, training_loss_sum
 from minipeft.train.methods import attach, method_config
-from minipeft.train.models import load_config, loaded_dtype, resolve_max_length, training_mode
+from minipeft.train.models import load_config, loaded_dtype, resolve_max_length, told_short, training_mode
 from minipeft.train.schedule import make_optimizer, trainable_parameters
 
 # Batches beyond this are not searched for.
@@ -119,7 +119,7 @@ class GhostRun:
             ConfigError: more tokens than the model has positions for.
             ModelLoadError: a model that asks for values of its activations.
         """
-        tokens = resolve_max_length(tokens, *self._limits)
+        tokens = resolve_max_length(tokens, *self._limits, setting="--tokens")
         asked = rows, tokens, padded
         if asked not in self._steps:
             ghosts = self._ghosts
@@ -248,5 +248,4 @@ def _model(base: Any, dtype: torch.dtype, path: str | Path) -> Any:
     try:
         return AutoModelForCausalLM.from_config(base, dtype=dtype).eval()
     except Exception as error:  # whatever a model's own code raises
-        detail = " ".join(str(error).split()) or type(error).__name__
-        raise ModelLoadError(f"cannot make a model from the config in {path}: {detail}") from error
+        raise ModelLoadError(f"cannot make a model from the config in {path}: {told_short(error)}") from error

@@ -64,7 +64,7 @@ def trace(config: TrainConfig, rows: int, tokens: int, chrome: Path | None = Non
         ModelLoadError, ConfigError, AdapterError: a model, settings or an adapter that do not fit.
     """
     adapter_config = method_config(config)
-    tokens = resolve_max_length(tokens, *text_positions(config.model, adapter_config))
+    tokens = resolve_max_length(tokens, *text_positions(config.model, adapter_config), setting="--tokens")
     with without_bars():
         model = load_base_model(config.model, quantize=config.quantize, dtype=config.dtype, device=config.device)
     model = attach(model, adapter_config, config.adapter)

@@ -285,20 +285,34 @@ def _loading(what: str, path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # transformers' errors run over many lines, and the cause may stand in any of them.
-        detail = " ".join(str(error).split()) or type(error).__name__
-        raise ModelLoadError(f"cannot load a {what} from {path}: {detail}") from error
+        raise ModelLoadError(f"cannot load a {what} from {path}: {told_short(error)}") from error
+
+
+def told_short(error: Exception) -> str:
+    """An error of transformers in one line: they run over many, and the cause may stand in any of them."""
+    detail = " ".join(str(error).split()) or type(error).__name__
+    kind = re.search(r"Unrecognized configuration class <class '(?:\w+\.)*(\w+)'> .*AutoModelForCausalLM", detail)
+    if kind is None:
+        return detail
+    # transformers goes on to list all of its families.
+    return (
+        f"transformers has no causal language model for a {kind[1]}: expected a decoder such as Llama, Qwen2 or GPT-2 "
+        "(an encoder, or an encoder and decoder such as T5, is adapted with get_peft_model in Python)"
+    )
 
 
 DEFAULT_MAX_LENGTH = 1024
 
 
-def resolve_max_length(max_length: int | None, model_limit: int | None, virtual: int = 0) -> int:
+def resolve_max_length(
+    max_length: int | None, model_limit: int | None, virtual: int = 0, setting: str = "max_length"
+) -> int:
     """The longest sequence that may be trained on.
 
     Args:
         model_limit: positions that the model has; None for no limit.
         virtual: how many of these positions virtual tokens take, see `text_positions`.
+        setting: what the user calls `max_length`, for the error.
 
     Raises:
         ConfigError: `max_length` is greater than the positions the model has for a text.
@@ -311,8 +325,8 @@ def resolve_max_length(max_length: int | None, model_limit: int | None, virtual:
         return DEFAULT_MAX_LENGTH if limit is None else min(DEFAULT_MAX_LENGTH, limit)
     if limit is not None and max_length > limit:
         less = f" less {virtual} virtual tokens" if virtual else ""
-        message = f"max_length ({max_length}) exceeds the model's max_position_embeddings ({model_limit}){less}"
-        raise ConfigError(f"{message}: set max_length to {limit} or less")
+        message = f"{setting} ({max_length}) exceeds the model's max_position_embeddings ({model_limit}){less}"
+        raise ConfigError(f"{message}: set {setting} to {limit} or less")
     return max_length
 
 

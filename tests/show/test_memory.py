@@ -11,8 +11,10 @@ from command_line import ok, refused
 from tiny_families import FAMILIES
 from tiny_folder import save_model
 from torch.profiler import ProfilerActivity, profile
+from transformers import T5Config
 
 from minipeft import LoraConfig, get_peft_model
+from minipeft.files import size
 from minipeft.show.memory import GhostRun
 from minipeft.train import load_base_model
 from minipeft.train.batches import Batch, collate
@@ -145,7 +147,8 @@ def test_the_command_says_what_fits(tmp_path):
     text = ok(*asked, "--tokens", 2, "--batch", 1024, "--budget", "16GB")
     assert "1024  rows fit" in text and "more were not tried" in text
     text = ok(*asked, "--tokens", 8, "--method", "qlora", "--budget", "1kB")
-    assert "not even one row fits" in text and "activations" in text
+    one = GhostRun(dataclasses.replace(run.config, method="qlora", quantize="nf4"))
+    assert f"not even one row fits: its tensors take {size(one.step(1, 8).peak)}" in text and "activations" in text
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,11 @@ def test_the_command_says_what_fits(tmp_path):
     [
         (("--budget", "many"), "--budget must be a number of bytes"),
         (("--budget", "0GB"), "--budget must be a number of bytes"),
-        (("--tokens", "4096"), "exceeds the model's max_position_embeddings"),
+        (
+            ("--tokens", "4096"),
+            "--tokens (4096) exceeds the model's max_position_embeddings (256): set --tokens to 256",
+        ),
+        (("--budget", "-5MB"), "given after =, as in --option=-1"),
         (("--batch", "0"), "must be a whole number of 1 or greater"),
         (("--method", "lorra"), "unknown method"),
         (("--method-args", "{r: 0}"), "r"),
@@ -166,3 +173,10 @@ def test_bad_input_is_one_sentence(tmp_path, arguments, said):
     save_model(model)
     assert said in refused("memory", model, *arguments)
     assert "no model" in refused("memory", tmp_path)
+
+
+def test_a_family_without_a_causal_model_is_named_alone(tmp_path):
+    T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    for command in (("memory", tmp_path), ("inspect", tmp_path, "--tree"), ("trace", tmp_path, "--device", "cpu")):
+        said = refused(*command)
+        assert "no causal language model for a T5Config: expected a decoder" in said and len(said) < 400

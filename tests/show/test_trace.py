@@ -57,4 +57,5 @@ def test_the_command_writes_a_table_a_page_and_a_trace(model, tmp_path):
 def test_bad_input_is_one_sentence(model, tmp_path):
     assert "cannot write" in refused("trace", model, "--chrome", tmp_path / "no" / "trace.json")
     assert "device must be" in refused("trace", model, "--device", "tpu")
+    assert "set --tokens to" in refused("trace", model, "--tokens", 99999)
     assert "no model" in refused("trace", tmp_path)

@@ -1,5 +1,6 @@
-"""Set-up of every test: no network, few threads, one seed, Ctrl-C heard."""
+"""Set-up of every test: no network, few threads, one seed, Ctrl-C heard, no limit of time for an example."""
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -19,6 +20,14 @@ import torch
 from chat_tokenizers import llama_tokenizer, spanning_tokenizer, tokenizer  # noqa: F401 - fixtures
 
 from minipeft_kernels import native
+
+# What else runs on the machine decides how long an example takes: no test fails by it. Smoke tests need none.
+with contextlib.suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    free = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("whatever the load", settings(), **free)
+    settings.load_profile("whatever the load")
 
 # What a CPU takes by itself, in spite of the interpreter.
 os.environ.setdefault("MINIPEFT_BACKEND", "reference" if native.obstacle() else "native")

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from minipeft.nf4 import NF4Config, NF4Weight, quantize_model
 from minipeft.show.ghost import Ghosts
+from minipeft.state import get_peft_model_state_dict
 from minipeft.train.batches import Batch
 from minipeft.train.config import TrainConfig
 from minipeft.train.errors import ConfigError, ModelLoadError, as_user_error
 from minipeft.train.loss import autocast, training_loss_sum
-from minipeft.train.methods import attach, method_config
+from minipeft.train.methods import AdapterError, attach, method_config
 from minipeft.train.models import load_config, loaded_dtype, resolve_max_length, told_short, training_mode
 from minipeft.train.schedule import make_optimizer, trainable_parameters
 
@@ -79,6 +81,8 @@ class GhostRun:
         self.parameters = model.num_parameters()
         with self._ghosts.running(), _no_values(config.model):
             self._model = model = attach(model, as_new(adapter_config))
+            if config.adapter is not None:
+                check_stored(model, config.adapter)
             trained = list(trainable_parameters(model).values())
             self.trained = sum(parameter.numel() for parameter in trained)
             self._ghosts.count([*model.parameters(), *model.buffers()], "weights")
@@ -195,6 +199,26 @@ def as_new(config: Any) -> Any:
     # The name under which the base model is known here may be another.
     config.base_model_name_or_path = None
     return config
+
+
+def check_stored(model: Any, adapter: str | Path) -> None:
+    """Hold a model with an adapter made from a folder's config against the shapes in the folder's file.
+
+    Only tensors that both have are compared; other files than safetensors are not read.
+
+    Raises:
+        AdapterError: a stored tensor has another shape: the adapter is of another model.
+    """
+    file = Path(adapter) / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    with as_user_error(AdapterError, str(adapter)), safe_open(file, "pt") as stored:
+        shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    for name, tensor in get_peft_model_state_dict(model).items():
+        if shapes.get(name, tuple(tensor.shape)) != tuple(tensor.shape):
+            raise AdapterError(
+                f"{adapter} does not fit this model: {name} has shape {shapes[name]}, expected {tuple(tensor.shape)}"
+            )
 
 
 def _largest(step: Callable[[int], StepMemory], budget: int, near: int) -> StepMemory | None:

@@ -14,7 +14,7 @@ from minipeft.config import PeftConfig
 from minipeft.mixins import taken_apart
 from minipeft.nf4.experts import NF4Experts
 from minipeft.nf4.linear import NF4Linear
-from minipeft.show.memory import as_new, ghost_model
+from minipeft.show.memory import as_new, check_stored, ghost_model
 from minipeft.train.errors import as_user_error
 from minipeft.train.methods import AdapterError, attach
 
@@ -61,7 +61,7 @@ def tree(
 
     Args:
         model: directory, hub name or .gguf file; its config alone is read.
-        adapter: a folder, of which the config alone is read.
+        adapter: a folder, of which the config is read, and the shapes of its tensors.
 
     Raises:
         ModelLoadError, AdapterError: a model or an adapter that is not there, or does not fit.
@@ -71,9 +71,10 @@ def tree(
         with as_user_error(AdapterError, str(adapter)):
             config = as_new(PeftConfig.from_pretrained(adapter))
     ghosts, built = ghost_model(model, quantize, dtype)
-    if config is not None:
+    if config is not None and adapter is not None:
         with ghosts.running():
             built = attach(built, config)
+            check_stored(built, adapter)
     else:
         built.requires_grad_(False)
     return grow(built)

@@ -59,5 +59,8 @@ def test_the_command_shows_what_is_patched_where(tmp_path):
     assert sorted(t["bytes"] for t in held["tensors"]) == [4 * 8 * 64] * 4 and "LORA" in held["description"][0]
     assert "lora_A" in (tmp_path / "adapter.html").read_text()
     assert "no adapter at" in refused("inspect", folder, tmp_path)
+    wide = save_model(tmp_path / "wide", hidden_size=128)
+    for command in (("inspect", wide, tmp_path / "adapter"), ("memory", wide, "--adapter", tmp_path / "adapter")):
+        assert "layers.0.self_attn.q_proj.lora_A.weight has shape (8, 64), expected (8, 128)" in refused(*command)
     assert "do not go with" in refused("inspect", folder, "--tree", "--verify")
     assert "no model" in refused("inspect", tmp_path / "adapter", "--tree")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.errors import NotMergeableError
-from minipeft.shards import is_sharded, own_part, part_of, whole
+from minipeft.shards import check_not_split, is_sharded, own_part, part_of, whole
 
 # A shard's attribute: a weak reference to what it held before adapters were merged into it, which modules keep
 # (`_originals`) until they unmerge or become plain.
@@ -44,7 +44,11 @@ def share_out(model: nn.Module) -> None:
 
 
 def check_comes_first(model: nn.Module) -> None:
-    """Raise ValueError if `model` is sharded already, so that FSDP2 would not average an adapter's gradients."""
+    """Raise ValueError if `model` is sharded already, so that FSDP2 would not average an adapter's gradients.
+
+    And if it is split by tensor parallelism, whose parts look like shards.
+    """
+    check_not_split(model)
     if _shards(model):
         raise ValueError(
             "the model is sharded over processes (FSDP2), which does not average the gradients of an adapter that "

@@ -225,12 +225,12 @@ def test_a_token_takes_few_python_calls_a_layer(monkeypatch: pytest.MonkeyPatch,
     """Of a generated token a third was Python: what is asked at every layer and token is counted, not timed."""
     if level == native.SCALAR:
         pytest.skip("torch multiplies")
-    # As a user's process is: no form of the operation is forced, and kernels are not interpreted.
-    monkeypatch.delenv("MINIPEFT_BACKEND")
-    monkeypatch.setattr("minipeft_kernels.dispatch.interpreting", lambda: False)
     linear = torch.nn.Linear(192, 256, bias=False)
     model = torch.nn.Sequential(NF4Linear.from_linear(linear) if kind == "nf4" else linear)
     get_peft_model(model, LoraConfig(r=8, target_modules=["0"], init_lora_weights=False))
+    # As a user's process is: no form of the operation is forced, and kernels are not interpreted.
+    monkeypatch.delenv("MINIPEFT_BACKEND")
+    monkeypatch.setattr("minipeft_kernels.dispatch.interpreting", lambda: False)
     layer, x = model[0], torch.randn(1, 1, 192)
     layer(x)  # what is asked once
     assert python_calls(lambda: layer(x)) <= 42

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.first_contact.clock import Graph
+from benchmarks.first_contact import clock
 from benchmarks.first_contact.products import SHAPES, TINY, Weights, weights_of
 from benchmarks.first_contact.record import Contact
 from benchmarks.harness import describe, distance
@@ -85,11 +85,13 @@ def compile_one(task: Setting) -> str:
     return ""
 
 
-def compile_all(contact: Contact, tasks: list[Setting], processes: int = 15) -> set[Setting]:
-    """Fill Triton's cache; the tasks that compiled."""
+def compile_all(
+    contact: Contact, tasks: list[Any], processes: int = 15, one: Callable[[Any], str] = compile_one
+) -> set[Any]:
+    """Fill Triton's cache; the tasks that compiled. `one` launches a task's kernel once, and says what it raised."""
     start = time.perf_counter()
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        failures = list(pool.map(compile_one, tasks, chunksize=2))
+        failures = list(pool.map(one, tasks, chunksize=2))
     bad = [(task, why) for task, why in zip(tasks, failures, strict=True) if why]
     contact.row(what="compiled", kernels=len(tasks), failed_kernels=len(bad), seconds=time.perf_counter() - start)
     for task, why in bad[:10]:
@@ -165,10 +167,7 @@ def _sweep(contact: Contact, shape: tuple[int, int], m: int, grad: bool, weights
 
 
 def _time(call: Any, weights: Weights) -> float:
-    graph = Graph([lambda w=w: call(w) for w in weights.packed])  # type: ignore[misc]
-    seconds = min(graph.seconds() for _ in range(3))
-    graph.free()
-    return seconds
+    return clock.best([lambda w=w: call(w) for w in weights.packed])  # type: ignore[misc]
 
 
 def _time_unfused(x: torch.Tensor, grad: bool, weights: Weights) -> float:

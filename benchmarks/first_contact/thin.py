@@ -10,17 +10,16 @@ import gc
 import itertools
 import json
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from benchmarks.first_contact.clock import Graph, copies_for
+from benchmarks.first_contact import clock
 from benchmarks.first_contact.record import Contact
+from benchmarks.first_contact.sweep import compile_all
 from benchmarks.harness import describe, distance
 from minipeft_kernels.dispatch import multiprocessors
 from minipeft_kernels.linear import thin_triton
@@ -84,13 +83,7 @@ def run(contact: Contact) -> None:
     gc.freeze()
     deadline = time.perf_counter() + SECONDS
     tasks = list(itertools.product(candidates(), (False, True)))
-    if contact.pretend:
-        good = set(tasks[::5])
-    else:
-        with ProcessPoolExecutor(15, mp_context=get_context("spawn")) as pool:
-            failures = list(pool.map(compile_one, tasks, chunksize=4))
-        good = {task for task, why in zip(tasks, failures, strict=True) if not why}
-        contact.row(what="compiled", kernels=len(tasks), refused=[w[:200] for w in failures if w][:3])
+    good = set(tasks[::5]) if contact.pretend else compile_all(contact, tasks, one=compile_one)
     rows, columns = ((64,), (128,)) if contact.pretend else (ROWS, COLUMNS)
     for m, k, over_rows in itertools.product(rows, columns, (False, True)):
         if time.perf_counter() > deadline:
@@ -100,7 +93,7 @@ def run(contact: Contact) -> None:
 
 
 def _sweep(contact: Contact, rows: int, columns: int, over_rows: bool, tiles: list[Tile]) -> None:
-    copies = 1 if contact.pretend else copies_for(2 * rows * columns)
+    copies = 1 if contact.pretend else clock.copies_for(2 * rows * columns)
     sets = [operands(rows, columns, over_rows, contact.device) for _ in range(copies)]
     x, factor, out = sets[0]
     right = (x.double().T if over_rows else x.double()) @ factor.double()
@@ -132,7 +125,4 @@ def _sweep(contact: Contact, rows: int, columns: int, over_rows: bool, tiles: li
 
 
 def _time(calls: list[Any]) -> float:
-    graph = Graph(calls)
-    us = 1e6 * min(graph.seconds() for _ in range(3))
-    graph.free()
-    return us
+    return 1e6 * clock.best(calls)
